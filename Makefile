@@ -1,0 +1,52 @@
+# Two commands do all the set-up: `make reproduce` and `make test`. The rest is listed by `make help`.
+PRESET ?= smoke
+ONLY ?=
+SEED ?= 0
+SET ?=
+FLAGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+RUN := $(BIN)/python -m paperlib.reproduce --preset $(PRESET) --seed $(SEED) \
+	$(foreach name,$(ONLY),--only $(name)) $(foreach pair,$(SET),--set $(pair)) $(FLAGS)
+
+.PHONY: help install reproduce test test-slow lint format notebooks lab
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## make .venv and install the exact pins
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt
+	touch $@
+
+reproduce: install ## run every notebook: PRESET=cpu ONLY=02 SEED=1 SET="steps=500" FLAGS=--fresh
+	@$(RUN)
+
+test: install lint ## lint, unit tests, and every notebook cell against its committed output
+	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q --nbval notebooks
+
+test-slow: install ## the tests that take longer
+	$(BIN)/python -m pytest -q -m slow tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: install ## run the committed notebooks in place with smoke, as they are to be committed
+	$(BIN)/python -m paperlib.report
+	runs=$$(mktemp -d) && PAPERLIB_RUNS=$$runs TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=50 \
+		--to notebook --execute --inplace notebooks/[0-9]*.ipynb && rm -r $$runs
+	$(BIN)/nbstripout --keep-output --keep-count notebooks/[0-9]*.ipynb \
+		--extra-keys "cell.metadata.execution cell.metadata.papermill metadata.papermill metadata.language_info.version"
+
+lab: install ## open JupyterLab
+	$(BIN)/jupyter lab --notebook-dir .

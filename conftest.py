@@ -1,0 +1,29 @@
+"""Settings that both the tests and the notebooks under nbval need, wherever pytest is started."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Kernels inherit these: no progress bars in outputs, and runs of their own, so that tests neither re-use nor touch
+# what is under runs/.
+os.environ["TQDM_DISABLE"] = "1"
+_runs = tempfile.TemporaryDirectory(prefix="paperlib-runs-")
+os.environ["PAPERLIB_RUNS"] = _runs.name
+
+NOTEBOOKS = Path(__file__).parent / "notebooks"
+
+
+def pytest_configure(config):
+    if config.option.nbval:
+        config.option.nbval_cell_timeout = min(config.option.nbval_cell_timeout, 300)
+        config.option.nbval_current_env = True
+
+
+def pytest_ignore_collect(collection_path):
+    """Of all notebooks only the committed ones are tests, not executed copies."""
+    if collection_path.suffix == ".ipynb" and collection_path.parent != NOTEBOOKS:
+        return True
+
+
+def pytest_unconfigure():
+    _runs.cleanup()

@@ -1,0 +1,127 @@
+"""The Markov chain z ~ q(z|x), x' ~ p(x|z) on a finite set: where it rests, how fast, and what a wrong decoder does.
+
+The equation numbers are those of notebook 01. Tables are float64; p_x is (X,), q_z_given_x (X, Z), p_x_given_z (Z, X)
+as in `finite.Finite`, a kernel is (X, X) with rows that sum to one, and distances are total variation, in [0, 1].
+
+    (7)  K(x, x') = sum_z q(z|x) p(x'|z)
+    (8)  eigenvalues of K = squared singular values of M(x, z) = q(x,z) / sqrt(p(x) q(z)),  where p(x|z) = q(x|z)
+    (9)  TV(K^n(x, .), p) -> 1/2 lambda^n |f(x)| E_p|f|,  lambda and f the second eigenvalue and its function
+    (10) TV(pi, p) <= sqrt(1/2 E_q(z) KL(q(x|z) || p(x|z))) / (1 - tau),  tau Dobrushin's coefficient of the chain run
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def transition(q_z_given_x: Tensor, p_x_given_z: Tensor) -> Tensor:
+    """The kernel (7), (X, X): row x holds the law of the next state."""
+    return q_z_given_x @ p_x_given_z
+
+
+def stationary(kernel: Tensor) -> Tensor:
+    """The law pi (X,) with pi K = pi, by solving that linear system.
+
+    Raises `ValueError` where the chain falls apart, so that there is more than one.
+    """
+    size = len(kernel)
+    system = torch.cat([kernel.T - torch.eye(size, dtype=kernel.dtype), torch.ones(1, size, dtype=kernel.dtype)])
+    if int(torch.linalg.matrix_rank(system[:-1], atol=1e-13)) < size - 1:
+        raise ValueError("the chain has more than one stationary law: its states fall apart")
+    right = torch.zeros(size + 1, 1, dtype=kernel.dtype)
+    right[-1] = 1
+    return torch.linalg.lstsq(system, right, driver="gelsd").solution[:, 0]
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """Half the sum of |p - q| over the last dimension, (...)."""
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+def dobrushin(kernel: Tensor) -> Tensor:
+    """The greatest total variation between two rows of a kernel: one step shrinks any difference at least to that."""
+    return total_variation(kernel[:, None], kernel[None]).max()
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues (X,), falling from 1, and the second eigenfunction (X,) with E_p f = 0 and E_p f^2 = 1."""
+
+    eigenvalues: Tensor
+    slowest: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """1 minus the second eigenvalue."""
+        return 1 - self.eigenvalues[1]
+
+
+def spectrum(p_x: Tensor, q_z_given_x: Tensor) -> Spectrum:
+    """Eigenvalues of the chain with p(x|z) = q(x|z), by (8). p_x is positive; a code never used is left out."""
+    q_xz = p_x[:, None] * q_z_given_x
+    q_xz = q_xz[:, q_xz.sum(0) > 0]
+    left, values, _ = torch.linalg.svd(q_xz / torch.sqrt(p_x[:, None] * q_xz.sum(0)))
+    eigenvalues = torch.zeros(len(p_x), dtype=p_x.dtype)
+    eigenvalues[: len(values)] = values**2
+    return Spectrum(eigenvalues, left[:, 1] / p_x.sqrt())
+
+
+def maximal_correlation(q_xz: Tensor, steps: int = 20_000, seed: int = 0) -> Tensor:
+    """The greatest correlation of any f(x) with any g(z) under a joint table (X, Z), found without a decomposition.
+
+    Alternating conditional expectations (Breiman and Friedman, 1985): g = E[f|z], f = E[g|x], each with mean 0 and
+    variance 1, until the correlation rises by less than 1e-15.
+    """
+    p_x, q_z = q_xz.sum(1), q_xz.sum(0)
+
+    def standard(f: Tensor, law: Tensor) -> Tensor:
+        f = f - law @ f
+        return f / torch.sqrt(law @ f**2)
+
+    generator = torch.Generator().manual_seed(seed)
+    f = standard(torch.randn(len(p_x), generator=generator, dtype=q_xz.dtype), p_x)
+    correlation = torch.tensor(-1.0, dtype=q_xz.dtype)
+    for _ in range(steps):
+        g = standard((f @ q_xz) / q_z, q_z)
+        f = standard((q_xz @ g) / p_x, p_x)
+        last, correlation = correlation, f @ q_xz @ g
+        if correlation - last < 1e-15:
+            break
+    return correlation
+
+
+def components(q_xz: Tensor) -> list[list[int]]:
+    """The parts into which x falls when x and z are joined wherever q(x,z) > 0, by search: lists of indices of x."""
+    joined = q_xz > 0
+    left, parts = set(range(len(q_xz))), []
+    while left:
+        part, front = set(), {min(left)}
+        while front:
+            part |= front
+            codes = joined[list(front)].any(0)
+            front = set(joined[:, codes].any(1).nonzero()[:, 0].tolist()) - part
+        parts.append(sorted(part))
+        left -= part
+    return parts
+
+
+def distances(kernel: Tensor, law: Tensor, steps: int) -> Tensor:
+    """Total variation to `law` (X,) after 0, ..., `steps` steps from the worst start: (steps + 1,)."""
+    power, found = torch.eye(len(kernel), dtype=kernel.dtype), []
+    for _ in range(steps + 1):
+        found.append(total_variation(power, law).max())
+        power = power @ kernel
+    return torch.stack(found)
+
+
+def predicted_distances(p_x: Tensor, spectrum: Spectrum, steps: int) -> Tensor:
+    """What (9) foretells for the worst start after 0, ..., `steps` steps: (steps + 1,). No constant is fitted."""
+    f = spectrum.slowest.abs()
+    powers = spectrum.eigenvalues[1] ** torch.arange(steps + 1, dtype=p_x.dtype)
+    return 0.5 * powers * f.max() * (p_x @ f)
+
+
+def stationary_bound(decoder_kl: Tensor, tau: Tensor) -> Tensor:
+    """The right side of (10) for `decoder_kl` = E_q(z) KL(q(x|z) || p(x|z)) in nats; at most 1 tells something."""
+    return torch.sqrt(0.5 * decoder_kl) / (1 - tau)

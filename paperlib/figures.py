@@ -1,0 +1,62 @@
+"""One style for every figure, and grids of images on a fixed grey scale.
+
+Figures are made by functions that take a run's arrays and return a matplotlib figure; `results.save_figure` writes
+and closes it. seaborn and matplotlib are imported on use, since a test or a training needs neither.
+"""
+
+from typing import Any
+
+import numpy as np
+
+WIDTH = 7.0  # inches: one column of a notebook or a paper
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
+# seaborn's "colorblind" palette: blue, orange, green, vermilion, purple, brown, pink, grey, yellow, sky blue
+PALETTE = (
+    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc",
+    "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
+)  # fmt: skip
+
+
+def new(columns: int = 1, rows: int = 1, *, width: float = WIDTH, height: float = 3.0, **options: Any) -> Any:
+    """A figure of `rows` x `columns` axes in the house style, `height` inches in all: (figure, axes).
+
+    `options` go to `matplotlib.pyplot.subplots`.
+    """
+    import seaborn
+    from matplotlib import pyplot
+
+    seaborn.set_theme(context="paper", style="ticks", palette=PALETTE, rc=STYLE)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), **options)
+    for axis in np.ravel(axes):
+        seaborn.despine(ax=axis)
+    return figure, axes
+
+
+def show_images(axis: Any, images: np.ndarray, columns: int, *, low: float = 0.0, high: float = 1.0) -> None:
+    """Draw images as one grid on `axis`, `columns` to a row, with the same black (`low`) and white (`high`) for all.
+
+    `images` is (N, H, W) for grey or (N, H, W, 3) for colour. Contrast is never stretched per image; values outside
+    [low, high] are clipped. One pixel of white separates the images.
+    """
+    images = np.clip((np.asarray(images, dtype=np.float64) - low) / (high - low), 0, 1)
+    count, height, width = images.shape[:3]
+    rows = -(-count // columns)
+    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, *images.shape[3:]))
+    for k, image in enumerate(images):
+        top, left = (k // columns) * (height + 1), (k % columns) * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,214 @@
+"""Models small enough to write down: every distribution is a table, every expectation a finite sum.
+
+The equation numbers are those of notebook 01. All values are in nats, all tables float64, and every function accepts
+leading batch dimensions `...`, so a thousand random models are one call.
+
+    (1)  L = E_q(x,z) log p(x|z) - E_p(x) KL(q(z|x) || p(z))
+    (2)  L = -KL(p(x) || p_theta(x)) - E_p(x) KL(q(z|x) || p_theta(z|x)) - H(p)
+    (3)  L = -KL(q(z) || p(z))       - E_q(z) KL(q(x|z) || p(x|z))       - H(p)
+    (4)  E_q(x,z) log p(x|z) = I_q(x;z) - H(p) - E_q(z) KL(q(x|z) || p(x|z))
+
+(1) is the definition, (2) the usual view of it and (3) the view of the blog post, from the side of the encoder; the
+post writes (2) without H(p).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.special import xlogy
+
+
+@dataclass(frozen=True)
+class Finite:
+    """Data, encoder, prior and decoder as tables; what is written after `|` comes first.
+
+    p_x          (..., X)     data p(x)
+    q_z_given_x  (..., X, Z)  encoder q(z|x), each row sums to one
+    p_z          (..., Z)     prior p(z)
+    p_x_given_z  (..., Z, X)  decoder p(x|z), each row sums to one
+
+    Raises `ValueError` if a table has a negative entry or a row that does not sum to one within 1e-9.
+    """
+
+    p_x: Tensor
+    q_z_given_x: Tensor
+    p_z: Tensor
+    p_x_given_z: Tensor
+
+    def __post_init__(self):
+        for name, table in vars(self).items():
+            if bool((table < 0).any()) or bool(((table.sum(-1) - 1).abs() > 1e-9).any()):
+                raise ValueError(f"{name} is not a table of probabilities: its rows must be >= 0 and sum to one")
+
+    @property
+    def q_xz(self) -> Tensor:
+        """q(x,z) = p(x) q(z|x), (..., X, Z)."""
+        return self.p_x[..., None] * self.q_z_given_x
+
+    @property
+    def q_z(self) -> Tensor:
+        """q(z), (..., Z)."""
+        return self.q_xz.sum(-2)
+
+    @property
+    def q_x_given_z(self) -> Tensor:
+        """q(x|z), (..., Z, X). A code that is never used has no q(x|z): p(x) stands there, with weight q(z) = 0."""
+        q_zx = self.q_xz.mT
+        q_z = q_zx.sum(-1, keepdim=True)
+        used = q_z > 0
+        return torch.where(used, q_zx / torch.where(used, q_z, 1.0), self.p_x[..., None, :])
+
+
+def from_lists(
+    p_x: list[float], q_z_given_x: list[list[float]], p_z: list[float], p_x_given_z: list[list[float]]
+) -> Finite:
+    """One model written out by hand, shapes as in `Finite`. Raises `ValueError` for what is no table."""
+    return Finite(*(torch.tensor(t, dtype=torch.float64) for t in (p_x, q_z_given_x, p_z, p_x_given_z)))
+
+
+def entropy(p: Tensor) -> Tensor:
+    """H(p) over the last dimension, (...)."""
+    return -xlogy(p, p).sum(-1)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) over the last dimension, (...): infinite where q = 0 < p."""
+    return (xlogy(p, p) - xlogy(p, q)).sum(-1)
+
+
+def mean(weights: Tensor, values: Tensor) -> Tensor:
+    """The weighted sum over the last dimension, (...): what has weight 0 counts 0, even where it is infinite."""
+    return torch.where(weights > 0, weights * values, 0.0).sum(-1)
+
+
+def rate(model: Finite) -> Tensor:
+    """E_p(x) KL(q(z|x) || p(z)), (...)."""
+    return mean(model.p_x, kl(model.q_z_given_x, model.p_z[..., None, :]))
+
+
+def distortion(model: Finite) -> Tensor:
+    """-E_q(x,z) log p(x|z), (...); its negative is "the ELBO without its KL"."""
+    return -xlogy(model.q_xz, model.p_x_given_z.mT).sum((-2, -1))
+
+
+def elbo(model: Finite) -> Tensor:
+    """L by its definition (1): -(distortion + rate), (...)."""
+    return -distortion(model) - rate(model)
+
+
+def elbo_from_evidence(model: Finite, entropy_term: bool = True) -> Tensor:
+    """L by (2), from p_theta(x) = sum_z p(z) p(x|z) and Bayes' p_theta(z|x), (...).
+
+    `entropy_term=False` leaves out -H(p), as the post does.
+    """
+    p_zx = model.p_z[..., None] * model.p_x_given_z
+    evidence = p_zx.sum(-2)
+    posterior = (p_zx / evidence[..., None, :]).mT  # not a number where the model says x is impossible
+    posterior = torch.where(evidence[..., None] > 0, posterior, model.p_z[..., None, :])
+    bound = -kl(model.p_x, evidence) - mean(model.p_x, kl(model.q_z_given_x, posterior))
+    return bound - entropy(model.p_x) if entropy_term else bound
+
+
+def elbo_from_codes(model: Finite) -> Tensor:
+    """L by (3), from q(z) and q(x|z), (...)."""
+    return -kl(model.q_z, model.p_z) - decoder_kl(model) - entropy(model.p_x)
+
+
+def decoder_kl(model: Finite) -> Tensor:
+    """E_q(z) KL(q(x|z) || p(x|z)), (...): what a wrong decoder costs in (3) and (4)."""
+    return mean(model.q_z, kl(model.q_x_given_z, model.p_x_given_z))
+
+
+def mutual_information(model: Finite) -> Tensor:
+    """I_q(x;z) = KL(q(x,z) || p(x) q(z)), (...)."""
+    independent = model.p_x[..., None] * model.q_z[..., None, :]
+    return kl(model.q_xz.flatten(-2), independent.flatten(-2))
+
+
+def random_model(
+    generator: torch.Generator, batch: int, x: int, z: int, sharpness: float = 1.5, zeros: float = 0.0
+) -> Finite:
+    """`batch` models with `x` data points and `z` codes: softmax tables of normal logits times `sharpness`.
+
+    With probability `zeros` an entry of the encoder is exactly zero (never the greatest of its row).
+    """
+
+    def logits(*shape: int) -> Tensor:
+        return sharpness * torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+
+    encoder = logits(x, z)
+    dropped = torch.rand(batch, x, z, generator=generator, dtype=torch.float64) < zeros
+    encoder[dropped & (encoder < encoder.amax(-1, keepdim=True))] = -torch.inf
+    tables = (logits(x), encoder, logits(z), logits(z, x))
+    return Finite(*(table.softmax(-1) for table in tables))
+
+
+def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpness: float = 1.0) -> Tensor:
+    """A random encoder (..., X, Z) with q(z) = p(z): a positive random table scaled to both marginals (Sinkhorn).
+
+    p_x (..., X) and p_z (..., Z) are positive. The marginals hold within 1e-14.
+    """
+    shape = (*p_x.shape, p_z.shape[-1])
+    joint = (sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)).exp()
+    for _ in range(10_000):
+        joint = joint * (p_z / joint.sum(-2))[..., None, :]
+        joint = joint * (p_x / joint.sum(-1))[..., None]
+        if float((joint.sum(-2) - p_z).abs().max()) < 1e-15:
+            break
+    return joint / joint.sum(-1, keepdim=True)
+
+
+def gradients(model: Finite, kl_weight: float) -> tuple[Tensor, Tensor]:
+    """Gradients of E_q log p(x|z) - kl_weight * rate in the logits of encoder (..., X, Z) and decoder (..., Z, X).
+
+    kl_weight 1 is the ELBO, 0 the ELBO without its KL. All tables must be positive.
+    """
+    q = model.q_z_given_x
+    gain = model.p_x_given_z.log().mT - kl_weight * (q.log() - model.p_z.log()[..., None, :])
+    gain = model.p_x[..., None] * q * (gain - (q * gain).sum(-1, keepdim=True))
+    return gain, model.q_xz.mT - model.q_z[..., None] * model.p_x_given_z
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Where gradient ascent went: `rate` and `distortion` (steps + 1, ...) in nats, and the last `model`."""
+
+    rate: Tensor
+    distortion: Tensor
+    model: Finite
+
+
+def ascend(
+    model: Finite,
+    steps: int,
+    kl_weight: float,
+    encoder_step: Tensor | float | None = None,
+    decoder_step: Tensor | float | None = None,
+) -> Flow:
+    """Gradient ascent on E_q log p(x|z) - kl_weight * rate over free tables, from the tables of `model`.
+
+    The parameters are the logits of the encoder and of the decoder; a table without a step stays fixed (a fixed
+    encoder may have zeros). A step is one number, or (..., 1, 1) to give each model its own. p(x) and p(z) never move.
+    """
+    encoder, decoder = model.q_z_given_x.log(), model.p_x_given_z.log()
+    path = [(rate(model), distortion(model))]
+    for _ in range(steps):
+        up_encoder, up_decoder = gradients(model, kl_weight)
+        tables = {}
+        if encoder_step is not None:
+            encoder = (encoder + encoder_step * up_encoder).log_softmax(-1)
+            tables["q_z_given_x"] = encoder.exp()
+        if decoder_step is not None:
+            decoder = (decoder + decoder_step * up_decoder).log_softmax(-1)
+            tables["p_x_given_z"] = decoder.exp()
+        model = replace(model, **tables)
+        path.append((rate(model), distortion(model)))
+    rates, distortions = zip(*path, strict=True)
+    return Flow(torch.stack(rates), torch.stack(distortions), model)
+
+
+def matched(p_x: Tensor, encoder: Tensor, p_z: Tensor) -> Finite:
+    """The model whose decoder is q(x|z): the best for this encoder, see (3)."""
+    blank = Finite(p_x, encoder, p_z, p_x[..., None, :].expand(*p_z.shape, p_x.shape[-1]))
+    return replace(blank, p_x_given_z=blank.q_x_given_z)

@@ -1,0 +1,91 @@
+"""Where things lie, as absolute paths, and how a file gets there whole or not at all.
+
+The folders below can be moved by an environment variable. A relative value counts from the repository, never from
+the working directory, because papermill, nbval and JupyterLab each start a notebook in another one.
+
+| function | default | variable |
+| --- | --- | --- |
+| `data_root` | `data/` | `PAPERLIB_DATA` |
+| `runs_root` | `runs/` | `PAPERLIB_RUNS` |
+| `results_root` | `results/` | `PAPERLIB_RESULTS` |
+| `figures_root` | `figures/` | `PAPERLIB_FIGURES` |
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paperlib.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _root(variable: str, default: str) -> Path:
+    return (ROOT / Path(os.environ.get(variable) or default).expanduser()).resolve()
+
+
+def data_root() -> Path:
+    return _root("PAPERLIB_DATA", "data")
+
+
+def runs_root() -> Path:
+    return _root("PAPERLIB_RUNS", "runs")
+
+
+def results_root() -> Path:
+    return _root("PAPERLIB_RESULTS", "results")
+
+
+def figures_root() -> Path:
+    return _root("PAPERLIB_FIGURES", "figures")
+
+
+def make_folder(path: Path) -> Path:
+    """Create `path` with its parents and return it; a `UserError` where that is not allowed."""
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    Yields a path beside `path`, with the same ending; when the block ends without an error the file written there is
+    flushed to disk and takes the place of `path`. A kill at any moment leaves the old file or the new one.
+
+    Raises `UserError` when the disk is full or the folder cannot be written.
+    """
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        with _explained(path):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise UserError(
+                f"no space left to write {path}: free some space (or move the folder with a PAPERLIB_ variable, "
+                f"see README) and run the same command again; nothing finished was lost"
+            ) from error
+        if error.errno in _NO_PERMISSION:
+            raise UserError(f"cannot write {path}: {error.strerror}; allow writing there and run again") from error
+        if error.errno in {errno.EEXIST, errno.ENOTDIR}:
+            raise UserError(f"cannot write {path}: a file stands where a folder is needed; move it away") from error
+        raise

@@ -1,0 +1,132 @@
+"""Carry recorded results into the texts that quote them, so that no number is typed by hand.
+
+    python -m paperlib.report            # rewrite the marked blocks of README.md and of the notebooks' openings
+    python -m paperlib.report --check    # exit 1 where a block differs from what is recorded
+
+A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
+their own, the README one table of all claims.
+"""
+
+import argparse
+import importlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paperlib import paths, results
+from paperlib.errors import UserError, run_command
+from paperlib.reproduce import EXPERIMENTS
+
+BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
+BEST_FIRST = ("paper", "gpu", "cpu", "smoke")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is recorded of one notebook under one preset."""
+
+    preset: str
+    provenance: dict[str, Any]
+    claims: results.Verdicts
+
+    def origin(self) -> str:
+        """Machine, time, seed and revision in one line."""
+        run = self.provenance
+        trained = sum(training["seconds"] for training in run["trainings"].values())
+        time = f"{run['seconds'] / 60:.1f} minutes" if trained == 0 else f"{trained / 60:.1f} minutes of training"
+        return (
+            f"preset `{self.preset}`, seed {run['seed']}, {run['device']}, {time}, "
+            f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`"
+        )
+
+
+def best(notebook: str) -> Recorded | None:
+    """The best recorded run of a notebook, or None where there is none yet."""
+    for preset in BEST_FIRST:
+        folder = paths.results_root() / preset / notebook
+        if (folder / "run.json").exists():
+            claims = results.load_json(folder / "metrics.json")["claims"]
+            return Recorded(preset, results.load_json(folder / "run.json"), results.Verdicts(claims))
+    return None
+
+
+def notebook_block(notebook: str) -> str:
+    """The recorded figure and verdicts of a notebook, in Markdown, as its opening shows them."""
+    recorded = best(notebook)
+    if recorded is None:
+        return "Nothing is recorded for this notebook yet."
+    headline, caption = importlib.import_module(f"paperlib.{EXPERIMENTS[notebook]}").HEADLINE
+    picture = os.path.relpath(paths.figures_root() / recorded.preset / f"{headline}.png", paths.NOTEBOOKS)
+    return "\n\n".join(
+        [
+            f"**Recorded** ({recorded.origin()}):",
+            f"![{caption}]({Path(picture).as_posix()})",
+            f"*{caption}*",
+            recorded.claims._repr_markdown_(),
+        ]
+    )
+
+
+def readme_block() -> str:
+    """The table of all claims with the best recorded number of each, in Markdown."""
+    rows = ["| claim | expected | measured | verdict | notebook, preset |", "| --- | --- | --- | --- | --- |"]
+    origins = []
+    for notebook in EXPERIMENTS:
+        recorded = best(notebook)
+        if recorded is None:
+            continue
+        for key, entry in recorded.claims.items():
+            cells = (
+                f"**{key}** {entry['statement']}",
+                entry["expected"],
+                results.measured_text(entry),
+                results.verdict_text(entry),
+                f"[{notebook[:2]}](notebooks/{notebook}.ipynb), `{recorded.preset}`",
+            )
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        origins.append(f"{notebook[:2]}: {recorded.origin()}.")
+    return "\n".join(rows) + "\n\n" + "  \n".join(origins)
+
+
+def texts() -> Iterable[tuple[Path, str, str]]:
+    """Every file with a block, as (path, its text now, its text with the block rewritten)."""
+    readme = paths.ROOT / "README.md"
+    text = readme.read_text()
+    yield readme, text, _filled(text, readme_block(), readme)
+    for name in EXPERIMENTS:
+        path = paths.NOTEBOOKS / f"{name}.ipynb"
+        text = path.read_text()
+        notebook = json.loads(text)
+        opening = next((cell for cell in notebook["cells"] if BEGIN in "".join(cell["source"])), None)
+        if opening is None:
+            raise UserError(f"{path} has no line {BEGIN}: put it and {END} into the opening cell")
+        source = _filled("".join(opening["source"]), notebook_block(name), path)
+        opening["source"] = source.splitlines(keepends=True)
+        yield path, text, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def _filled(text: str, block: str, path: Path) -> str:
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{path} needs one line {BEGIN} and one line {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m paperlib.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a block is out of date")
+    check = parser.parse_args().check
+    stale = [(path, new) for path, old, new in texts() if old != new]
+    for path, new in stale:
+        if not check:
+            with paths.replacing(path) as file:
+                file.write_text(new)
+        print(f"{path.relative_to(paths.ROOT)}: {'out of date, run python -m paperlib.report' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,338 @@
+"""Run the notebooks in order with papermill, and say what came of each.
+
+    python -m paperlib.reproduce                         # every notebook, on the small embedded data
+    python -m paperlib.reproduce --preset cpu --only 02  # one notebook on real data
+    python -m paperlib.reproduce --list                  # notebooks, presets, settings with their help
+
+papermill's own word is not enough: a misspelt parameter is only a line in its log, and a notebook whose kernel was
+killed looks complete. So each notebook gets a status here, and anything but `ok` makes the exit code 1.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from paperlib import paths, presets, results
+from paperlib.errors import UserError, run_command
+
+EXPERIMENTS = {"01_elbo_derivation": "elbo", "02_mnist_fuzziness": "fuzziness"}
+PARAMETERS = ("preset", "seed", "device", "weights", "overrides")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook and what to run it with."""
+
+    notebook: Path
+    parameters: dict[str, Any]
+    directory: Path  # where its outputs go
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a notebook: `status` is "ok" or says in a few words what went wrong."""
+
+    job: Job
+    status: str
+    seconds: float
+    message: str = ""
+    claims: results.Verdicts | None = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    notebooks = _select(options.only)
+    if options.list:
+        print(_listing(notebooks))
+        return 0
+    jobs = [_plan(notebook, options) for notebook in notebooks]
+    if options.record:
+        _check_recordable(options)
+    outcomes = []
+    for job in jobs:
+        if options.fresh:
+            shutil.rmtree(job.directory, ignore_errors=True)
+        outcomes.append(outcome := run_notebook(job))
+        print(_line(outcome), flush=True)
+        if outcome.status == "interrupted" or (options.fail_fast and outcome.status != "ok"):
+            break
+    print("\n" + _table(outcomes))
+    failed = len(outcomes) < len(jobs) or any(outcome.status != "ok" for outcome in outcomes)
+    if options.record and not failed:
+        for outcome in outcomes:
+            for path in results.record(outcome.job.directory):
+                print(f"recorded {_short(path)}")
+    if any(outcome.status == "interrupted" for outcome in outcomes):
+        return 130
+    return int(failed)
+
+
+def run_notebook(job: Job) -> Outcome:
+    """Execute one notebook in a kernel of its own; the executed copy stays beside the run's other files."""
+    import nbformat
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    started = time.time()
+    unknown = sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook)))
+    if unknown:
+        return Outcome(job, "unknown parameter", 0.0, f"its parameters cell has no {', '.join(unknown)}")
+    paths.make_folder(job.directory)
+    executing = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
+    status, message = "ok", ""
+    with _kernel() as kernel, _progress(job.notebook.stem):
+        try:
+            papermill.execute_notebook(
+                job.notebook,
+                executing,
+                job.parameters,
+                cwd=job.notebook.parent,
+                progress_bar=False,
+                km=kernel,
+                extra_arguments=["--IPKernelApp.log_level=50"],
+            )
+        except papermill.PapermillExecutionError as error:
+            interrupted = error.ename == "KeyboardInterrupt"
+            status = "interrupted" if interrupted else f"failed in cell {error.exec_count}"
+            message = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+        except DeadKernelError:
+            status = "kernel died"
+            message = "its process ended in the middle of a cell; most often the memory did not suffice"
+        except KeyboardInterrupt:
+            status = "interrupted"
+    if executing.exists():
+        os.replace(executing, job.directory / "notebook.ipynb")
+    if status == "ok":  # papermill's word, checked against the copy itself
+        cells = nbformat.read(job.directory / "notebook.ipynb", as_version=4).cells
+        if any(cell.cell_type == "code" and cell.execution_count is None for cell in cells):
+            status, message = "incomplete", "some cells of the executed copy never ran"
+    claims = _fresh_claims(job, started) if status == "ok" else None
+    if status == "ok" and claims is None and job.notebook.stem in EXPERIMENTS:
+        status, message = (
+            "incomplete",
+            "no verdicts were written: does its last cell still conclude the run?",
+        )
+    return Outcome(job, status, time.time() - started, message, claims)
+
+
+@contextmanager
+def _kernel():
+    """A kernel manager whose kernel gets our Ctrl-C, so that a training can save a checkpoint; a second one ends us."""
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_client.utils import run_sync
+
+    kernel, asked = AsyncKernelManager(kernel_name="python3"), threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if asked.is_set() or not kernel.has_kernel:
+            raise KeyboardInterrupt
+        asked.set()
+        print("interrupting the notebook (again to stop at once) ...", file=sys.stderr)
+        os.kill(kernel.provisioner.pid, signal.SIGINT)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield kernel
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if kernel.has_kernel:
+            run_sync(kernel.shutdown_kernel)(now=True)
+
+
+@contextmanager
+def _progress(label: str):
+    """Show the training that runs in the kernel: a live bar on a terminal, a line a minute in a log."""
+    done = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "progress.json"
+        before = {name: os.environ.get(name) for name in ("PAPERLIB_PROGRESS", "TQDM_DISABLE")}
+        os.environ |= {"PAPERLIB_PROGRESS": str(file), "TQDM_DISABLE": "1"}
+        watcher = threading.Thread(target=_watch, args=(label, file, done), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _watch(label: str, file: Path, done: threading.Event) -> None:
+    live = sys.stderr.isatty()
+    bar = tqdm(desc=label, disable=not live, leave=False, file=sys.stderr, unit="step")
+    said = time.monotonic()
+    while not done.wait(1.0):
+        try:
+            state = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        text = f"{label}  {state['name']}  loss {state['loss']:.4g}"
+        if live:
+            bar.total = state["steps"]
+            bar.set_description(text, refresh=False)
+            bar.update(state["step"] - bar.n)
+        elif time.monotonic() - said > 60:
+            said = time.monotonic()
+            print(f"{text}  step {state['step']} of {state['steps']}", file=sys.stderr, flush=True)
+    bar.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m paperlib.reproduce", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
+    add(
+        "--only",
+        action="append",
+        metavar="NN",
+        default=[],
+        help="a notebook by number or name; may be repeated",
+    )
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
+    add(
+        "--weights",
+        default="train",
+        help="train (default), or recorded to load the committed weights",
+    )
+    add(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        default=[],
+        help="change one setting; may be repeated",
+    )
+    add("--fresh", action="store_true", help="forget an earlier run of the same settings")
+    add("--record", action="store_true", help="promote finished runs to results/ and figures/")
+    add("--fail-fast", action="store_true", help="stop at the first notebook that fails")
+    add("--list", action="store_true", help="list notebooks, presets and settings, and stop")
+    return parser
+
+
+def _select(only: list[str]) -> list[Path]:
+    """The numbered notebooks in order, all of them or those that `only` names by number or stem."""
+    notebooks = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    chosen = []
+    for name in only:
+        matches = [n for n in notebooks if n.stem == name.removesuffix(".ipynb") or n.stem[:2] == name.zfill(2)]
+        if not matches:
+            raise UserError(f"no notebook {name!r}: choose from {', '.join(n.stem for n in notebooks)}")
+        chosen += matches
+    return sorted(set(chosen)) if only else notebooks
+
+
+def _plan(notebook: Path, options: argparse.Namespace) -> Job:
+    parameters = {
+        "preset": options.preset,
+        "seed": options.seed,
+        "device": options.device,
+        "weights": options.weights,
+        "overrides": {},
+    }
+    if (experiment := _experiment(notebook)) is None:
+        return Job(notebook, parameters, paths.runs_root() / notebook.stem / options.preset)
+    settings = presets.choose(experiment.PRESETS, options.preset)
+    parameters["overrides"] = presets.parse(settings, options.set)
+    settings = presets.choose(experiment.PRESETS, options.preset, parameters["overrides"])
+    name = results.run_name(notebook.stem, options.preset, settings, options.seed)
+    return Job(notebook, parameters, paths.runs_root() / name)
+
+
+def _experiment(notebook: Path) -> ModuleType | None:
+    """The module behind a notebook; None for a notebook of the reader's own."""
+    name = EXPERIMENTS.get(notebook.stem)
+    return importlib.import_module(f"paperlib.{name}") if name else None
+
+
+def _check_recordable(options: argparse.Namespace) -> None:
+    if options.set:
+        raise UserError("--record keeps runs of a preset as it stands: drop --set")
+    if options.weights != "train":
+        raise UserError("--record keeps runs that were trained: drop --weights")
+    code = results.describe_code()
+    if code["revision"] is None or code["modified"]:
+        raise UserError("--record needs committed code: commit (or stash) the changes first")
+
+
+def _fresh_claims(job: Job, started: float) -> results.Verdicts | None:
+    file = job.directory / "run.json"
+    if not file.exists() or file.stat().st_mtime < started - 1:
+        return None
+    return results.Verdicts(results.load_json(job.directory / "metrics.json")["claims"])
+
+
+def _line(outcome: Outcome) -> str:
+    text = f"{outcome.job.notebook.stem}: {outcome.status} after {outcome.seconds:.0f} s"
+    return text + (f": {outcome.message}" if outcome.message else "")
+
+
+def _table(outcomes: list[Outcome]) -> str:
+    rows = [("notebook", "status", "seconds", "verdicts", "outputs")]
+    for outcome in outcomes:
+        job = outcome.job
+        rows.append(
+            (
+                job.notebook.stem,
+                outcome.status,
+                f"{outcome.seconds:.0f}",
+                _verdicts(outcome),
+                _short(job.directory),
+            )
+        )
+    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _verdicts(outcome: Outcome) -> str:
+    if not outcome.claims:
+        return "-"
+    by_verdict: dict[str, list[str]] = {}
+    for key, entry in outcome.claims.items():
+        by_verdict.setdefault(results.verdict_text(entry), []).append(key)
+    return "; ".join(f"{verdict}: {' '.join(keys)}" for verdict, keys in by_verdict.items())
+
+
+def _listing(notebooks: list[Path]) -> str:
+    lines = []
+    for notebook in notebooks:
+        experiment = _experiment(notebook)
+        lines.append(notebook.stem)
+        if experiment is None:
+            continue
+        names = list(experiment.PRESETS)
+        lines.append(f"  presets: {', '.join(names)}")
+        for field in dataclasses.fields(experiment.PRESETS[names[0]]):
+            values = [getattr(experiment.PRESETS[name], field.name) for name in names]
+            same = all(value == values[0] for value in values)
+            text = str(values[0]) if same else ", ".join(map(str, values))
+            lines.append(f"  {field.name:<20} {text:<32} {field.metadata.get('help', '')}")
+    return "\n".join(lines)
+
+
+def _short(path: Path) -> str:
+    """`path` as seen from the repository, where it lies inside."""
+    return str(path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path)
+
+
+if __name__ == "__main__":
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    run_command(main)

@@ -1,0 +1,330 @@
+"""Runs and what they leave behind: arrays, figures, claims with verdicts, provenance.
+
+A run writes to `runs/<notebook>/<preset>-<hash of settings and seed>/`:
+
+| file | content |
+| --- | --- |
+| `<model>/last.pt`, ... | checkpoints, see `train` |
+| `arrays.npz` | all that the figures draw, and nothing else is drawn |
+| `<content-name>.png` | the figures |
+| `metrics.json` | claims with verdicts, and further numbers |
+| `run.json` | provenance; written last, so a run that has one is finished |
+| `weights.safetensors` | the headline model in half precision |
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paperlib import paths
+from paperlib.errors import UserError
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "matplotlib",
+    "seaborn",
+    "papermill",
+)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A measured number with, where it has one, its 95 % interval [low, high]."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g}{interval}{' ' * bool(self.unit)}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement with the criterion that decides it, written down before the run.
+
+    `criterion` is called with the measured quantities by name and says whether the claim holds; `expected` says the
+    same in words. `exact` claims are mathematics and judged under every preset, the others not under `smoke`.
+    """
+
+    statement: str
+    expected: str
+    criterion: Callable[..., bool]
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one notebook: what was asked for, and the folder where its files go."""
+
+    notebook: str
+    preset: str
+    settings: Any
+    seed: int
+    device: str
+    weights: str = "train"
+    started: float = field(default_factory=time.time)
+
+    @property
+    def name(self) -> str:
+        return run_name(self.notebook, self.preset, self.settings, self.seed)
+
+    @property
+    def directory(self) -> Path:
+        return paths.runs_root() / self.name
+
+
+def run_name(notebook: str, preset: str, settings: Any, seed: int) -> str:
+    """`<notebook>/<preset>-<hash>`: the same for the same settings and seed, another for any other."""
+    identity = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True)
+    return f"{notebook}/{preset}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def start(notebook: str, preset: str, settings: Any, seed: int, device: str, weights: str = "train") -> Run:
+    """Open a run and make its folder. Raises `UserError` for a seed or `weights` that mean nothing."""
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"seed is {seed!r}, but takes a whole number from 0")
+    if weights not in ("train", "recorded"):
+        raise UserError(f"unknown weights {weights!r}: choose from train, recorded")
+    run = Run(notebook, preset, settings, seed, device, weights)
+    paths.make_folder(run.directory)
+    return run
+
+
+def judge(run: Run, claim: Claim, measured: Mapping[str, Quantity]) -> bool | None:
+    """Whether `claim` holds for what was `measured`; None where the preset claims nothing."""
+    if run.preset == "smoke" and not claim.exact:
+        return None
+    return bool(claim.criterion(**measured))
+
+
+def save_arrays(run: Run, **arrays: Any) -> dict[str, np.ndarray]:
+    """Write `arrays.npz` and return its content, as a later reader will find it."""
+    arrays = {name: a.numpy(force=True) if torch.is_tensor(a) else np.asarray(a) for name, a in arrays.items()}
+    with paths.replacing(run.directory / "arrays.npz") as file:
+        np.savez_compressed(file, **arrays)
+    return load_arrays(run.directory)
+
+
+def load_arrays(directory: Path) -> dict[str, np.ndarray]:
+    with np.load(directory / "arrays.npz") as archive:
+        return dict(archive)
+
+
+def save_figure(run: Run, figure: Any, name: str) -> Any:
+    """Write `<name>.png` into the run's folder and return the figure, closed, so that a cell shows it once."""
+    from matplotlib import pyplot
+
+    with paths.replacing(run.directory / f"{name}.png") as file:
+        figure.savefig(file, metadata={"Software": None})
+    pyplot.close(figure)
+    return figure
+
+
+def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
+    """Write `weights.safetensors`: floating-point tensors in half precision, the settings in its header."""
+    from safetensors.torch import save_file
+
+    half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+    header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True)}
+    with paths.replacing(run.directory / "weights.safetensors") as file:
+        save_file(half, file, metadata=header)
+
+
+def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The weights recorded for this notebook and preset, in float32.
+
+    Raises `UserError` where none are recorded or where they belong to other settings.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = paths.results_root() / run.preset / run.notebook / "weights.safetensors"
+    if not path.exists():
+        raise UserError(f'no recorded weights at {path}: choose another preset, or weights = "train"')
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings, names = file.metadata()["settings"], list(file.keys())
+            state = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
+    if json.loads(settings) != json.loads(json.dumps(dataclasses.asdict(run.settings))):
+        raise UserError(f'{path} was recorded with other settings: drop the overrides, or use weights = "train"')
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def finish(
+    run: Run,
+    claims: Mapping[str, Claim],
+    measured: Mapping[str, Mapping[str, Quantity]],
+    numbers: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    trainings: Mapping[str, Any] | None = None,
+) -> "Verdicts":
+    """Judge the claims, write `metrics.json` and then `run.json`, and return the verdicts as a table.
+
+    `measured` holds the quantities of each claim by name, `numbers` whatever else is worth keeping, `data` the
+    description of the data set, `trainings` that of each training (steps, seconds, revision).
+    """
+    verdicts = {
+        key: {
+            "statement": claim.statement,
+            "expected": claim.expected,
+            "measured": {name: dataclasses.asdict(q) for name, q in measured[key].items()},
+            "holds": judge(run, claim, measured[key]),
+        }
+        for key, claim in claims.items()
+    }
+    _write_json(run.directory / "metrics.json", {"claims": verdicts, "numbers": dict(numbers or {})})
+    provenance = {
+        "notebook": run.notebook,
+        "preset": run.preset,
+        "settings": dataclasses.asdict(run.settings),
+        "seed": run.seed,
+        "weights": run.weights,
+        "device": describe_device(run.device),
+        "data": dict(data or {}),
+        "trainings": dict(trainings or {}),
+        **describe_code(),
+        "versions": versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started)),
+        "seconds": round(time.time() - run.started, 1),
+    }
+    _write_json(run.directory / "run.json", provenance)
+    return Verdicts(verdicts)
+
+
+class Verdicts(dict):
+    """The `claims` part of a `metrics.json`; shows itself as a table."""
+
+    def _repr_markdown_(self) -> str:
+        rows = [
+            "| claim | statement | expected | measured | verdict |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for key, entry in self.items():
+            cells = (
+                key,
+                entry["statement"],
+                entry["expected"],
+                measured_text(entry),
+                verdict_text(entry),
+            )
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        return "\n".join(rows)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{key}: {verdict_text(entry)} ({measured_text(entry)})" for key, entry in self.items())
+
+    def decided(self) -> dict[str, str]:
+        """The verdict of each claim alone, without the numbers that led to it."""
+        return {key: verdict_text(entry) for key, entry in self.items()}
+
+
+def verdict_text(entry: Mapping[str, Any]) -> str:
+    return {True: "holds", False: "fails", None: "not claimed"}[entry["holds"]]
+
+
+def measured_text(entry: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name.replace('_', ' ')} {Quantity(**q)}" for name, q in entry["measured"].items())
+
+
+def describe_code() -> dict[str, Any]:
+    """Git revision of the code, and whether code, notebooks or pins differ from it; None where git does not know."""
+    watched = ["paperlib", "notebooks", "requirements.txt", "pyproject.toml"]
+    try:
+        revision = _git("rev-parse", "HEAD")
+        modified = bool(_git("status", "--porcelain", "--", *watched))
+    except (OSError, subprocess.CalledProcessError):
+        return {"revision": None, "modified": None}
+    return {"revision": revision, "modified": modified}
+
+
+def describe_device(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a number may depend on, as really installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def record(directory: Path) -> list[Path]:
+    """Promote the finished run in `directory` to `results/<preset>/<notebook>/` and `figures/<preset>/`.
+
+    Raises `UserError` for a run that is unfinished, was made from modified code, or by settings that are not the
+    preset's (its folder then differs from the one the preset names, which the caller passes).
+    """
+    try:
+        provenance = json.loads((directory / "run.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not finished: run it again without --record first") from None
+    if provenance["revision"] is None or provenance["modified"]:
+        raise UserError(f"{directory} was made by code that is not committed: commit it, run again, then record")
+    results = paths.results_root() / provenance["preset"] / provenance["notebook"]
+    figures = paths.figures_root() / provenance["preset"]
+    targets = {directory / name: results / name for name in ("arrays.npz", "weights.safetensors", "metrics.json")}
+    targets |= {png: figures / png.name for png in sorted(directory.glob("*.png"))}
+    targets |= {directory / "run.json": results / "run.json"}
+    written = []
+    for source, target in targets.items():
+        if source.exists():
+            with paths.replacing(target) as file:
+                shutil.copyfile(source, file)
+            written.append(target)
+    return written
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file; a `UserError` names a file that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with paths.replacing(path) as file:
+        file.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """`value` in types that JSON has; a float that is no number becomes null."""
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=paths.ROOT, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,74 @@
+"""The committed notebooks: what can be said of them without running them (nbval runs them)."""
+
+import ast
+import json
+
+import nbformat
+import pytest
+
+from paperlib import paths, reproduce
+
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+DEFAULTS = {"preset": "smoke", "seed": 0, "device": "auto", "weights": "train", "overrides": {}}
+EXEMPT = "nbval-ignore-output"
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def test_parameters_are_the_defaults_as_literals_with_help(path):
+    (cell,) = (cell for cell in code_cells(path) if "parameters" in tags(cell))
+    found = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    assert found == DEFAULTS
+    assert all("  # " in line for line in cell.source.split("\n")), "papermill shows the comments as help"
+    assert set(found) == set(reproduce.PARAMETERS)
+
+
+def test_cells_are_short_and_leave_the_work_to_the_library(path):
+    for cell in code_cells(path):
+        assert len(cell.source.split("\n")) <= 15
+        assert not any(line.rstrip().endswith(";") for line in cell.source.split("\n"))
+        for node in ast.walk(ast.parse(cell.source)):
+            kinds = (ast.FunctionDef, ast.ClassDef, ast.While, ast.If, ast.For, ast.Try)
+            assert not isinstance(node, kinds), cell.source
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert "/" not in node.value, f"a path in a cell: {node.value}"
+
+
+def test_outputs_are_those_of_one_run_from_top_to_bottom_without_errors(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert len([o for o in outputs if "image/png" in o.get("data", {})]) >= 3
+
+
+def test_few_cells_are_exempt_from_comparison_and_a_compared_one_follows_each(path):
+    cells = code_cells(path)
+    exempt = [k for k, cell in enumerate(cells) if EXEMPT in tags(cell)]
+    assert len(exempt) <= (0 if path.stem.startswith("01") else 4)
+    for k in exempt:
+        assert EXEMPT not in tags(cells[k + 1])
+        assert cells[k + 1].outputs, "the compared cell shows nothing"
+
+
+def test_the_file_is_clean(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert "papermill" not in notebook["metadata"]
+    for cell in notebook["cells"]:
+        assert not set(cell["metadata"]) - {"tags"}
+    assert str(paths.ROOT) not in path.read_text()
+
+
+def test_it_has_a_module_behind_it_which_the_runner_knows(path):
+    experiment = reproduce._experiment(path)
+    assert path.stem == experiment.NOTEBOOK
+    assert set(experiment.PRESETS) == {"smoke", "cpu", "gpu", "paper"}

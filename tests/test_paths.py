@@ -1,0 +1,102 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from paperlib import paths
+from paperlib.errors import UserError, run_command
+
+
+def test_roots_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.delenv("PAPERLIB_RUNS")
+    before = paths.runs_root()
+    monkeypatch.chdir(tmp_path)
+    assert paths.runs_root() == before == paths.ROOT / "runs"
+    monkeypatch.setenv("PAPERLIB_DATA", "elsewhere")
+    assert paths.data_root() == paths.ROOT / "elsewhere"
+    monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path))
+    assert paths.data_root() == tmp_path.resolve()
+
+
+def test_replacing_writes_whole_files_and_leaves_nothing_else(tmp_path):
+    target = tmp_path / "new" / "file.json"
+    for text in ("old", "newer"):
+        with paths.replacing(target) as partial:
+            assert partial.parent == target.parent, "the move must not cross file systems"
+            assert partial.suffix == ".json"
+            partial.write_text(text)
+        assert target.read_text() == text
+    assert os.listdir(target.parent) == ["file.json"]
+
+
+def test_an_error_while_writing_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(UnicodeEncodeError), paths.replacing(target) as partial:
+        partial.write_text("half of it \ud800")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_kill_while_writing_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    script = (
+        "import os, signal, sys; from pathlib import Path; from paperlib import paths\n"
+        "with paths.replacing(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(target)]).returncode == -9
+    assert target.read_text() == "old"
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    """RLIMIT_FSIZE stands in for a full disk: the write fails at the limit."""
+    target = tmp_path / "big.bin"
+    target.write_bytes(b"old")
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from paperlib import errors, paths\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "def main():\n"
+        "    with paths.replacing(Path(sys.argv[1])) as partial:\n"
+        "        partial.write_bytes(b'x' * 5000)\n"
+        "errors.run_command(main)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "no space left" in run.stderr
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["big.bin"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path, number):
+    with pytest.raises(UserError, match="cannot write"), paths.replacing(tmp_path / "file.txt"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_file_in_place_of_a_folder_is_said_in_one_line(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        paths.make_folder(tmp_path / "runs" / "deeper")
+
+
+def test_other_system_errors_are_not_disguised(tmp_path):
+    with pytest.raises(OSError, match="Interrupted"), paths.replacing(tmp_path / "file.txt"):
+        raise OSError(errno.EINTR, "Interrupted")
+
+
+@pytest.mark.parametrize(("raised", "code"), [(None, 0), (UserError("what to do"), 2), (KeyboardInterrupt(), 130)])
+def test_run_command_exits_with_a_code(capsys, raised, code):
+    def main():
+        if raised:
+            raise raised
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == code
+    assert ("what to do" in capsys.readouterr().err) == (code == 2)

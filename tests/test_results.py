@@ -1,0 +1,159 @@
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from paperlib import figures, paths, results
+from paperlib.errors import UserError
+from paperlib.results import Claim, Quantity
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 3
+    hidden: tuple[int, ...] = (4, 4)
+
+
+CLAIMS = {
+    "X1": Claim("one", "below 1", lambda size: size.value < 1, exact=True),
+    "X2": Claim("two", "interval above 0", lambda gap: gap.low > 0),
+}
+MEASURED = {"X1": {"size": Quantity(0.5)}, "X2": {"gap": Quantity(2.0, -1.0, 5.0, "nats")}}
+
+
+@pytest.fixture(autouse=True)
+def roots(monkeypatch, tmp_path):
+    for name in ("RUNS", "RESULTS", "FIGURES"):
+        monkeypatch.setenv(f"PAPERLIB_{name}", str(tmp_path / name.lower()))
+
+
+def start(preset="cpu", settings=Settings(), seed=0, **options):
+    return results.start("99_test", preset, settings, seed, "cpu", **options)
+
+
+def test_the_folder_of_a_run_depends_on_settings_and_seed_alone():
+    names = {start().name, start().name, start(settings=Settings(hidden=(4, 4))).name}
+    assert len(names) == 1
+    others = {start(settings=replace(Settings(), steps=4)).name, start(seed=1).name, start(preset="gpu").name}
+    assert len(names | others) == 4
+    assert start().directory.is_dir()
+
+
+def test_a_seed_or_weights_that_mean_nothing_are_refused():
+    with pytest.raises(UserError, match="seed"):
+        start(seed=-1)
+    with pytest.raises(UserError, match="seed"):
+        start(seed=True)
+    with pytest.raises(UserError, match="choose from train, recorded"):
+        start(weights="best")
+
+
+def test_verdicts_come_from_the_criteria_and_only_where_the_preset_may_claim():
+    cpu = results.finish(start(), CLAIMS, MEASURED)
+    assert [entry["holds"] for entry in cpu.values()] == [True, False]
+    smoke = results.finish(start("smoke"), CLAIMS, MEASURED)
+    assert [entry["holds"] for entry in smoke.values()] == [True, None]
+    better = {**MEASURED, "X2": {"gap": Quantity(2.0, 1.0, 5.0)}}
+    assert results.finish(start(), CLAIMS, better)["X2"]["holds"] is True
+
+
+def test_a_claim_without_its_measurement_is_an_error():
+    with pytest.raises(KeyError):
+        results.finish(start(), CLAIMS, {"X1": MEASURED["X1"]})
+    with pytest.raises(TypeError):
+        results.finish(start(), CLAIMS, {**MEASURED, "X2": {"wrong": Quantity(1.0)}})
+
+
+def test_metrics_and_provenance_are_written_and_plain_json():
+    run = start()
+    shown = results.finish(
+        run, CLAIMS, MEASURED, numbers={"a": np.float32(1.5), "b": np.arange(2), "c": float("nan"), "d": np.array(0.5)}
+    )
+    metrics = json.loads((run.directory / "metrics.json").read_text())
+    assert metrics["claims"] == dict(shown)
+    assert metrics["numbers"] == {"a": 1.5, "b": [0, 1], "c": None, "d": 0.5}
+    assert metrics["claims"]["X2"]["measured"]["gap"] == {"value": 2.0, "low": -1.0, "high": 5.0, "unit": "nats"}
+    provenance = json.loads((run.directory / "run.json").read_text())
+    assert provenance["settings"] == {"steps": 3, "hidden": [4, 4]}
+    assert provenance["versions"]["torch"] == torch.__version__
+    table = shown._repr_markdown_()
+    assert "gap 2 [-1, 5] nats" in table
+    assert "| fails |" in table
+
+
+def test_arrays_come_back_as_written():
+    run = start()
+    written = results.save_arrays(run, a=torch.arange(3), b=np.float64(2.5), c=[[1, 2]])
+    for arrays in (written, results.load_arrays(run.directory)):
+        assert {name: array.shape for name, array in arrays.items()} == {"a": (3,), "b": (), "c": (1, 2)}
+        assert arrays["b"] == 2.5
+
+
+def test_figures_and_arrays_are_byte_equal_when_made_again():
+    digests = []
+    for _ in range(2):
+        run = start()
+        figure, axis = figures.new()
+        axis.plot([1, 2])
+        figures.show_images(axis, np.ones((3, 4, 4)), columns=2)
+        results.save_figure(run, figure, "plot")
+        results.save_arrays(run, a=np.arange(5))
+        digests += [[hashlib.sha256((run.directory / n).read_bytes()).hexdigest() for n in ("plot.png", "arrays.npz")]]
+    assert digests[0] == digests[1]
+
+
+def test_image_grids_keep_one_grey_scale():
+    _, axis = figures.new()
+    dim, bright = np.full((2, 2), 0.25), np.full((2, 2), 2.0)
+    figures.show_images(axis, np.stack([dim, bright, dim]), columns=2)
+    sheet = axis.images[0].get_array()
+    assert sheet.shape == (5, 5)
+    assert (sheet[:2, :2] == 0.25).all()
+    assert (sheet[:2, 3:] == 1.0).all(), "clipped, not rescaled"
+    assert (sheet[:, 2] == 1.0).all(), "the line between two images"
+    assert (sheet[3:, 3:] == 1.0).all(), "the empty place of a last row"
+    assert axis.images[0].get_clim() == (0, 1)
+
+
+def test_recorded_weights_are_half_precision_and_bound_to_their_settings():
+    run = start()
+    state = {"weight": torch.tensor([1.0, 1 / 3]), "count": torch.tensor(7)}
+    results.save_weights(run, state)
+    with pytest.raises(UserError, match="no recorded weights"):
+        results.load_recorded_weights(run)
+    target = paths.results_root() / "cpu" / "99_test" / "weights.safetensors"
+    target.parent.mkdir(parents=True)
+    target.write_bytes((run.directory / "weights.safetensors").read_bytes())
+    loaded = results.load_recorded_weights(run)
+    assert loaded["count"] == 7
+    assert loaded["weight"].dtype == torch.float32
+    assert torch.equal(loaded["weight"], state["weight"].half().float())
+    with pytest.raises(UserError, match="other settings"):
+        results.load_recorded_weights(start(settings=Settings(steps=9)))
+    target.write_bytes(target.read_bytes()[:40])
+    with pytest.raises(UserError, match="cannot be read"):
+        results.load_recorded_weights(run)
+
+
+def test_only_finished_runs_of_committed_code_are_recorded(monkeypatch):
+    run = start()
+    with pytest.raises(UserError, match="not finished"):
+        results.record(run.directory)
+    monkeypatch.setattr(results, "describe_code", lambda: {"revision": "abc", "modified": True})
+    results.finish(run, CLAIMS, MEASURED)
+    with pytest.raises(UserError, match="not committed"):
+        results.record(run.directory)
+    monkeypatch.setattr(results, "describe_code", lambda: {"revision": "abc", "modified": False})
+    results.finish(run, CLAIMS, MEASURED)
+    (run.directory / "picture.png").write_bytes(b"png")
+    written = {str(path.relative_to(paths.results_root().parent)) for path in results.record(run.directory)}
+    assert written == {"results/cpu/99_test/metrics.json", "results/cpu/99_test/run.json", "figures/cpu/picture.png"}
+
+
+def test_a_damaged_json_file_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"claims": ')
+    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
+        results.load_json(tmp_path / "metrics.json")
