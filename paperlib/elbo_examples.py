@@ -102,9 +102,10 @@ def flow_starts(count: int, generator: torch.Generator) -> Finite:
 def survival(steps: int, generator: torch.Generator) -> dict[str, Tensor]:
     """What is left of I when the ELBO is climbed from a decoder that ignores z, by the decoder's relative speed.
 
-    Near the collapsed point the share is (s / (1 + s))^2 for a decoder s times as fast as the encoder.
+    Near the collapsed point the share is (s / (1 + s))^2 for a decoder s times as fast as the encoder, exactly so for
+    the uniform p(x) and p(z) that are used here, where ascent in the logits weighs all changes alike.
     """
-    p_x, p_z = FLOW_P_X, FLOW_P_Z
+    p_x = p_z = torch.full((5,), 0.2, **F64)
     speeds, scales = torch.logspace(-1.5, 1.5, 7, **F64), torch.tensor([0.1, 2.0], **F64)
     shape = (len(scales), len(speeds), 12)
     noise = torch.randn(len(scales), 1, 12, len(p_x), len(p_z), generator=generator, **F64)

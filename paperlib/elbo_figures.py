@@ -9,7 +9,8 @@ from paperlib.figures import PALETTE, new
 
 FLOWS_CAPTION = (
     "Left: climbing the ELBO ends anywhere on the line rate + distortion = H(p), so each start keeps its own rate. "
-    "Right: without the KL the same starts run on to the right and down, towards a code that knows x."
+    "Right: without the KL the same starts run on to the right and down, towards a code that knows x. "
+    "(Some starts lie above the frame.)"
 )
 GREY = "0.45"
 
@@ -54,7 +55,7 @@ def survival(arrays: Mapping[str, np.ndarray]) -> Any:
         bars = np.stack([middle - low, high - middle])
         moved = speeds * (0.95, 1.05)[k]
         axis.errorbar(moved, middle, bars, fmt="os"[k], ms=4, lw=1, color=PALETTE[(0, 1)[k]], label=label)
-    axis.set(xscale="log", ylim=(0, 1.3), xlabel="s, step of the decoder / step of the encoder")
+    axis.set(xscale="log", ylim=(0, None), xlabel="s, step of the decoder / step of the encoder")
     axis.set_ylabel("I(x;z) left, share of the start's")
     axis.legend(frameon=False, loc="upper left")
     return figure

@@ -11,7 +11,7 @@ errors
 paths
 checkpoints figures finite image_arrays likelihoods machine originals presets results
 aggregate chain data elbo_figures gaussian
-mixing train
+elbo_examples train
 elbo fuzziness
 reproduce
 report
