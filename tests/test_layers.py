@@ -10,8 +10,8 @@ LAYERS = """
 errors
 paths
 checkpoints figures finite image_arrays likelihoods machine originals presets results
-aggregate chain data elbo_figures gaussian
-elbo_examples train
+aggregate chain data elbo_figures gaussian pixelcnn
+elbo_examples pixelcnn_sampler train
 elbo fuzziness
 reproduce
 report

@@ -149,3 +149,166 @@ def test_no_examples_give_no_numbers():
     assert likelihoods.gaussian_log_prob(none, none, 0.0).shape == (0,)
     assert likelihoods.gaussian_kl(none, 0.0).shape == (0,)
     assert likelihoods.bernoulli_log_prob(none, none).shape == (0,)
+
+
+def grid(levels, channels):
+    """Every pixel there is, (levels ** channels, channels, 1, 1) in [-1, 1]."""
+    values = torch.arange(levels, dtype=torch.float64) * 2 / (levels - 1) - 1
+    return torch.cartesian_prod(*[values] * channels).view(-1, channels, 1, 1)
+
+
+def mix_params(generator, channels, mixtures, spread, *shape):
+    """Parameters whose means leave [-1, 1] and whose scales go from below a grey level to above the range."""
+    params = spread * draw(generator, 1, likelihoods.mix_logistic_size(mixtures, channels), *(shape or (1, 1)))
+    params[:, mixtures:] -= 1
+    return params
+
+
+CASES = [(1, 2), (1, 17), (1, 256), (3, 2), (3, 5), (3, 17)]
+
+
+@pytest.mark.parametrize(("channels", "levels"), CASES)
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_mix_logistic_sums_to_one(generator, channels, levels, spread):
+    x, params = grid(levels, channels), mix_params(generator, channels, 4, spread)
+    log_p = likelihoods.discretized_mix_logistic_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels)
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-11)
+    assert log_p.max() < 0
+
+
+@pytest.mark.parametrize(("channels", "levels"), [(1, 17), (3, 5)])
+def test_mix_logistic_against_loops_in_the_paper_layout(generator, channels, levels):
+    mixtures, x = 3, grid(levels, channels)
+    params = mix_params(generator, channels, mixtures, 0.7)
+    actual = likelihoods.discretized_mix_logistic_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels)
+
+    p = params.flatten().tolist()
+    weights = torch.softmax(params.flatten()[:mixtures], 0).tolist()
+    block = {1: 2, 3: 3}[channels] * mixtures  # of one channel
+
+    def cdf(t):
+        return 1 / (1 + math.exp(-t))
+
+    def entry(channel, kind, k):
+        return p[mixtures + channel * block + kind * mixtures + k]
+
+    for row, log_p in zip(x.flatten(1).tolist(), actual.tolist(), strict=True):
+        total = 0.0
+        for k in range(mixtures):
+            product = weights[k]
+            for c, value in enumerate(row):
+                mean, half = entry(c, 0, k), 1 / (levels - 1)
+                if c == 1:
+                    mean += math.tanh(entry(0, 2, k)) * row[0]
+                if c == 2:
+                    mean += math.tanh(entry(1, 2, k)) * row[0] + math.tanh(entry(2, 2, k)) * row[1]
+                scale = math.exp(entry(c, 1, k))
+                above = 1.0 if value > 1 - half else cdf((value + half - mean) / scale)
+                below = 0.0 if value < -1 + half else cdf((value - half - mean) / scale)
+                product *= above - below
+            total += product
+        assert log_p == pytest.approx(math.log(total), abs=1e-9)
+
+
+def uniform_params(levels, channels):
+    """Mixtures, one for each pixel there is, weighted so that all pixels are equally likely."""
+    values = grid(levels, 1).flatten()
+    log_scale = math.log(1 / (levels - 1) / 4)
+    bins = torch.cat([values, torch.full_like(values, log_scale)]).view(1, 2, levels)
+    logits = torch.zeros(levels, levels, dtype=torch.float64).fill_(-1e9).fill_diagonal_(0.0)
+    params = torch.cat([logits, bins.flatten(1).expand(levels, -1)], 1).view(levels, -1, 1, 1)
+    table = [
+        likelihoods.discretized_mix_logistic_log_prob(v.expand(levels).view(-1, 1, 1, 1), params, levels=levels)
+        for v in values
+    ]  # of a value, under each component
+    weights = torch.linalg.solve(torch.stack(table).exp(), torch.full_like(values, 1 / levels))
+    assert weights.min() > 0
+    joint = torch.cartesian_prod(*[weights.log()] * channels).view(levels**channels, channels).sum(1)
+    means = torch.cartesian_prod(*[values] * channels).view(-1, channels)
+    parts = [joint]
+    for c in range(channels):
+        parts += [means[:, c], torch.full_like(joint, log_scale)]
+        parts += [torch.zeros_like(joint)] if channels == 3 else []
+    return torch.cat(parts).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize(("channels", "levels"), [(1, 256), (1, 17), (3, 4)])
+def test_a_uniform_model_costs_the_logarithm_of_the_levels(channels, levels):
+    x, params = grid(levels, channels), uniform_params(levels, channels)
+    log_p = likelihoods.discretized_mix_logistic_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels)
+    bits = likelihoods.bits_per_dim(-log_p, channels)
+    torch.testing.assert_close(bits, torch.full_like(bits, math.log2(levels)), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(("channels", "levels"), [(1, 17), (3, 3)])
+def test_mix_logistic_samples_as_often_as_probable(generator, channels, levels):
+    mixtures, draws = 3, 200_000
+    x, params = grid(levels, channels), mix_params(generator, channels, mixtures, 0.6)
+    p = likelihoods.discretized_mix_logistic_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels).exp()
+    noise = likelihoods.mix_logistic_noise((draws, 1, 1), mixtures, channels, generator=generator, dtype=torch.float64)
+    sample = likelihoods.sample_discretized_mix_logistic(
+        params.expand(draws, -1, 1, 1), noise, channels=channels, levels=levels
+    )
+    grey = ((sample.flatten(1) + 1) * (levels - 1) / 2).round().long()
+    torch.testing.assert_close(grey * 2 / (levels - 1) - 1.0, sample.flatten(1), check_dtype=False)
+    index = (grey * torch.tensor([levels**c for c in reversed(range(channels))])).sum(1)
+    counts = torch.bincount(index, minlength=len(p))
+    seen = p * draws > 5
+    chi_squared = ((counts - p * draws).square() / (p * draws))[seen].sum().item()
+    assert seen.sum() > 10
+    assert abs(chi_squared - seen.sum()) < 4 * math.sqrt(2 * seen.sum())
+    assert ((counts - p * draws).abs() < 5 * (p * draws).sqrt() + 5).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_mix_logistic_at_extreme_parameters(generator, channels, size):
+    for dtype in (torch.float32, torch.float64):
+        params = (size * mix_params(generator, channels, 5, 1.0, 8, 8).sign()).to(dtype).requires_grad_()
+        x = torch.randint(256, (1, channels, 8, 8), generator=generator) * (2 / 255) - 1
+        x[..., 0], x[..., 1] = -1, 1
+        log_p = likelihoods.discretized_mix_logistic_log_prob(x.to(dtype), params)
+        log_p.sum().backward()
+        assert log_p.isfinite().all() and params.grad.isfinite().all()
+        assert params.grad.abs().max() > 0
+
+
+def test_mix_logistic_in_float32_and_half(generator):
+    x = torch.randint(256, (4, 3, 5, 6), generator=generator) * (2 / 255) - 1
+    params = torch.cat([mix_params(generator, 3, 5, 1.0, 5, 6) for _ in range(4)])
+    exact = likelihoods.discretized_mix_logistic_log_prob(x.double(), params)
+    actual = likelihoods.discretized_mix_logistic_log_prob(x, params.float())
+    assert actual.shape == (4,) and actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=0)
+    half = likelihoods.discretized_mix_logistic_log_prob(x, params.bfloat16())
+    assert torch.equal(half, likelihoods.discretized_mix_logistic_log_prob(x, params.bfloat16().float()))
+
+
+def test_mix_logistic_is_causal_in_the_channels(generator):
+    x = grid(5, 3)[60:61].requires_grad_()
+    params = mix_params(generator, 3, 4, 0.5)
+    for c in range(3):
+        of_channel = likelihoods._component_log_probs(x, params, 5)[:, c].sum()
+        (gradient,) = torch.autograd.grad(of_channel, x)
+        assert (gradient.flatten() != 0).tolist() == [k <= c for k in range(3)]
+
+
+def test_mix_logistic_noise(generator):
+    noise = likelihoods.mix_logistic_noise((100_000, 1), 2, 1, generator=generator, dtype=torch.float64)[..., 0]
+    mean = torch.tensor([0.5772157, 0.5772157, 0], dtype=torch.float64)
+    var = torch.tensor([math.pi**2 / 6, math.pi**2 / 6, math.pi**2 / 3], dtype=torch.float64)
+    assert ((noise.mean(0) - mean).abs() < 4 * (var / len(noise)).sqrt()).all()
+    torch.testing.assert_close(noise.var(0), var, rtol=0.05, atol=0)
+    again = likelihoods.mix_logistic_noise((100_000, 1), 2, 1, generator=torch.Generator().manual_seed(0))[..., 0]
+    torch.testing.assert_close(again, noise.float(), rtol=0, atol=0)
+
+
+def test_mix_logistic_refuses_what_does_not_fit():
+    x, params = torch.zeros(2, 3, 4, 4), torch.zeros(2, 20, 4, 4)
+    for wrong in (params[:, :19], params[:1], params[..., :3], params[:, :0]):
+        with pytest.raises(ValueError, match="do not fit"):
+            likelihoods.discretized_mix_logistic_log_prob(x, wrong)
+    with pytest.raises(ValueError, match="1 grey levels"):
+        likelihoods.discretized_mix_logistic_log_prob(x, params, levels=1)
+    with pytest.raises(ValueError, match="2 channels"):
+        likelihoods.discretized_mix_logistic_log_prob(x[:, :2], params)
