@@ -130,22 +130,23 @@ def sample_discretized_mix_logistic(params: Tensor, noise: Tensor, *, channels: 
     """
     params, half = _widened(params), (levels - 1) / 2
     noise = noise.to(params.dtype)
-    mixtures = params.shape[1] // mix_logistic_size(1, channels)
-    which = (params[:, :mixtures] + noise[:, :mixtures]).argmax(1, keepdim=True).unsqueeze(1)
-    each = params[:, mixtures:].reshape(params.shape[0], -1, mixtures, *params.shape[2:])
-    chosen = each.gather(2, which.expand(-1, each.shape[1], *which.shape[2:])).squeeze(2)
     kinds = _kinds(channels)
+    mixtures = params.shape[1] // (1 + channels * kinds)
+    which = (params[:, :mixtures] + noise[:, :mixtures]).argmax(1, keepdim=True)
+    # Rows of K: the logits, then mean, log-scale and perhaps coefficient of each channel.
+    table = params.unflatten(1, (-1, mixtures))
+    chosen = table.gather(2, which.unsqueeze(1).expand(-1, table.shape[1], *which.shape[1:])).squeeze(2)
+    scales = chosen[:, 2::kinds].clamp(min=MIN_LOG_SCALE).exp_()
     # From here in units of grey levels, from 0.
-    values = chosen[:, 1::kinds].clamp(min=MIN_LOG_SCALE).exp_().mul_(noise[:, mixtures:])
-    values = values.add_(chosen[:, 0::kinds]).add_(1).mul_(half)
-    grey = [values[:, 0].round().clamp_(0, levels - 1)]
+    values = torch.addcmul(chosen[:, 1::kinds], scales, noise[:, mixtures:]).add_(1).mul_(half)
+    red = values[:, 0].round_().clamp_(0, levels - 1)
     if channels == 3:
-        green_red, blue_red, blue_green = chosen[:, 2::kinds].tanh().unbind(1)
-        green = values[:, 1].addcmul_(green_red, grey[0] - half)
-        grey.append(green.round_().clamp_(0, levels - 1))
-        blue = values[:, 2].addcmul_(blue_red, grey[0] - half).addcmul_(blue_green, grey[1] - half)
-        grey.append(blue.round_().clamp_(0, levels - 1))
-    return torch.stack(grey, 1).mul_(1 / half).sub_(1)
+        green_red, blue_red, blue_green = chosen[:, 3::kinds].tanh().unbind(1)
+        _, green, blue = values.unbind(1)
+        red = red - half
+        green.addcmul_(green_red, red).round_().clamp_(0, levels - 1)
+        blue.addcmul_(blue_red, red).addcmul_(blue_green, green - half).round_().clamp_(0, levels - 1)
+    return values.mul_(1 / half).sub_(1)
 
 
 def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:

@@ -220,7 +220,7 @@ def shift_right(x: Tensor) -> Tensor:
 
 
 class _WeightNorm(nn.Module):
-    """weight = scale * direction / |direction|, one norm per output channel. `gain`: the deviation `initialise` gives."""
+    """weight = scale * direction / |direction|, a norm per output channel; `initialise` makes the deviation `gain`."""
 
     def __init__(self, shape: tuple[int, ...], out_dim: int, gain: float) -> None:
         super().__init__()
@@ -269,8 +269,8 @@ def conditioning_maps(settings: PixelCNNSettings, shape: torch.Size, h: Tensor |
     """h at full, half and quarter resolution, (B, conditioning, H, W) or of one pixel; checks the shapes of x and h."""
     if len(shape) != 4 or shape[1] != settings.channels or shape[2] % 4 or shape[3] % 4:
         raise ValueError(
-            f"images of shape {tuple(shape)}, but this network takes (B, {settings.channels}, H, W) with sides that are "
-            f"multiples of 4"
+            f"images of shape {tuple(shape)}, but this network takes (B, {settings.channels}, H, W) with sides "
+            f"that are multiples of 4"
         )
     if (h is not None) != bool(settings.conditioning):
         raise ValueError(f"h is {'missing' if h is None else 'given'}, but conditioning is {settings.conditioning}")

@@ -1,7 +1,7 @@
 """Exact sampling from a PixelCNN++, computing for each pixel only what is new.
 
-One full pass of the network per pixel repeats almost everything. Here every activation is computed once: the whole image
-costs about one full pass, in small pieces (the idea of Ramachandran et al. 2017, arXiv 1704.06001). The order of work:
+One full pass of the network per pixel repeats almost everything. Here every activation is computed once: an image costs
+about one full pass, in small pieces (the idea of Ramachandran et al. 2017, arXiv 1704.06001). The order of work:
 
     for each row i:
         the vertical stream u of this row            it sees rows above only
@@ -20,6 +20,7 @@ On CUDA the work of a row is recorded as a CUDA graph, once for each of its thre
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,14 +45,13 @@ class Sampler:
         self.settings, self.shape = network.settings, (batch, network.settings.channels, height, width)
         like = network.last.bias.detach()
         self.buffers = _Buffers(batch, like)
-        self.network = _Streams(network, self.buffers, width)
+        self.streams = _Streams(network, self.buffers, width)
         size = network.settings.mixtures + network.settings.channels
         parameters = mix_logistic_size(network.settings.mixtures, network.settings.channels)
         self.noise = like.new_zeros(width, batch, size)  # of one row
         self.params = like.new_zeros(width, batch, parameters)
         self.graphs: dict[tuple[int, bool, tuple[int, ...]], torch.cuda.CUDAGraph] = {}
 
-    @torch.inference_mode()
     def draw(
         self,
         h: Tensor | None = None,
@@ -63,43 +63,41 @@ class Sampler:
         """Images (B, C, H, W) in [-1, 1], on grey levels, with h as in `PixelCNN.forward`.
 
         `noise` is what `mix_logistic_noise((B, H, W), mixtures, channels)` gives, drawn from `generator` (on the device
-        of the network) unless it is given. The bar appears after two seconds; Ctrl-C ends within a row. Raises
-        `ValueError` for shapes that do not fit, and when both generator and noise are given.
+        of the network) unless it is given. The bar appears after two seconds; Ctrl-C ends within a row, and the sampler
+        can be used again. Raises `ValueError` for shapes that do not fit, and when both generator and noise are given.
         """
         batch, channels, height, width = self.shape
-        mixtures = self.settings.mixtures
+        mixtures, like = self.settings.mixtures, self.noise
         if noise is None:
+            shape = (batch, height, width)
             noise = mix_logistic_noise(
-                (batch, height, width),
-                mixtures,
-                channels,
-                generator=generator,
-                dtype=self.noise.dtype,
-                device=self.noise.device,
+                shape, mixtures, channels, generator=generator, dtype=like.dtype, device=like.device
             )
         elif generator is not None:
             raise ValueError("give either noise or a generator, not both")
         if noise.shape != (expected := (batch, mixtures + channels, height, width)):
             raise ValueError(f"noise of shape {tuple(noise.shape)}, but it takes {expected}")
-        rows = noise.permute(2, 3, 0, 1).to(self.noise)
-        images = self.noise.new_empty(self.shape)
-        for i in self._rows(h, progress):
-            self.noise.copy_(rows[i])
-            self._compute(i, draw=True)
-            images[:, :, i] = self.network.pixels.permute(0, 2, 1)
+        images = torch.empty(self.shape, dtype=like.dtype, device=like.device)
+        with torch.inference_mode():
+            rows = noise.permute(2, 3, 0, 1).to(like)
+            for i in self._rows(h, progress):
+                self.noise.copy_(rows[i])
+                self._compute(i, draw=True)
+                images[:, :, i] = self.streams.pixels.permute(0, 2, 1)
         return images
 
-    @torch.inference_mode()
     def teacher_forced(self, x: Tensor, h: Tensor | None = None) -> Tensor:
         """What the network says, `network(x, h)`, (B, P, H, W), computed as `draw` does but with the pixels of x."""
         if x.shape != self.shape:
             raise ValueError(f"images of shape {tuple(x.shape)}, but this sampler was made for {self.shape}")
-        result = []
-        for i in self._rows(h, progress=False):
-            self.network.next_pixels.copy_(x[:, :, i].permute(0, 2, 1))
-            self._compute(i, draw=False)
-            result.append(self.params.permute(1, 2, 0).clone())
-        return torch.stack(result, 2)
+        like, (batch, _, height, width) = self.params, self.shape
+        result = torch.empty(batch, like.shape[2], height, width, dtype=like.dtype, device=like.device)
+        with torch.inference_mode():
+            for i in self._rows(h, progress=False):
+                self.streams.given_pixels.copy_(x[:, :, i].permute(0, 2, 1))
+                self._compute(i, draw=False)
+                result[:, :, i] = self.params.permute(1, 2, 0)
+        return result
 
     def _rows(self, h: Tensor | None, progress: bool) -> Iterator[int]:
         maps = conditioning_maps(self.settings, torch.Size(self.shape), h)
@@ -107,7 +105,7 @@ class Sampler:
         hidden = {} if progress else {"disable": True}  # else for TQDM_DISABLE to say
         for i in tqdm(range(self.shape[2]), desc="sampling", unit="row", leave=False, delay=2, **hidden):
             if h is not None:
-                self.network.set_conditioning([m[:, :, (i >> level) % m.shape[2]] for level, m in enumerate(maps)])
+                self.streams.set_conditioning([m[:, :, (i >> level) % m.shape[2]] for level, m in enumerate(maps)])
             yield i
 
     def _compute(self, i: int, draw: bool) -> None:
@@ -118,7 +116,7 @@ class Sampler:
             self._row(kind, draw)
 
     def _row(self, kind: int, draw: bool) -> None:
-        streams = self.network
+        streams = self.streams
         streams.begin_row(kind, keep_pixels=not draw)
         channels, levels = self.settings.channels, self.settings.levels
         for j, (pixel, noise, params) in enumerate(
@@ -132,7 +130,7 @@ class Sampler:
 
     def _graph(self, kind: int, draw: bool) -> torch.cuda.CUDAGraph:
         """Recorded on first use; what the recording does to the buffers is undone."""
-        key = (kind, draw, self.network.conditioning_shape)
+        key = (kind, draw, self.streams.conditioning_shape)
         if key not in self.graphs:
             saved = self.buffers.copy()
             side = torch.cuda.Stream(self.noise.device)
@@ -149,7 +147,7 @@ class Sampler:
 
 
 class _Buffers:
-    """All that is remembered from pixel to pixel: rows (B, width + 2, features), with a column of zeros at either end."""
+    """All that is remembered from pixel to pixel: rows (B, width + 2, features) between two columns of zeros."""
 
     def __init__(self, batch: int, like: Tensor) -> None:
         self.batch, self.like, self.all = batch, like, []
@@ -225,7 +223,7 @@ class _Streams:
         # Images carry a channel of ones. It is there wherever a layer reads the pixel just above or to the left, so
         # the first layers' biases ride on it; what lies outside the image then gives exact zeros, as after a shift.
         self.image, self.above, self.above2 = (buffers.row(width, channels + 1) for _ in range(3))
-        self.next_pixels = self.image.new_zeros(*self.image[:, 1:-1, :channels].shape)
+        self.given_pixels = self.image.new_zeros(*self.image[:, 1:-1, :channels].shape)
         self.pixels = self.image[:, 1:-1, :channels]
         self.pixel_columns = self.pixels.unbind(1)
         self.first_u = _taps(network.first_u)
@@ -235,10 +233,8 @@ class _Streams:
         (self.first_corner,), (self.first_left,) = _taps(network.first_left)
         self.first_left[-1] += network.first_left.bias
 
-        self.halve_u = [_taps(layer) for layer in network.halve_u]
-        self.halve_ul = [_taps(layer) for layer in network.halve_ul]
-        self.halve_bias_u = [layer.bias.detach() for layer in network.halve_u]
-        self.halve_bias_ul = [layer.bias.detach() for layer in network.halve_ul]
+        self.halve_u = [_Halving(layer) for layer in network.halve_u]
+        self.halve_ul = [_Halving(layer) for layer in network.halve_ul]
         self.double_u = [_Doubling(layer) for layer in network.double_u]
         self.double_ul = [_Doubling(layer) for layer in network.double_ul]
         ((self.last,),) = _taps(network.last)
@@ -254,7 +250,6 @@ class _Streams:
         self.pairs_below = [p.unbind(1) for p in pairs]
         doubled = [s.x[:, 1:-1].unflatten(1, (-1, 2)).flatten(2) for s in self.down_ul[:2]]  # columns 2j and 2j + 1
         self.doubled = [d.unbind(1) for d in doubled]
-        self.halve_now = [torch.cat(taps[1]) for taps in self.halve_ul]
         self.lift = torch.tensor([1.0, -1.0]).to(self.image).view(1, 2, 1)
 
     @property
@@ -279,15 +274,12 @@ class _Streams:
         self.above.copy_(self.image)
         self.image[:, 1:-1, -1] = 1
         if keep_pixels:
-            self.pixels.copy_(self.next_pixels)
+            self.pixels.copy_(self.given_pixels)
         # First what rests on the row before, and is about to be overwritten.
         for level in reversed(range(1, kind)):
-            for streams, halves, biases in [
-                (self.up_u, self.halve_u, self.halve_bias_u),
-                (self.up_ul, self.halve_ul, self.halve_bias_ul),
-            ]:
-                streams[level].x[:, 1:-1] = biases[level - 1]
-                _add_halved(streams[level].x, streams[level - 1].x, halves[level - 1][0])
+            for up, halves in [(self.up_u, self.halve_u), (self.up_ul, self.halve_ul)]:
+                up[level].x[:, 1:-1] = halves[level - 1].bias
+                halves[level - 1].add_row(up[level - 1].x, up[level].x, 0)
         for level in range(kind):
             for streams in (self.up_u, self.up_ul, self.down_u, self.down_ul):
                 for block in streams[level].blocks:
@@ -304,7 +296,7 @@ class _Streams:
         for level in range(kind):
             up = self.up_u[level]
             if level:
-                _add_halved(up.x, self.up_u[level - 1].x, self.halve_u[level - 1][1])
+                self.halve_u[level - 1].add_row(self.up_u[level - 1].x, up.x, 1)
             _concat_elu(up.x, up.elus[0])
             for block in up.blocks:
                 block.row()
@@ -338,7 +330,7 @@ class _Streams:
         for level in range(levels):
             up, column = self.up_ul[level], j >> level
             if level:
-                self.up_x[level][column].addmm_(self.pairs_below[level - 1][column], self.halve_now[level - 1])
+                self.halve_ul[level - 1].add_pixel(self.pairs_below[level - 1][column], self.up_x[level][column])
             up.blocks[0].start(column, lift)
             for block in up.blocks:
                 block.pixel(column, lift)
@@ -399,24 +391,29 @@ class _Block:
         def signed(row: Tensor) -> list[Tensor]:
             return row[:, 1:-1].unflatten(2, (2, f)).unbind(1)
 
-        cuts = [None] * width if self.pixel_cut is None else self.pixel_cut[:, 1:-1].unbind(1)
-        inner, gates, x = (row[:, 1:-1].unbind(1) for row in (self.inner, self.gates, self.x))
-        self.columns = list(
-            zip(
-                inner,
-                [c.unsqueeze(1) for c in inner],
-                pairs(self.before),
-                cuts,
-                signed(self.middle),
-                gates,
-                pairs(self.middle),
-                x,
-                [c.unsqueeze(1) for c in x],
-                signed(self.after),
-                signed(self.before),
-                strict=True,
-            )
+        def columns(row: Tensor) -> tuple[Tensor, ...]:
+            return row[:, 1:-1].unbind(1)
+
+        inner, x = columns(self.inner), columns(self.x)
+        values, openings = (columns(part) for part in self.gates.chunk(2, 2))
+        cuts = [None] * width if self.pixel_cut is None else columns(self.pixel_cut)
+        views = zip(
+            signed(self.before),
+            pairs(self.before),
+            cuts,
+            inner,
+            [column.unsqueeze(1) for column in inner],
+            signed(self.middle),
+            pairs(self.middle),
+            columns(self.gates),
+            values,
+            openings,
+            x,
+            [column.unsqueeze(1) for column in x],
+            signed(self.after),
+            strict=True,
         )
+        self.columns = [_Column(*each) for each in views]
 
     def begin_row(self, condition: Tensor | None) -> None:
         """What the row above gives."""
@@ -437,25 +434,66 @@ class _Block:
         _add_taps(self.inner, self.before, self.inner_taps[1])
         _concat_elu(self.inner, self.middle)
         _add_taps(self.gates, self.middle, self.gated_taps[1])
-        self.x[:, 1:-1] += F.glu(self.gates[:, 1:-1], 2)
+        values, gates = self.gates[:, 1:-1].chunk(2, 2)
+        self.x[:, 1:-1].addcmul_(values, gates.sigmoid())
         _concat_elu(self.x, self.after)
 
     def start(self, j: int, lift: Tensor) -> None:
         """concat-ELU of what enters the first block."""
         column = self.columns[j]
-        torch.mul(column[8], lift, out=column[10])
-        F.elu(column[10], inplace=True)
+        torch.mul(column.x_once, lift, out=column.before)
+        F.elu(column.before, inplace=True)
 
     def pixel(self, j: int, lift: Tensor) -> None:
-        inner, inner_signed, before, cut, middle, gates, middles, x, x_signed, after, _ = self.columns[j]
-        inner.addmm_(before, self.inner_now)
+        _, befores, cut, inner, inner_once, middle, middles, gates, values, openings, x, x_once, after = self.columns[j]
+        inner.addmm_(befores, self.inner_now)
         if cut is not None:
             inner.addmm_(cut, self.pixel_weight)
-        torch.mul(inner_signed, lift, out=middle)
+        torch.mul(inner_once, lift, out=middle)
         F.elu(middle, inplace=True)
-        x.add_(F.glu(gates.addmm_(middles, self.gated_now), 1))
-        torch.mul(x_signed, lift, out=after)
+        gates.addmm_(middles, self.gated_now)
+        x.addcmul_(values, torch.sigmoid(openings))
+        torch.mul(x_once, lift, out=after)
         F.elu(after, inplace=True)
+
+
+class _Column(NamedTuple):
+    """Views of one column in the buffers of a block of the horizontal stream."""
+
+    before: Tensor  # (B, 2, F), concat-ELU with its halves apart; so too `middle` and `after`
+    befores: Tensor  # (B, 4 F), with its left neighbour
+    cut: Tensor | None  # (B, 2 F), of the short-cut
+    inner: Tensor  # (B, F)
+    inner_once: Tensor  # (B, 1, F)
+    middle: Tensor
+    middles: Tensor  # (B, 4 F), with its left neighbour
+    gates: Tensor  # (B, 2 F), of which the halves are
+    values: Tensor
+    openings: Tensor
+    x: Tensor  # (B, F)
+    x_once: Tensor  # (B, 1, F)
+    after: Tensor
+
+
+class _Halving:
+    """Convolution of stride 2. A row laid flat falls into pairs of columns 2j - 1 and 2j, for it begins with a zero."""
+
+    def __init__(self, layer: ShiftedConv) -> None:
+        taps = _taps(layer)
+        self.pairs = [torch.cat(row[:2]) for row in taps]  # of the row above, of the row itself
+        self.rights = [row[2] if len(row) == 3 else None for row in taps]
+        self.bias = layer.bias.detach()
+
+    def add_row(self, source: Tensor, target: Tensor, k: int) -> None:
+        """What the kernel's row k makes of the source, added to all of the target."""
+        total = source.view(len(source), -1, 2 * source.shape[2])[:, :-1] @ self.pairs[k]
+        if self.rights[k] is not None:
+            total += source[:, 2::2] @ self.rights[k]
+        target[:, 1:-1] += total
+
+    def add_pixel(self, pair: Tensor, target: Tensor) -> None:
+        """The lower row's part of one pixel: (B, 2 F) to (B, F)."""
+        target.addmm_(pair, self.pairs[1])
 
 
 class _Doubling:
@@ -502,15 +540,6 @@ def _add_taps(total: Tensor, source: Tensor, taps: list[Tensor | None]) -> None:
             total.addmm_(source, tap)
         elif tap is not None:
             total[:-1].addmm_(source[1:], tap)
-
-
-def _add_halved(total: Tensor, source: Tensor, taps: list[Tensor]) -> None:
-    """total[:, j] += sum_k source[:, 2j - 1 + k] taps[k], inner columns of total only."""
-    pairs = source.view(len(source), -1, 2 * source.shape[2])
-    result = pairs[:, :-1] @ torch.cat(taps[:2])
-    if len(taps) == 3:
-        result += source[:, 2::2] @ taps[2]
-    total[:, 1:-1] += result
 
 
 def _concat_elu(x: Tensor, target: Tensor) -> None:
