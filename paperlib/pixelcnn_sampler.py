@@ -30,6 +30,9 @@ from tqdm import tqdm
 from paperlib.likelihoods import mix_logistic_noise, mix_logistic_size, sample_discretized_mix_logistic
 from paperlib.pixelcnn import GatedBlock, PixelCNN, ShiftedConv, ShiftedUpsample, conditioning_maps
 
+# A pixel's products are small: up to this batch a second thread costs more in waiting than it saves.
+SINGLE_THREAD_BATCH = 64
+
 
 class Sampler:
     """Draws `batch` images of height x width at a time, with the weights that `network` has now.
@@ -116,12 +119,19 @@ class Sampler:
             self._row(kind, draw)
 
     def _row(self, kind: int, draw: bool) -> None:
-        streams = self.streams
-        streams.begin_row(kind, keep_pixels=not draw)
-        channels, levels = self.settings.channels, self.settings.levels
-        for j, (pixel, noise, params) in enumerate(
-            zip(streams.pixel_columns, self.noise.unbind(0), self.params.unbind(0), strict=True)
-        ):
+        self.streams.begin_row(kind, keep_pixels=not draw)
+        threads = torch.get_num_threads()
+        if self.shape[0] <= SINGLE_THREAD_BATCH:
+            torch.set_num_threads(1)
+        try:
+            self._pixels(kind, draw)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _pixels(self, kind: int, draw: bool) -> None:
+        channels, levels, streams = self.settings.channels, self.settings.levels, self.streams
+        columns = zip(streams.pixel_columns, self.noise.unbind(0), self.params.unbind(0), strict=True)
+        for j, (pixel, noise, params) in enumerate(columns):
             found = streams.parameters(j, kind)
             if draw:
                 pixel.copy_(sample_discretized_mix_logistic(found, noise, channels=channels, levels=levels))
@@ -169,9 +179,9 @@ class _Buffers:
 
 
 class _Resolution:
-    """One resolution of one stream in one pass: the residual x, and concat-ELU of x before, between and after blocks.
+    """One resolution of one stream in one pass: the residual x (B, w + 2, F), and `elus`, (B, w + 2, 2 F) each.
 
-    `x` is (B, w + 2, F), `elus` are (B, w + 2, 2 F).
+    These are concat-ELU of x before, between and after the blocks.
     """
 
     def __init__(self, buffers: _Buffers, width: int, filters: int, blocks: int, below: "_Resolution | None" = None):
@@ -179,7 +189,7 @@ class _Resolution:
         self.x = below.x if below else buffers.row(width, filters)
         first = below.elus[-1] if below else buffers.row(width, 2 * filters)
         self.elus = [first, *(buffers.row(width, 2 * filters) for _ in range(blocks))]
-        self.blocks: list[_Block] = []
+        self.blocks: list[_RowBlock] | list[_PixelBlock] = []
 
 
 class _Streams:
@@ -204,21 +214,16 @@ class _Streams:
             short_u, short_ul = up_u.elus, up_ul.elus
             if level == 2:
                 short_u, short_ul = short_u[:-1], short_ul[:-1]
+            scratch = buffers.row(widths[level], f), buffers.row(widths[level], 2 * f)
             for k in range(n):
-                up_u.blocks.append(_Block(network.up_u[level][k], buffers, up_u, k))
-                up_ul.blocks.append(_Block(network.up_ul[level][k], buffers, up_ul, k, row_cut=up_u.elus[k + 1]))
+                up_u.blocks.append(_RowBlock(network.up_u[level][k], buffers, up_u, k, scratch, None))
+                cuts = up_u.elus[k + 1], None
+                up_ul.blocks.append(_PixelBlock(network.up_ul[level][k], buffers, up_ul, k, *cuts))
             for k in range(len(down_u.elus) - 1):
-                down_u.blocks.append(_Block(network.down_u[level][k], buffers, down_u, k, row_cut=short_u[-1 - k]))
-                down_ul.blocks.append(
-                    _Block(
-                        network.down_ul[level][k],
-                        buffers,
-                        down_ul,
-                        k,
-                        row_cut=down_u.elus[k + 1],
-                        pixel_cut=short_ul[-1 - k],
-                    )
-                )
+                cut = short_u[-1 - k]
+                down_u.blocks.append(_RowBlock(network.down_u[level][k], buffers, down_u, k, scratch, cut))
+                cuts = down_u.elus[k + 1], short_ul[-1 - k]
+                down_ul.blocks.append(_PixelBlock(network.down_ul[level][k], buffers, down_ul, k, *cuts))
 
         # Images carry a channel of ones. It is there wherever a layer reads the pixel just above or to the left, so
         # the first layers' biases ride on it; what lies outside the image then gives exact zeros, as after a shift.
@@ -259,11 +264,10 @@ class _Streams:
     def set_conditioning(self, rows: list[Tensor]) -> None:
         """Of each resolution (B, conditioning, w) or (B, conditioning, 1); kept in one place for each width."""
         for level, row in enumerate(rows):
-            place = self.condition_rows.setdefault(
-                (level, row.shape[2]), self.image.new_empty(row.transpose(1, 2).shape)
-            )
-            place.copy_(row.transpose(1, 2))
-            self.conditions[level] = place
+            row, key = row.transpose(1, 2), (level, row.shape[2])
+            if key not in self.condition_rows:
+                self.condition_rows[key] = self.image.new_empty(row.shape)
+            self.conditions[level] = self.condition_rows[key].copy_(row)
 
     def begin_row(self, kind: int, keep_pixels: bool) -> None:
         """The vertical stream of the next row, and all that is known of the horizontal one before its first pixel.
@@ -280,10 +284,6 @@ class _Streams:
             for up, halves in [(self.up_u, self.halve_u), (self.up_ul, self.halve_ul)]:
                 up[level].x[:, 1:-1] = halves[level - 1].bias
                 halves[level - 1].add_row(up[level - 1].x, up[level].x, 0)
-        for level in range(kind):
-            for streams in (self.up_u, self.up_ul, self.down_u, self.down_ul):
-                for block in streams[level].blocks:
-                    block.begin_row(self.conditions[level])
         self._vertical_row(kind)
         self._begin_horizontal_row(kind)
 
@@ -297,16 +297,17 @@ class _Streams:
             up = self.up_u[level]
             if level:
                 self.halve_u[level - 1].add_row(self.up_u[level - 1].x, up.x, 1)
-            _concat_elu(up.x, up.elus[0])
             for block in up.blocks:
-                block.row()
+                block.row(self.conditions[level])
+            if level < 2:  # else the first block of the down pass does it
+                _concat_elu(up.x, up.elus[-1])
         for level in reversed(range(kind)):
             down = self.down_u[level]
             if level < 2:
                 self.double_u[level].row(self.down_u[level + 1].x, down.x, odd=level == kind - 1)
-                _concat_elu(down.x, down.elus[0])
             for block in down.blocks:
-                block.row()
+                block.row(self.conditions[level])
+            _concat_elu(down.x, down.elus[-1])
 
     def _begin_horizontal_row(self, kind: int) -> None:
         x = self.up_ul[0].x
@@ -316,7 +317,7 @@ class _Streams:
         x[:, 1:-1] = total[:, 1:-1]
         for level in range(kind):
             for block in (*self.up_ul[level].blocks, *self.down_ul[level].blocks):
-                block.add_row_cut()
+                block.begin_row(self.conditions[level])
         if kind < 3:  # an odd row of the finest resolution whose coarser neighbour has no new row
             self.double_ul[kind - 1].row(self.down_ul[kind].x, self.down_ul[kind - 1].x, odd=True)
 
@@ -345,8 +346,35 @@ class _Streams:
         return torch.addmm(self.last_bias, F.elu(self.down_x[0][j]), self.last)
 
 
-class _Block:
-    """A gated block: rows at a time for the vertical stream, or the upper taps by rows and the lower by pixels."""
+class _Folded(NamedTuple):
+    """The weights of a gated block."""
+
+    inner: list[list[Tensor]]  # taps, and so are the gates
+    inner_bias: Tensor
+    gates: list[list[Tensor]]
+    gates_bias: Tensor
+    row_cut: Tensor | None  # (2 F, F), of the short-cut whose row is known before the first pixel
+    pixel_cut: Tensor | None  # (2 F, F), of the other
+    condition: Tensor | None  # (conditioning, 2 F)
+
+    @classmethod
+    def of(cls, block: GatedBlock) -> "_Folded":
+        bias, row_cut, pixel_cut, condition = block.inner.bias.detach(), None, None, None
+        if block.short_cut is not None:
+            bias = bias + block.short_cut.bias.detach()
+            ((weight,),) = _taps(block.short_cut)
+            # Of concat-ELU of [row, pixel] the order is [row, pixel, -row, -pixel].
+            parts = weight.unflatten(0, (2, -1, len(bias)))
+            row_cut, *rest = (part.flatten(0, 1) for part in parts.unbind(1))
+            pixel_cut = rest[0] if rest else None
+        if block.condition is not None:
+            condition = block.condition.weight.detach()[:, :, 0, 0].T.contiguous()
+        gates, gates_bias = _taps(block.gated), block.gated.bias.detach()
+        return cls(_taps(block.inner), bias, gates, gates_bias, row_cut, pixel_cut, condition)
+
+
+class _RowBlock:
+    """A gated block of the vertical stream, the k-th at `place`. `scratch` is for every such block of that width."""
 
     def __init__(
         self,
@@ -354,58 +382,76 @@ class _Block:
         buffers: _Buffers,
         place: _Resolution,
         k: int,
-        row_cut: Tensor | None = None,
-        pixel_cut: Tensor | None = None,
+        scratch: tuple[Tensor, Tensor],
+        row_cut: Tensor | None,
     ) -> None:
-        """The k-th block at `place`, whose short-cut reads concat-ELUs: a row already whole, and one that grows."""
+        self.weights, self.row_cut = _Folded.of(block), row_cut
+        self.x, self.before, (self.inner, self.gates) = place.x, place.elus[k], scratch
+        self.middle = buffers.row(self.x.shape[1] - 2, 2 * self.x.shape[2])
+
+    def row(self, condition: Tensor | None) -> None:
+        """`before` and `middle` hold the row above, then this one."""
+        weights = self.weights
+        _add_taps(self.inner, self.before, weights.inner[0], weights.inner_bias)
+        _concat_elu(self.x, self.before)
+        _add_taps(self.inner, self.before, weights.inner[1])
+        if self.row_cut is not None:
+            _add_taps(self.inner, self.row_cut, [None, weights.row_cut, None])
+        _add_taps(self.gates, self.middle, weights.gates[0], weights.gates_bias)
+        _concat_elu(self.inner, self.middle)
+        _add_taps(self.gates, self.middle, weights.gates[1])
+        inside = self.gates[:, 1:-1]
+        if condition is not None:
+            inside += condition @ weights.condition
+        values, openings = inside.chunk(2, 2)
+        self.x[:, 1:-1].addcmul_(values, openings.sigmoid())
+
+
+class _PixelBlock:
+    """A gated block of the horizontal stream, the k-th at `place`: upper taps by rows, lower ones by pixels.
+
+    Its short-cut reads concat-ELUs of a row that is whole before the first pixel, and of one that grows with it.
+    """
+
+    def __init__(
+        self,
+        block: GatedBlock,
+        buffers: _Buffers,
+        place: _Resolution,
+        k: int,
+        row_cut: Tensor,
+        pixel_cut: Tensor | None,
+    ) -> None:
+        self.weights, self.row_cut = _Folded.of(block), row_cut
         self.x, self.before, self.after = place.x, place.elus[k], place.elus[k + 1]
         f, width = self.x.shape[2], self.x.shape[1] - 2
         self.middle = buffers.row(width, 2 * f)
-        self.inner, self.gates = self.x.new_zeros(self.x.shape), self.x.new_zeros(self.middle.shape)
-        self.inner_taps, self.gated_taps = _taps(block.inner), _taps(block.gated)
-        self.inner_bias, self.gated_bias = block.inner.bias.detach(), block.gated.bias.detach()
-        self.row_cut, self.pixel_cut, self.row_weight, self.pixel_weight = row_cut, pixel_cut, None, None
-        if block.short_cut is not None:
-            ((weight,),) = _taps(block.short_cut)
-            self.inner_bias = self.inner_bias + block.short_cut.bias.detach()
-            # Of concat-ELU of [row, pixel] the network's order is [row, pixel, -row, -pixel].
-            parts = weight.unflatten(0, (2, -1, f))
-            self.row_weight, self.pixel_weight = (
-                parts[:, 0].flatten(0, 1),
-                parts[:, -1].flatten(0, 1).contiguous(),
-            )
-        self.condition = None
-        if block.condition is not None:
-            self.condition = block.condition.weight.detach()[:, :, 0, 0].T.contiguous()
-        self._make_columns(f, width)
+        self.inner, self.gates = buffers.row(width, f), buffers.row(width, 2 * f)
+        self.inner_now, self.gates_now = (torch.cat(taps[1]) for taps in (self.weights.inner, self.weights.gates))
+        self.columns = self._columns(pixel_cut)
 
-    def _make_columns(self, f: int, width: int) -> None:
-        if len(self.inner_taps[1]) == 3:
-            return  # the vertical stream
-        self.inner_now, self.gated_now = torch.cat(self.inner_taps[1]), torch.cat(self.gated_taps[1])
-
-        def pairs(row: Tensor) -> tuple[Tensor, ...]:
-            """Each column with its left neighbour, (B, 2 * features), side by side as the memory has them."""
-            return row.flatten(1).unfold(1, 2 * row.shape[2], row.shape[2]).unbind(1)[:width]
-
-        def signed(row: Tensor) -> list[Tensor]:
-            return row[:, 1:-1].unflatten(2, (2, f)).unbind(1)
-
+    def _columns(self, pixel_cut: Tensor | None) -> list["_Column"]:
         def columns(row: Tensor) -> tuple[Tensor, ...]:
             return row[:, 1:-1].unbind(1)
 
-        inner, x = columns(self.inner), columns(self.x)
-        values, openings = (columns(part) for part in self.gates.chunk(2, 2))
-        cuts = [None] * width if self.pixel_cut is None else columns(self.pixel_cut)
+        def pairs(row: Tensor) -> tuple[Tensor, ...]:
+            """Each column with its left neighbour, (B, 2 * features), side by side as the memory has them."""
+            return row.flatten(1).unfold(1, 2 * row.shape[2], row.shape[2]).unbind(1)[:-1]
+
+        def signed(row: Tensor) -> list[Tensor]:
+            return [column.unflatten(1, (2, -1)) for column in columns(row)]
+
+        inner, gates, x = columns(self.inner), columns(self.gates), columns(self.x)
+        values, openings = zip(*(column.chunk(2, 1) for column in gates), strict=True)
         views = zip(
             signed(self.before),
             pairs(self.before),
-            cuts,
+            [None] * len(x) if pixel_cut is None else columns(pixel_cut),
             inner,
             [column.unsqueeze(1) for column in inner],
             signed(self.middle),
             pairs(self.middle),
-            columns(self.gates),
+            gates,
             values,
             openings,
             x,
@@ -413,30 +459,16 @@ class _Block:
             signed(self.after),
             strict=True,
         )
-        self.columns = [_Column(*each) for each in views]
+        return [_Column(*each) for each in views]
 
     def begin_row(self, condition: Tensor | None) -> None:
-        """What the row above gives."""
-        self.inner.copy_(self.inner_bias.expand_as(self.inner))
-        _add_taps(self.inner, self.before, self.inner_taps[0])
-        self.gates.copy_(self.gated_bias.expand_as(self.gates))
-        _add_taps(self.gates, self.middle, self.gated_taps[0])
+        """What the row above gives, the vertical stream and h."""
+        weights = self.weights
+        _add_taps(self.inner, self.before, weights.inner[0], weights.inner_bias)
+        _add_taps(self.inner, self.row_cut, [None, weights.row_cut])
+        _add_taps(self.gates, self.middle, weights.gates[0], weights.gates_bias)
         if condition is not None:
-            self.gates[:, 1:-1] += condition @ self.condition
-
-    def add_row_cut(self) -> None:
-        if self.row_cut is not None:
-            _add_taps(self.inner, self.row_cut, [None, self.row_weight, None])
-
-    def row(self) -> None:
-        """The whole row, of the vertical stream."""
-        self.add_row_cut()
-        _add_taps(self.inner, self.before, self.inner_taps[1])
-        _concat_elu(self.inner, self.middle)
-        _add_taps(self.gates, self.middle, self.gated_taps[1])
-        values, gates = self.gates[:, 1:-1].chunk(2, 2)
-        self.x[:, 1:-1].addcmul_(values, gates.sigmoid())
-        _concat_elu(self.x, self.after)
+            self.gates[:, 1:-1] += condition @ weights.condition
 
     def start(self, j: int, lift: Tensor) -> None:
         """concat-ELU of what enters the first block."""
@@ -448,10 +480,10 @@ class _Block:
         _, befores, cut, inner, inner_once, middle, middles, gates, values, openings, x, x_once, after = self.columns[j]
         inner.addmm_(befores, self.inner_now)
         if cut is not None:
-            inner.addmm_(cut, self.pixel_weight)
+            inner.addmm_(cut, self.weights.pixel_cut)
         torch.mul(inner_once, lift, out=middle)
         F.elu(middle, inplace=True)
-        gates.addmm_(middles, self.gated_now)
+        gates.addmm_(middles, self.gates_now)
         x.addcmul_(values, torch.sigmoid(openings))
         torch.mul(x_once, lift, out=after)
         F.elu(after, inplace=True)
@@ -526,20 +558,22 @@ def _taps(layer: ShiftedConv) -> list[list[Tensor]]:
     return [[tap.contiguous() for tap in row] for row in weight]
 
 
-def _add_taps(total: Tensor, source: Tensor, taps: list[Tensor | None]) -> None:
-    """total[:, j] += sum_k source[:, j - 1 + k] taps[k], over all columns at once.
+def _add_taps(total: Tensor, source: Tensor, taps: list[Tensor | None], bias: Tensor | None = None) -> None:
+    """total[:, j] += sum_k source[:, j - 1 + k] taps[k], over all columns at once; with a bias it replaces the total.
 
     Both are (B, w + 2, ...). Laid flat, a column's neighbours are the rows before and after it; only the two outer
     columns then receive what is not theirs, and no one reads these of a total.
     """
     total, source = total.flatten(0, 1), source.flatten(0, 1)
-    for shift, tap in enumerate(taps, -1):
-        if tap is not None and shift == -1:
-            total[1:].addmm_(source[:-1], tap)
-        elif tap is not None and shift == 0:
-            total.addmm_(source, tap)
-        elif tap is not None:
-            total[:-1].addmm_(source[1:], tap)
+    left, middle, right = (*taps, None, None)[:3]
+    if bias is not None:
+        torch.addmm(bias, source, middle, out=total)
+    elif middle is not None:
+        total.addmm_(source, middle)
+    if left is not None:
+        total[1:].addmm_(source[:-1], left)
+    if right is not None:
+        total[:-1].addmm_(source[1:], right)
 
 
 def _concat_elu(x: Tensor, target: Tensor) -> None:
