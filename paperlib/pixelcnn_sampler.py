@@ -19,6 +19,7 @@ rounding.
 On CUDA the work of a row is recorded as a CUDA graph, once for each of its three kinds, and replayed.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ class Sampler:
     def __init__(self, network: PixelCNN, batch: int, height: int, width: int) -> None:
         if height % 4 or width % 4 or min(batch, height, width) < 1:
             raise ValueError(f"cannot draw {batch} images of {height} x {width}: sides must be multiples of 4")
+        network = copy.deepcopy(network)  # so that later training moves no bias that is read here
         self.settings, self.shape = network.settings, (batch, network.settings.channels, height, width)
         like = network.last.bias.detach()
         self.buffers = _Buffers(batch, like)
