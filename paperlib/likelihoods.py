@@ -136,12 +136,13 @@ def sample_discretized_mix_logistic(params: Tensor, noise: Tensor, *, channels: 
     # Rows of K: the logits, then mean, log-scale and perhaps coefficient of each channel.
     table = params.unflatten(1, (-1, mixtures))
     chosen = table.gather(2, which.unsqueeze(1).expand(-1, table.shape[1], *which.shape[1:])).squeeze(2)
-    scales = chosen[:, 2::kinds].clamp(min=MIN_LOG_SCALE).exp_()
+    # Functions of all of `chosen`, though only part is used: over memory in one piece they are several times faster.
+    scales = chosen.clamp(min=MIN_LOG_SCALE).exp_()[:, 2::kinds]
     # From here in units of grey levels, from 0.
     values = torch.addcmul(chosen[:, 1::kinds], scales, noise[:, mixtures:]).add_(1).mul_(half)
     red = values[:, 0].round_().clamp_(0, levels - 1)
     if channels == 3:
-        green_red, blue_red, blue_green = chosen[:, 3::kinds].tanh().unbind(1)
+        green_red, blue_red, blue_green = chosen.tanh()[:, 3::kinds].unbind(1)
         _, green, blue = values.unbind(1)
         red = red - half
         green.addcmul_(green_red, red).round_().clamp_(0, levels - 1)

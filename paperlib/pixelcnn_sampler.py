@@ -144,15 +144,15 @@ class Sampler:
         """Recorded on first use; what the recording does to the buffers is undone."""
         key = (kind, draw, self.streams.conditioning_shape)
         if key not in self.graphs:
-            saved = self.buffers.copy()
-            side = torch.cuda.Stream(self.noise.device)
-            side.wait_stream(torch.cuda.current_stream(self.noise.device))
-            with torch.cuda.stream(side):
-                self._row(kind, draw)  # warms up: libraries allocate on their first call
-            torch.cuda.current_stream(self.noise.device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._row(kind, draw)
+            saved, graph = self.buffers.copy(), torch.cuda.CUDAGraph()
+            with torch.cuda.device(self.noise.device):
+                main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    self._row(kind, draw)  # warms up: libraries allocate on their first call
+                main.wait_stream(side)
+                with torch.cuda.graph(graph):
+                    self._row(kind, draw)
             self.graphs[key] = graph
             self.buffers.restore(saved)
         return self.graphs[key]
