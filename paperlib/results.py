@@ -151,6 +151,11 @@ def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
         save_file(half, file, metadata=header)
 
 
+def recorded_directory(run: Run) -> Path:
+    """Where `record` keeps the files of this notebook and preset."""
+    return paths.results_root() / run.preset / run.notebook
+
+
 def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
     """The weights recorded for this notebook and preset, in float32.
 
@@ -158,7 +163,7 @@ def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = paths.results_root() / run.preset / run.notebook / "weights.safetensors"
+    path = recorded_directory(run) / "weights.safetensors"
     if not path.exists():
         raise UserError(f'no recorded weights at {path}: choose another preset, or weights = "train"')
     try:
