@@ -47,12 +47,15 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Quantity:
-    """A measured number with, where it has one, its 95 % interval [low, high]."""
+    """A measured number with, where it has one, its 95 % interval [low, high]; nan where it could not be measured."""
 
     value: float
     low: float | None = None
     high: float | None = None
     unit: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", math.nan if self.value is None else self.value)  # JSON has null for nan
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"

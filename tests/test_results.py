@@ -67,6 +67,15 @@ def test_a_claim_without_its_measurement_is_an_error():
         results.finish(start(), CLAIMS, {**MEASURED, "X2": {"wrong": Quantity(1.0)}})
 
 
+def test_what_could_not_be_measured_is_null_and_holds_nothing():
+    run = start()
+    shown = results.finish(run, CLAIMS, {**MEASURED, "X1": {"size": Quantity(float("nan"))}})
+    recorded = json.loads((run.directory / "metrics.json").read_text())["claims"]["X1"]
+    assert (recorded["measured"]["size"]["value"], recorded["holds"]) == (None, False)
+    assert "size nan" in results.measured_text(recorded)
+    assert shown["X1"]["holds"] is False
+
+
 def test_metrics_and_provenance_are_written_and_plain_json():
     run = start()
     shown = results.finish(
