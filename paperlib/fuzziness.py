@@ -34,8 +34,8 @@ from paperlib.results import Claim, Quantity
 NOTEBOOK = "02_mnist_fuzziness"
 HEADLINE = (
     "mnist_fuzziness",
-    "Decoded digits from the least (left) to the most (right) variance of q(x|z) per ink: sharp digits become averages "
-    "of several classes.",
+    "Decoded digits in order of the variance of q(x|z) per ink, the least on the left; below, that variance and the "
+    "entropy of the labels under q(x|z).",
 )
 
 
@@ -63,6 +63,8 @@ class Settings:
             numbers = value if isinstance(value, tuple) else [value]
             if not numbers or any(isinstance(number, (int, float)) and not number > 0 for number in numbers):
                 raise ValueError(f"{name} is {value}, but must be above 0")
+        if self.codes < ROWS * COLUMNS:
+            raise ValueError(f"codes is {self.codes}, but the picture needs {ROWS * COLUMNS}")
         if self.code_dim < 2:
             raise ValueError(f"code_dim is {self.code_dim}, but the map needs at least 2")
 
@@ -133,7 +135,8 @@ def measure(run: results.Run, images: Images, models: Models) -> dict[str, np.nd
     """All that the figures and claims need, written to the run's `arrays.npz` and returned.
 
     With recorded weights, the arrays that were recorded with them. The arrays are those of `at_prior_codes` stacked
-    over seeds, of `picture`, `plane` and `error_split` for the first seed, and of `frozen_and_swept`; with the
+    over seeds, and `error_split` stacked
+    over seeds, of `picture` and `plane` for the first seed, and of `frozen_and_swept`; with the
     Bernoulli decoder's under `bernoulli_*`.
     """
     if run.weights == "recorded":
@@ -142,13 +145,17 @@ def measure(run: results.Run, images: Images, models: Models) -> dict[str, np.nd
     bernoulli = [at_prior_codes(run, images, vaes[BERNOULLI].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
     return results.save_arrays(
         run,
-        **{name: np.stack([of_seed[name] for of_seed in at_prior]) for name in at_prior[0]},
+        **_stacked(at_prior),
         **{f"bernoulli_{name}": np.stack([of_seed[name] for of_seed in bernoulli]) for name in _CORRELATED},
         **picture(images, models.main, at_prior[0]),
         **plane(run, images, models.main),
-        **error_split(run, images, models.main),
+        **_stacked([error_split(run, images, vaes[MAIN].model) for vaes in models.vaes]),
         **frozen_and_swept(run, images, models),
     )
+
+
+def _stacked(of_seeds: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([of_seed[name] for of_seed in of_seeds]) for name in of_seeds[0]}
 
 
 @torch.no_grad()
@@ -156,11 +163,11 @@ def at_prior_codes(run: results.Run, images: Images, vae: VAE, seed: int) -> dic
     """q(x|z) and the decoded image at M codes z ~ p(z).
 
     Of q(x|z): `variance` tr Var_q[x|z] (squared pixels), `ink` the sum of E_q[x|z] (pixels of full white), `samples`
-    the effective sample size, `halves` the relative difference that leaving out every second training point makes to
+    the effective sample size, `halves` the relative difference that leaving out half of the training points makes to
     the variance, `log_q` log q(z) in nats, `labels` the label mixture (M, K), `reliable` whether the variance may be
     quoted. Of the decoded image mu(z): `edge_width` in pixels, `slope` of its power spectrum, `greyness` sum m (1 - m).
     """
-    settings, codes = run.settings, encode(vae, images)
+    settings, codes = run.settings, encode(vae, images.x)
     generator = torch.Generator(run.device).manual_seed(seed)
     z = torch.randn(settings.codes, settings.code_dim, generator=generator, device=run.device)
     found = aggregate.conditional(z, codes, images.x, images.labels, per_pixel=False)
@@ -184,9 +191,16 @@ def at_prior_codes(run: results.Run, images: Images, vae: VAE, seed: int) -> dic
 
 
 def _halves(found: aggregate.Conditional, z: Tensor, codes: aggregate.Codes, images: Images) -> Tensor:
-    """The relative difference that leaving out every second training point makes to tr Var_q[x|z]: (M,)."""
-    half = aggregate.conditional(z, codes[::2], images.x[::2], per_pixel=False)
+    """The relative difference that leaving out half of the training points makes to tr Var_q[x|z]: (M,)."""
+    rows = random_half(images)
+    half = aggregate.conditional(z, codes[rows], images.x[rows], per_pixel=False)
     return (half.trace / found.trace - 1).abs()
+
+
+def random_half(images: Images) -> Tensor:
+    """Indices of half of the training points, always the same; drawn, since data sets may be in some order."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(len(images.x), generator=generator)[: len(images.x) // 2].to(images.x.device)
 
 
 def _reliable(run: results.Run, found: aggregate.Conditional, halves: Tensor) -> Tensor:
@@ -212,7 +226,7 @@ def picture(images: Images, vae: VAE, at_prior: Mapping[str, np.ndarray]) -> dic
         )
     shown = order[np.linspace(0, len(order) - 1, ROWS * COLUMNS).round().astype(int)]
     made_of = shown[np.linspace(0, len(shown) - 1, MADE_OF).round().astype(int)]
-    codes = encode(vae, images)
+    codes = encode(vae, images.x)
     z, z_few = (torch.from_numpy(at_prior["z"][rows]).to(images.x.device) for rows in (shown, made_of))
     few = aggregate.conditional(z_few, codes, images.x)
     points, weights = aggregate.heaviest(z_few, codes, HEAVIEST)
@@ -236,7 +250,7 @@ def plane(run: results.Run, images: Images, vae: VAE) -> dict[str, Any]:
     """A map of the first two dimensions of z, from -3 to 3, the others at 0: on a grid of `plane` points a side (row 0
     at the top) `plane_variance` per ink, `plane_samples` and `plane_labels`; and MOSAIC x MOSAIC decoded digits.
     """
-    side, codes = run.settings.plane, encode(vae, images)
+    side, codes = run.settings.plane, encode(vae, images.x)
     found = aggregate.conditional(_grid(run, side), codes, images.x, images.labels, per_pixel=False)
     return {
         "plane_variance": (found.trace / found.mean.sum(1)).reshape(side, side),
@@ -257,21 +271,29 @@ def _grid(run: results.Run, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def error_split(run: results.Run, images: Images, vae: VAE) -> dict[str, Any]:
+def error_split(run: results.Run, images: Images, vae: VAE) -> dict[str, np.ndarray]:
     """The terms of equation (3) at M codes z ~ q(z): `error` its left side, `spread` tr Var_q[x|z], `gap`
-    |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes, and `total`, that of all points.
+    |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes.
+
+    Two numbers say how much of the gap is not the decoder's fault. `noise` tr Var_q[x|z] / samples: by about so much
+    the average of a finite list misses the average of all images that there could be. `gap_held_out`: |mu(z) -
+    E_q[x|z]|^2 with the list made of held-out images, and its `noise_held_out`.
     """
-    codes = encode(vae, images)
+    codes, held_out = encode(vae, images.x), encode(vae, images.held_out)
     z = _aggregate_codes(run, codes)
-    found = aggregate.conditional(z, codes, images.x, per_pixel=False)
     mu = vae.p_x_given_z(z.float()).double()
-    return {
+    found = aggregate.conditional(z, codes, images.x, per_pixel=False)
+    other = aggregate.conditional(z, held_out, images.held_out, per_pixel=False)
+    split = {
         "error": squared_error(mu, z, codes, images.x),
         "spread": found.trace,
         "gap": (mu - found.mean).square().sum(1),
+        "noise": found.trace / found.ess,
+        "gap_held_out": (mu - other.mean).square().sum(1),
+        "noise_held_out": other.trace / other.ess,
         "between": found.mean.var(0, correction=0).sum(),
-        "total": images.x.double().var(0, correction=0).sum(),
     }
+    return {name: value.numpy(force=True) for name, value in split.items()}
 
 
 def _aggregate_codes(run: results.Run, codes: aggregate.Codes) -> Tensor:
@@ -325,7 +347,7 @@ _SWEPT = ("swept_information", "swept_rate", "swept_error", "swept_variance", "s
 
 def _at_aggregate_codes(run: results.Run, images: Images, vae: VAE) -> tuple[Tensor, aggregate.Conditional, Tensor]:
     """M codes z ~ q(z), what q(x|z) is there, and where its variance may be quoted."""
-    codes = encode(vae, images)
+    codes = encode(vae, images.x)
     z = _aggregate_codes(run, codes)
     found = aggregate.conditional(z, codes, images.x, per_pixel=False)
     return z, found, _reliable(run, found, _halves(found, z, codes, images))
@@ -338,7 +360,7 @@ def _swept(run: results.Run, images: Images, vae: VAE) -> dict[str, float]:
     decoded = vae.p_x_given_z(likelihoods.sample_gaussian(mean, log_std, generator=generator))
     widths = measures.edge_width(images.pictures(vae.p_x_given_z(z.float())))
     information = aggregate.mutual_information(
-        encode(vae, images), points=min(len(images.x), 2000), generator=generator
+        encode(vae, images.x), points=min(len(images.x), 2000), generator=generator
     )
     return {
         "swept_information": information.nats,
@@ -371,24 +393,39 @@ def correlations(
 
 
 def controls(arrays: Mapping[str, np.ndarray]) -> "Controls":
-    """What F2's correlations become under other conditions, one number a seed."""
+    """What the claims' numbers become under other conditions, one number a seed."""
+    between, everywhere = arrays["between"], dict(arrays) | {"reliable": np.ones_like(arrays["reliable"])}
+    entropy = [label_entropy(labels) for labels in arrays["labels"]]
+
+    def end_entropies(arrays: Mapping[str, np.ndarray], end: int) -> list[float]:
+        return [float(entropy[k][ends(arrays, k)[end]].mean()) for k in range(len(entropy))]
+
     return Controls(
         {
-            "greyness (F1 restated)": correlations(arrays, "greyness"),
-            "edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
-            "spectral slope, Bernoulli decoder": [-r for r in correlations(arrays, "slope", "bernoulli_")],
-            "edge width, within classes": correlations(arrays, "edge_width", within_classes=True),
-            "spectral slope, within classes": [-r for r in correlations(arrays, "slope", within_classes=True)],
+            "F1: share of a list's noise, tr Var / samples": arrays["noise"].mean(1) / between,
+            "F1: share, average over held-out images": arrays["gap_held_out"].mean(1) / between,
+            "F1: of which noise of the shorter list": arrays["noise_held_out"].mean(1) / between,
+            "F2: greyness (F1 restated)": correlations(arrays, "greyness"),
+            "F2: edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
+            "F2: spectral slope, Bernoulli decoder": [-r for r in correlations(arrays, "slope", "bernoulli_")],
+            "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),
+            "F2: edge width, within classes": correlations(arrays, "edge_width", within_classes=True),
+            "F2: spectral slope, within classes": [-r for r in correlations(arrays, "slope", within_classes=True)],
+            "F3: left, no code set aside (nats)": end_entropies(everywhere, 0),
+            "F3: right, no code set aside (nats)": end_entropies(everywhere, 1),
+            "share of codes where Var q(x|z) may be quoted": arrays["reliable"].mean(1),
         }
     )
 
 
 class Controls(dict):
-    """Correlations by name, one number a seed; shows itself as a table."""
+    """Numbers by name, one a seed; shows itself as a table."""
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {name} | {', '.join(f'{r:.2f}' for r in values)} |" for name, values in self.items()]
-        return "\n".join(["| control of F2 | partial rank correlation, by seed |", "| --- | --- |", *rows])
+        rows = [f"| {name} | {', '.join(f'{value:.3f}' for value in values)} |" for name, values in self.items()]
+        return "\n".join(
+            ["| control | by seed |", "| --- | --- |", *(row.replace("q(x|z)", "q(x\\|z)") for row in rows)]
+        )
 
 
 def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> results.Verdicts:
@@ -403,7 +440,7 @@ def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models,
     }
     measured = {
         "F1": {
-            "share": Quantity(arrays["gap"].mean() / arrays["between"]),
+            "share": _over_seeds(arrays["gap"].mean(1) / arrays["between"]),
             "residual": Quantity(residual),
         },
         "F2": {
@@ -418,20 +455,15 @@ def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models,
         },
     }
     numbers = {
-        "reliable_share": arrays["reliable"].mean(1),
-        "variance_total": arrays["total"],
-        "F2_controls": dict(controls(arrays)),
+        "controls": dict(controls(arrays)),
     } | {name: arrays[name] for name in ("floor", "frozen_error", *_SWEPT)}
     if run.weights == "train":
         results.save_weights(run, models.main.state_dict())
     trainings = {
-        f"{getattr(key, 'name', f'decoder-{key}')}-seed{run.seed + k}": {
-            "steps": trained.steps,
-            "seconds": round(trained.seconds, 1),
-            **trained.provenance,
-        }
+        f"{getattr(key, 'name', f'decoder-{key}')}-seed{run.seed + k}": results.describe_training(trained)
         for k in range(len(models.vaes))
         for key, trained in (models.vaes[k] | models.decoders[k]).items()
+        if trained.history
     }
     return results.finish(run, CLAIMS, measured, numbers, images.dataset.describe(), trainings)
 
@@ -445,5 +477,5 @@ def _over_seeds(values: Any, unit: str = "") -> Quantity:
 
 def explore(images: Images, models: Models) -> fuzziness_explorer.Explorer:
     """Sliders for the code of the main VAE, to be shown in a running notebook."""
-    codes = encode(models.main, images)
+    codes = encode(models.main, images.x)
     return fuzziness_explorer.Explorer(models.main.p_x_given_z, codes, images.x, images.labels, images.shape)

@@ -37,9 +37,11 @@ def ends(arrays: Arrays, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def error_split(arrays: Arrays) -> Any:
     """Equation (3) at codes z ~ q(z): the decoder's error against Var q(x|z); the height above the line is its gap."""
     figure, axis = figures.new(width=4.2, height=3.4)
-    limit = 1.05 * arrays["error"].max()
+    limit = 1.05 * arrays["error"][0].max()
     axis.plot([0, limit], [0, limit], color="black", linewidth=0.8, label=r"$\mu(z) = E_q[x|z]$: the least possible")
-    axis.scatter(arrays["spread"], arrays["error"], s=4, alpha=0.4, color=figures.PALETTE[0], label="codes z ~ q(z)")
+    axis.scatter(
+        arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=figures.PALETTE[0], label="codes z ~ q(z)"
+    )
     axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (squared pixels)")
     axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (squared pixels)")
     axis.legend(loc="lower right", frameon=False)
@@ -72,15 +74,16 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def made_of(arrays: Arrays) -> Any:
-    """For codes from low to high variance: the decoder's mean, mean and deviation of q(x|z), its heaviest digits."""
+    """For codes from low to high variance per ink: decoder mean, mean and deviation of q(x|z), its heaviest digits."""
     figure, axes = figures.new(MADE_OF, 3 + HEAVIEST, height=8.8)
     above = [arrays[f"made_of_{name}"] for name in ("decoded", "average", "deviation")]
     for k, column in enumerate(axes.T):
         for axis, images, high in zip(column, above, (1.0, 1.0, 0.5), strict=False):
             figures.show_images(axis, images[k : k + 1], 1, high=high)
         code = arrays["made_of"][k]
-        column[0].set_title(f"tr Var {arrays['variance'][0][code]:.1f}\n{arrays['samples'][0][code]:.0f} samples")
-        column[1].set_title(_mixture(arrays["labels"][0][code]), fontsize=8)
+        per_ink = arrays["variance"][0][code] / arrays["ink"][0][code]
+        column[0].set_title(f"{per_ink:.2f} per ink\n{arrays['samples'][0][code]:.0f} samples")
+        column[1].set_title(_mixture(arrays["labels"][0][code]), fontsize=7)
         for axis, digit, label, weight in zip(
             column[3:], arrays["heaviest"][k], arrays["heaviest_labels"][k], arrays["weights"][k], strict=True
         ):
@@ -95,7 +98,7 @@ def made_of(arrays: Arrays) -> Any:
 def _mixture(labels: np.ndarray) -> str:
     best = [label for label in np.argsort(-labels)[:4] if labels[label] >= 0.01]
     words = [f"{label}: {100 * labels[label]:.0f} %" for label in best]
-    return "\n".join(",  ".join(words[k : k + 2]) for k in (0, 2) if words[k:])
+    return "\n".join("  ".join(words[k : k + 2]) for k in (0, 2) if words[k:])
 
 
 def plane(arrays: Arrays) -> Any:

@@ -135,7 +135,7 @@ def fit(run: results.Run, images: Images) -> Models:
     vaes, decoders = [], []
     for seed in range(run.seed, run.seed + run.settings.seeds):
         vaes.append({variant: fit_vae(run, images, variant, seed) for variant in variants})
-        codes = encode(vaes[-1][MAIN].model, images)
+        codes = encode(vaes[-1][MAIN].model, images.x)
         decoders.append({units: fit_decoder(run, images, codes, units, seed) for units in run.settings.decoders})
     return Models(vaes, decoders)
 
@@ -197,7 +197,7 @@ def _fit(run, model, loss, batch, count, seed, name, evaluate=None) -> train.Tra
 
 
 @torch.no_grad()
-def encode(vae: VAE, images: Images) -> aggregate.Codes:
-    """The N Gaussians q(z|x_n) of the training set: together they are q(z), equation (1)."""
-    means, log_stds = zip(*(vae.q_z_given_x(x) for x in images.x.split(4096)), strict=True)
+def encode(vae: VAE, x: Tensor) -> aggregate.Codes:
+    """The Gaussians q(z|x_n) of images `x` (N, pixels): of the training set, together they are q(z), equation (1)."""
+    means, log_stds = zip(*(vae.q_z_given_x(part) for part in x.split(4096)), strict=True)
     return aggregate.Codes(torch.cat(means), torch.cat(log_stds))

@@ -97,10 +97,26 @@ def test_the_decoders_error_splits_into_variance_and_gap(finished):
     assert (arrays["gap"] > 0).all()
 
 
+def test_the_noise_of_a_list_is_that_of_its_average(finished):
+    """Averages over two halves of the training points differ by the noise of both, 1 / samples of the variance each."""
+    _, images, models, arrays = finished
+    z = torch.from_numpy(arrays["z"][0])[arrays["reliable"][0]]
+    one = torch.zeros(len(images.x), dtype=torch.bool)
+    one[fuzziness.random_half(images)] = True
+    halves = []
+    for rows in (one, ~one):
+        x = images.x[rows]
+        halves.append(aggregate.conditional(z, fuzziness_vae.encode(models.main, x), x))
+    apart = (halves[0].mean - halves[1].mean).square().sum(1).mean()
+    noise = sum((half.trace / half.ess).mean() for half in halves)
+    assert 0.8 < apart / noise < 1.25
+    assert (arrays["noise_held_out"].mean(1) > arrays["noise"].mean(1)).all(), "fewer held-out images, shorter lists"
+
+
 def test_the_left_side_of_the_split_is_a_sum_over_the_list(finished):
     """The same error, point by point and slowly."""
     run, images, models, _ = finished
-    codes = fuzziness_vae.encode(models.main, images)
+    codes = fuzziness_vae.encode(models.main, images.x)
     z = torch.randn(3, run.settings.code_dim, dtype=torch.float64)
     mu = models.main.p_x_given_z(z.float()).detach().double()
     fast = fuzziness.squared_error(mu, z, codes, images.x)
@@ -123,9 +139,11 @@ def test_codes_are_ranked_by_variance_per_ink_and_only_where_it_can_be_trusted(f
         left, right = fuzziness_figures.ends(arrays, seed)
         assert len(left) == len(right) == len(order) // 10
         assert ratio[left].max() <= ratio[right].min()
-    codes = fuzziness_vae.encode(models.main, images)[::2]
+    rows = fuzziness.random_half(images)
+    assert len(set(rows.tolist())) == len(images.x) // 2
+    codes = fuzziness_vae.encode(models.main, images.x)[rows]
     z = torch.from_numpy(arrays["z"][0][:5])
-    half = aggregate.conditional(z, codes, images.x[::2]).variance.sum(1).numpy()
+    half = aggregate.conditional(z, codes, images.x[rows]).variance.sum(1).numpy()
     np.testing.assert_allclose(arrays["halves"][0][:5], abs(half / arrays["variance"][0][:5] - 1), atol=1e-5)
 
 
@@ -135,7 +153,7 @@ def test_what_the_figures_draw_is_what_the_arrays_say(finished):
     z = torch.from_numpy(arrays["z"][0][arrays["shown"]])
     decoded = models.main.p_x_given_z(z).detach().numpy().reshape(arrays["decoded"].shape)
     np.testing.assert_array_equal(arrays["decoded"], decoded)
-    codes = fuzziness_vae.encode(models.main, images)
+    codes = fuzziness_vae.encode(models.main, images.x)
     average = torch.softmax(aggregate.log_weights(z, codes), 1) @ images.x.double()
     np.testing.assert_allclose(arrays["average"].reshape(len(z), -1), average, atol=2e-6)
     for name in ("fuzziness", "made_of", "error_split", "plane", "sharpness", "better_q"):
@@ -148,7 +166,7 @@ def test_the_map_has_its_corners_where_the_axes_say(finished):
     edge = 3 * (1 - 1 / side)
     corners = {(0, 0): (-edge, edge), (0, -1): (edge, edge), (-1, 0): (-edge, -edge)}
     for place, z in corners.items():
-        found = aggregate.conditional(torch.tensor([z]), fuzziness_vae.encode(models.main, images), images.x)
+        found = aggregate.conditional(torch.tensor([z]), fuzziness_vae.encode(models.main, images.x), images.x)
         assert arrays["plane_samples"][place] == pytest.approx(found.ess.item(), rel=1e-5)
         assert arrays["plane_variance"][place] == pytest.approx((found.trace / found.mean.sum()).item(), rel=1e-4)
 
@@ -177,7 +195,7 @@ def test_the_swept_numbers_are_those_of_their_models(finished):
         mean, log_std = vae.q_z_given_x(images.held_out)
         kl = (0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)).sum(1).mean()
         assert arrays["swept_rate"][1, k] == pytest.approx(kl.item(), rel=1e-4)
-        information = aggregate.mutual_information(fuzziness_vae.encode(vae, images), samples=3)
+        information = aggregate.mutual_information(fuzziness_vae.encode(vae, images.x), samples=3)
         assert arrays["swept_information"][1, k] == pytest.approx(information.nats, abs=0.1)
         draws = [mean + log_std.exp() * torch.randn_like(mean) for _ in range(20)]
         errors = [(vae.p_x_given_z(z) - images.held_out).square().sum(1).mean().item() for z in draws]
@@ -190,7 +208,7 @@ def test_verdicts_follow_the_arrays(finished):
     run, images, models, arrays = finished
     cpu = results.Run(run.notebook, "cpu", run.settings, 0, "cpu", "recorded")
     good = dict(arrays)
-    good["gap"] = 0.01 * arrays["between"] * np.ones_like(arrays["gap"])
+    good["gap"] = 0.01 * arrays["between"][:, None] * np.ones_like(arrays["gap"])
     good["error"] = arrays["spread"] + good["gap"]
     good["edge_width"] = arrays["variance"] * (1 + 0.01 * np.random.default_rng(0).random(arrays["variance"].shape))
     mixture = np.where(np.arange(10) < 1, 1.0, 0.0)
@@ -264,6 +282,7 @@ def fuzziness_explorer_step(images):
         ({"sigma": -1.0}, "sigma is -1.0"),
         ({"kl_weights": (1.0, -1.0)}, "kl_weights is"),
         ({"code_dim": 1}, "code_dim is 1"),
+        ({"codes": 50}, "codes is 50, but the picture needs 70"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(overrides, message):
