@@ -9,9 +9,10 @@ import paperlib
 LAYERS = """
 errors
 paths
-checkpoints figures finite image_arrays likelihoods machine originals presets results
-aggregate chain data elbo_figures gaussian
-elbo_examples train
+checkpoints figures finite image_arrays likelihoods machine measures originals presets results
+aggregate chain data elbo_figures fuzziness_figures gaussian
+elbo_examples fuzziness_explorer train
+fuzziness_vae
 elbo fuzziness
 reproduce
 report

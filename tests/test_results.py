@@ -67,6 +67,15 @@ def test_a_claim_without_its_measurement_is_an_error():
         results.finish(start(), CLAIMS, {**MEASURED, "X2": {"wrong": Quantity(1.0)}})
 
 
+def test_what_could_not_be_measured_is_null_and_holds_nothing():
+    run = start()
+    shown = results.finish(run, CLAIMS, {**MEASURED, "X1": {"size": Quantity(float("nan"))}})
+    recorded = json.loads((run.directory / "metrics.json").read_text())["claims"]["X1"]
+    assert (recorded["measured"]["size"]["value"], recorded["holds"]) == (None, False)
+    assert "size nan" in results.measured_text(recorded)
+    assert shown["X1"]["holds"] is False
+
+
 def test_metrics_and_provenance_are_written_and_plain_json():
     run = start()
     shown = results.finish(
@@ -138,18 +147,41 @@ def test_recorded_weights_are_half_precision_and_bound_to_their_settings():
         results.load_recorded_weights(run)
 
 
-def test_only_finished_runs_of_committed_code_are_recorded(monkeypatch):
+CLEAN, DIRTY = ({"revision": "abc", "modified": modified} for modified in (False, True))
+
+
+def finish(monkeypatch, run, code=CLEAN, **training):
+    monkeypatch.setattr(results, "describe_code", lambda: code)
+    trainings = {"vae": {"steps": 3, "seconds": 1.0, **CLEAN, "resumed": []} | training}
+    results.finish(run, CLAIMS, MEASURED, trainings=trainings)
+
+
+@pytest.mark.parametrize(
+    ("code", "training"),
+    [(DIRTY, {}), ({"revision": None, "modified": None}, {}), (CLEAN, DIRTY), (CLEAN, {"resumed": [CLEAN, DIRTY]})],
+)
+def test_nothing_that_was_made_by_modified_code_is_recorded(monkeypatch, code, training):
+    run = start()
+    finish(monkeypatch, run, code, **training)
+    with pytest.raises(UserError, match="not committed"):
+        results.record(run.directory, Settings())
+    assert not paths.results_root().exists()
+
+
+def test_only_finished_trainings_of_the_presets_settings_are_recorded(monkeypatch):
     run = start()
     with pytest.raises(UserError, match="not finished"):
-        results.record(run.directory)
-    monkeypatch.setattr(results, "describe_code", lambda: {"revision": "abc", "modified": True})
-    results.finish(run, CLAIMS, MEASURED)
-    with pytest.raises(UserError, match="not committed"):
-        results.record(run.directory)
-    monkeypatch.setattr(results, "describe_code", lambda: {"revision": "abc", "modified": False})
-    results.finish(run, CLAIMS, MEASURED)
+        results.record(run.directory, Settings())
+    finish(monkeypatch, run)
+    with pytest.raises(UserError, match="own settings"):
+        results.record(run.directory, Settings(steps=4))
+    recorded = start(weights="recorded")
+    assert recorded.directory != run.directory, "it must not take the place of the training"
+    finish(monkeypatch, recorded)
+    with pytest.raises(UserError, match="not a training"):
+        results.record(recorded.directory, Settings())
     (run.directory / "picture.png").write_bytes(b"png")
-    written = {str(path.relative_to(paths.results_root().parent)) for path in results.record(run.directory)}
+    written = {str(path.relative_to(paths.results_root().parent)) for path in results.record(run.directory, Settings())}
     assert written == {"results/cpu/99_test/metrics.json", "results/cpu/99_test/run.json", "figures/cpu/picture.png"}
 
 
