@@ -411,6 +411,9 @@ def controls(arrays: Mapping[str, np.ndarray]) -> "Controls":
             "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),
             "F2: edge width, within classes": correlations(arrays, "edge_width", within_classes=True),
             "F2: spectral slope, within classes": [-r for r in correlations(arrays, "slope", within_classes=True)],
+            "F3: weight of the largest class in the left tenth": [
+                arrays["labels"][k][ends(arrays, k)[0]].max(1).mean() for k in range(len(entropy))
+            ],
             "F3: left, no code set aside (nats)": end_entropies(everywhere, 0),
             "F3: right, no code set aside (nats)": end_entropies(everywhere, 1),
             "share of codes where Var q(x|z) may be quoted": arrays["reliable"].mean(1),

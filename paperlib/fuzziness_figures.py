@@ -177,10 +177,10 @@ def better_q(arrays: Arrays) -> Any:
     frozen.minorticks_off()
     frozen.set_title("q frozen: E tr Var$_q$ is the floor")
     for k in range(len(arrays["swept_error"])):
-        told, quotable = arrays["swept_information"][k], arrays["swept_reliable"][k] >= 0.2
-        names = ("held-out error", "E tr Var$_q$ (20 % of codes or more)") if k == 0 else (None, None)
+        told = arrays["swept_information"][k]
+        names = ("held-out error", "E tr Var$_q$") if k == 0 else (None, None)
         error.plot(told, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
-        error.plot(told[quotable], arrays["swept_variance"][k][quotable], "s--", ms=3, color=blue, label=names[1])
+        error.plot(told, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
         width.plot(told, arrays["swept_width"][k], "o-", markersize=3, color=green)
     error.set(xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="squared pixels", title="a better q: less variance")
     error.legend(frameon=False, loc="upper right", fontsize=7)
