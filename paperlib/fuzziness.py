@@ -15,6 +15,7 @@ so where Var_q[x|z] is large the sample is the average of images that differ: it
 measures and judges; `fuzziness_figures` draws what was measured.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -61,8 +62,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             numbers = value if isinstance(value, tuple) else [value]
-            if not numbers or any(isinstance(number, (int, float)) and not number > 0 for number in numbers):
-                raise ValueError(f"{name} is {value}, but must be above 0")
+            if not numbers or any(isinstance(number, (int, float)) and not 0 < number < math.inf for number in numbers):
+                raise ValueError(f"{name} is {value}, but must be above 0 and finite")
+        for name in ("kl_weights", "decoders"):
+            values = getattr(self, name)
+            if list(values) != sorted(set(values)) or len(values) < 2:
+                raise ValueError(f"{name} is {values}, but takes two or more values in rising order")
         if self.codes < ROWS * COLUMNS:
             raise ValueError(f"codes is {self.codes}, but the picture needs {ROWS * COLUMNS}")
         if self.code_dim < 2:
@@ -113,8 +118,8 @@ CLAIMS = {
         "For a weak p only a better q helps.",
         "q frozen, the largest decoder's error at most 5 % above E tr Var_q where that is quoted; with the KL weight "
         "swept, held-out error and edge width rise with it at every step (rank correlation 1 in every seed)",
-        lambda excess, error_trend, width_trend: (
-            excess.value <= 0.05 and error_trend.value > 0.999 and width_trend.value > 0.999
+        lambda excess, worst_error_trend, worst_width_trend: (
+            excess.value <= 0.05 and worst_error_trend.value > 0.999 and worst_width_trend.value > 0.999
         ),
     ),
 }
@@ -134,13 +139,12 @@ def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[
 def measure(run: results.Run, images: Images, models: Models) -> dict[str, np.ndarray]:
     """All that the figures and claims need, written to the run's `arrays.npz` and returned.
 
-    With recorded weights, the arrays that were recorded with them. The arrays are those of `at_prior_codes` stacked
-    over seeds, and `error_split` stacked
-    over seeds, of `picture` and `plane` for the first seed, and of `frozen_and_swept`; with the
-    Bernoulli decoder's under `bernoulli_*`.
+    With recorded weights, the arrays that were recorded with them. The arrays are those of `at_prior_codes` and
+    `error_split`, stacked over seeds; of `picture` and `plane`, for the first seed; of `frozen_and_swept`; and those of
+    the Bernoulli decoder that F2 needs, as `bernoulli_*`.
     """
     if run.weights == "recorded":
-        return results.load_arrays(results.recorded_directory(run))
+        return results.load_recorded_arrays(run)
     at_prior = [at_prior_codes(run, images, vaes[MAIN].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
     bernoulli = [at_prior_codes(run, images, vaes[BERNOULLI].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
     return results.save_arrays(
@@ -247,14 +251,17 @@ def picture(images: Images, vae: VAE, at_prior: Mapping[str, np.ndarray]) -> dic
 
 @torch.no_grad()
 def plane(run: results.Run, images: Images, vae: VAE) -> dict[str, Any]:
-    """A map of the first two dimensions of z, from -3 to 3, the others at 0: on a grid of `plane` points a side (row 0
-    at the top) `plane_variance` per ink, `plane_samples` and `plane_labels`; and MOSAIC x MOSAIC decoded digits.
+    """A map of the first two dimensions of z, from -3 to 3, the others at 0.
+
+    On a grid of `plane` points a side, row 0 at the top: `plane_variance` per ink, `plane_samples`, `plane_trusted`
+    where these suffice, and `plane_labels`; besides, `plane_decoded`, MOSAIC x MOSAIC digits.
     """
     side, codes = run.settings.plane, encode(vae, images.x)
     found = aggregate.conditional(_grid(run, side), codes, images.x, images.labels, per_pixel=False)
     return {
         "plane_variance": (found.trace / found.mean.sum(1)).reshape(side, side),
         "plane_samples": found.ess.reshape(side, side),
+        "plane_trusted": (found.ess >= run.settings.min_samples).reshape(side, side),
         "plane_labels": found.labels.reshape(side, side, -1).float(),
         "plane_decoded": (images.pictures(vae.p_x_given_z(_grid(run, MOSAIC))) * 255).round().to(torch.uint8),
     }
@@ -275,8 +282,9 @@ def error_split(run: results.Run, images: Images, vae: VAE) -> dict[str, np.ndar
     """The terms of equation (3) at M codes z ~ q(z): `error` its left side, `spread` tr Var_q[x|z], `gap`
     |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes.
 
-    Two numbers say how much of the gap is not the decoder's fault. `noise` tr Var_q[x|z] / samples: by about so much
-    the average of a finite list misses the average of all images that there could be. `gap_held_out`: |mu(z) -
+    Two numbers say how much of the gap is not the decoder's fault. `noise` tr Var_q[x|z] / (samples - 1): by about so
+    much the average of a finite list misses the average of all images that there could be (the variance of a list of n
+    is too small by the factor 1 - 1/n). `gap_held_out`: |mu(z) -
     E_q[x|z]|^2 with the list made of held-out images, and its `noise_held_out`.
     """
     codes, held_out = encode(vae, images.x), encode(vae, images.held_out)
@@ -288,12 +296,16 @@ def error_split(run: results.Run, images: Images, vae: VAE) -> dict[str, np.ndar
         "error": squared_error(mu, z, codes, images.x),
         "spread": found.trace,
         "gap": (mu - found.mean).square().sum(1),
-        "noise": found.trace / found.ess,
+        "noise": _noise(found),
         "gap_held_out": (mu - other.mean).square().sum(1),
-        "noise_held_out": other.trace / other.ess,
+        "noise_held_out": _noise(other),
         "between": found.mean.var(0, correction=0).sum(),
     }
     return {name: value.numpy(force=True) for name, value in split.items()}
+
+
+def _noise(found: aggregate.Conditional) -> Tensor:
+    return found.trace / (found.ess - 1).clamp(min=0.1)  # a list of one image has no variance to tell by
 
 
 def _aggregate_codes(run: results.Run, codes: aggregate.Codes) -> Tensor:
@@ -320,9 +332,9 @@ def frozen_and_swept(run: results.Run, images: Images, models: Models) -> dict[s
     Frozen q, over those of M codes z ~ q(z) where the variance may be quoted: `floor` E tr Var_q[x|z] (S,), and
     `frozen_error` (S, decoders), the error E|x - mu(z)|^2 of each decoder by (3). KL weight swept, (S, weights) each:
     `swept_information` I_q(x;z), which stops at log N, and `swept_rate`, the KL on held-out images, in nats;
-    `swept_error` their squared error, `swept_variance` E tr Var_q[x|z]
-    over codes where it may be quoted, `swept_reliable` the share of these, `swept_width` the mean edge width of the
-    decoded images of all M codes.
+    `swept_error`, their squared error; `swept_variance`, E tr Var_q[x|z] over the codes where it may be quoted, times
+    1 / (1 - 1 / samples) because the lists differ in length; `swept_reliable`, the share of these codes; `swept_width`,
+    the mean edge width of the decoded images of all M codes. Every seed and weight is measured with the same draws.
     """
     rows: dict[str, list] = {name: [] for name in ("floor", "frozen_error", *_SWEPT)}
     for vaes, decoders in zip(models.vaes, models.decoders, strict=True):
@@ -366,7 +378,7 @@ def _swept(run: results.Run, images: Images, vae: VAE) -> dict[str, float]:
         "swept_information": information.nats,
         "swept_rate": likelihoods.gaussian_kl(mean, log_std).mean().item(),
         "swept_error": (decoded - images.held_out).square().sum(1).mean().item(),
-        "swept_variance": found.trace[good].mean().item(),
+        "swept_variance": (found.trace / (1 - 1 / found.ess))[good].mean().item(),
         "swept_reliable": good.double().mean().item(),
         "swept_width": widths.nanmean().item(),
     }
@@ -380,10 +392,14 @@ def correlations(
 ) -> list[float]:
     """For each seed the partial rank correlation of tr Var_q with `name`, ink and log q(z) held fixed (claim F2).
 
-    `within_classes` also holds fixed which label weighs most.
+    `within_classes` also holds fixed which label weighs most. nan for a seed with fewer than ten codes to go by.
     """
     found = []
     for k, good in enumerate(arrays[f"{prefix}reliable"]):
+        good = good & np.isfinite(arrays[prefix + name][k])
+        if good.sum() < 10:
+            found.append(np.nan)
+            continue
         variance, other, *controls = (arrays[prefix + n][k][good] for n in ("variance", name, "ink", "log_q"))
         if within_classes:
             best = arrays["labels"][k][good].argmax(1)
@@ -402,13 +418,14 @@ def controls(arrays: Mapping[str, np.ndarray]) -> "Controls":
 
     return Controls(
         {
-            "F1: share of a list's noise, tr Var / samples": arrays["noise"].mean(1) / between,
+            "F1: of which noise of the list": arrays["noise"].mean(1) / between,
             "F1: share, average over held-out images": arrays["gap_held_out"].mean(1) / between,
-            "F1: of which noise of the shorter list": arrays["noise_held_out"].mean(1) / between,
+            "F1: of which noise of the held-out list": arrays["noise_held_out"].mean(1) / between,
             "F2: greyness (F1 restated)": correlations(arrays, "greyness"),
             "F2: edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
             "F2: spectral slope, Bernoulli decoder": [-r for r in correlations(arrays, "slope", "bernoulli_")],
             "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),
+            "F2: spectral slope, no code set aside": [-r for r in correlations(everywhere, "slope")],
             "F2: edge width, within classes": correlations(arrays, "edge_width", within_classes=True),
             "F2: spectral slope, within classes": [-r for r in correlations(arrays, "slope", within_classes=True)],
             "F3: weight of the largest class in the left tenth": [
@@ -416,7 +433,9 @@ def controls(arrays: Mapping[str, np.ndarray]) -> "Controls":
             ],
             "F3: left, no code set aside (nats)": end_entropies(everywhere, 0),
             "F3: right, no code set aside (nats)": end_entropies(everywhere, 1),
+            "F4: share of codes where Var q(x|z) may be quoted, smallest KL weight": arrays["swept_reliable"][:, 0],
             "share of codes where Var q(x|z) may be quoted": arrays["reliable"].mean(1),
+            "the same, Bernoulli decoder": arrays["bernoulli_reliable"].mean(1),
         }
     )
 
@@ -438,7 +457,7 @@ def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models,
     left, right = zip(*([entropy[k][codes].mean() for codes in ends(arrays, k)] for k in seeds), strict=True)
     residual = np.abs(arrays["error"] - arrays["spread"] - arrays["gap"]).max() / arrays["error"].mean()
     trends = {
-        name: min(spearmanr(arrays["kl_weights"], of_seed).statistic for of_seed in arrays[name])
+        name: np.min([spearmanr(arrays["kl_weights"], of_seed).statistic for of_seed in arrays[name]])
         for name in ("swept_error", "swept_width")
     }
     measured = {
@@ -453,8 +472,8 @@ def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models,
         "F3": {"left": _over_seeds(left, "nats"), "right": _over_seeds(right, "nats")},
         "F4": {
             "excess": _over_seeds(arrays["frozen_error"][:, -1] / arrays["floor"] - 1),
-            "error_trend": Quantity(trends["swept_error"]),
-            "width_trend": Quantity(trends["swept_width"]),
+            "worst_error_trend": Quantity(trends["swept_error"]),
+            "worst_width_trend": Quantity(trends["swept_width"]),
         },
     }
     numbers = {

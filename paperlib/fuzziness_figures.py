@@ -109,10 +109,10 @@ def plane(arrays: Arrays) -> Any:
     decoded.set_title("decoder mean, z from -3 to 3 in both dimensions")
 
     span = {"extent": (-3, 3, -3, 3), "interpolation": "nearest"}
-    trusted = np.where(arrays["plane_samples"] >= 20, arrays["plane_variance"], np.nan)
+    trusted = np.where(arrays["plane_trusted"], arrays["plane_variance"], np.nan)
     drawn = variance.imshow(trusted, cmap="viridis", **span)
     figure.colorbar(drawn, ax=variance, shrink=0.85)
-    variance.set_title("tr Var q(x|z) per ink (white: under 20 samples)")
+    variance.set_title("tr Var q(x|z) per ink (white: too few samples)")
 
     best, purity = arrays["plane_labels"].argmax(-1), arrays["plane_labels"].max(-1)
     colours = np.array([_rgb(colour) for colour in figures.PALETTE])[best]
@@ -153,7 +153,7 @@ def sharpness(arrays: Arrays) -> Any:
         dots, line = {"s": 3, "alpha": 0.25}, {"color": figures.PALETTE[3], "linewidth": 1.2}
         seaborn.regplot(x=x, y=y, ax=axis, scatter_kws=dots, line_kws=line, n_boot=200, seed=0)
         axis.set(title=title, xlabel="")
-    axes[1].set_xlabel("rank of tr Var q(x|z), less what ink and log q(z) explain (share of all codes)")
+    axes[1].set_xlabel("rank of tr Var q(x|z), less what ink and log q(z) explain (share of these codes)")
     axes[0].set_ylabel("rank of fuzziness,\nless the same")
     return figure
 
@@ -183,8 +183,12 @@ def better_q(arrays: Arrays) -> Any:
         error.plot(told, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
         width.plot(told, arrays["swept_width"][k], "o-", markersize=3, color=green)
     error.set(xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="squared pixels", title="a better q: less variance")
+    for x, y, share in zip(
+        *(arrays[f"swept_{name}"].mean(0) for name in ("information", "variance", "reliable")), strict=True
+    ):
+        error.annotate(f"{share:.0%}", (x, y), (0, -11), textcoords="offset points", fontsize=7, ha="center")
     error.legend(frameon=False, loc="upper right", fontsize=7)
     width.set(
-        xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="a better q: sharper samples"
+        xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="a better q: sharper decodings"
     )
     return figure

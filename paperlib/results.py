@@ -22,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,39 +150,53 @@ def save_figure(run: Run, figure: Any, name: str) -> Any:
     return figure
 
 
+def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
+    """The arrays recorded for this notebook and preset. Raises `UserError` as `load_recorded_weights` does."""
+    path = _recorded(run, "arrays.npz")
+    try:
+        return load_arrays(path.parent)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
+
+
+def _recorded(run: Run, name: str) -> Path:
+    """The path of a recorded file, which must be there and of this run's settings and seed."""
+    folder = paths.results_root() / run.preset / run.notebook
+    for path in (folder / "run.json", folder / name):
+        if not path.exists():
+            raise UserError(f'nothing is recorded at {path}: choose another preset, or weights = "train"')
+    recorded = load_json(folder / "run.json")
+    if (recorded["settings"], recorded["seed"]) != (_plain(dataclasses.asdict(run.settings)), run.seed):
+        raise UserError(
+            f"{folder} was recorded with other settings or seed {recorded['seed']}: drop overrides and seed, "
+            f'or use weights = "train"'
+        )
+    return folder / name
+
+
 def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
-    """Write `weights.safetensors`: floating-point tensors in half precision, the settings in its header."""
+    """Write `weights.safetensors`: floating-point tensors in half precision, settings and seed in its header."""
     from safetensors.torch import save_file
 
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
-    header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True)}
+    header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True), "seed": str(run.seed)}
     with paths.replacing(run.directory / "weights.safetensors") as file:
         save_file(half, file, metadata=header)
-
-
-def recorded_directory(run: Run) -> Path:
-    """Where `record` keeps the files of this notebook and preset."""
-    return paths.results_root() / run.preset / run.notebook
 
 
 def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
     """The weights recorded for this notebook and preset, in float32.
 
-    Raises `UserError` where none are recorded or where they belong to other settings.
+    Raises `UserError` where none are recorded, or of other settings or another seed, or the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = recorded_directory(run) / "weights.safetensors"
-    if not path.exists():
-        raise UserError(f'no recorded weights at {path}: choose another preset, or weights = "train"')
+    path = _recorded(run, "weights.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            settings, names = file.metadata()["settings"], list(file.keys())
-            state = {name: file.get_tensor(name) for name in names}
+            state = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
-    if json.loads(settings) != json.loads(json.dumps(dataclasses.asdict(run.settings))):
-        raise UserError(f'{path} was recorded with other settings: drop the overrides, or use weights = "train"')
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 

@@ -16,7 +16,8 @@ from paperlib.errors import UserError
 from paperlib.fuzziness import Settings
 from paperlib.fuzziness_vae import BERNOULLI, MAIN, Variant
 
-QUICK = {"steps": 150, "hidden": (32,), "codes": 300, "min_samples": 150.0, "seeds": 2, "decoders": (2, 64)}
+QUICK = {"steps": 400, "hidden": (32,), "codes": 300, "min_samples": 120.0, "seeds": 2, "decoders": (2, 64)}
+INDEPENDENT = {"rtol": 1e-5}  # of float32 decoders and of aggregate's own accuracy
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,40 @@ def test_the_decoders_error_splits_into_variance_and_gap(finished):
     assert (arrays["gap"] > 0).all()
 
 
+def lists(models, images, z, seed, variant=MAIN, held_out=False):
+    """q(x|z) the plain way, all at once in float64: weights (M, N), mean, trace, effective sample size."""
+    x = (images.held_out if held_out else images.x).double()
+    codes = fuzziness_vae.encode(models.vaes[seed][variant].model, x.float())
+    weights = torch.softmax(aggregate.log_weights(z, codes), 1)
+    mean = weights @ x
+    return weights, mean, weights @ x.square().sum(1) - mean.square().sum(1), 1 / weights.square().sum(1)
+
+
+def test_the_parts_of_the_gap_are_what_they_are_called(finished):
+    run, images, models, arrays = finished
+    for seed in range(2):
+        vae = models.vaes[seed][MAIN].model
+        z = fuzziness._aggregate_codes(run, fuzziness_vae.encode(vae, images.x))
+        mu = vae.p_x_given_z(z.float()).detach().double()
+        _, mean, trace, samples = lists(models, images, z, seed)
+        np.testing.assert_allclose(arrays["between"][seed], mean.var(0, correction=0).sum(), **INDEPENDENT)
+        np.testing.assert_allclose(arrays["gap"][seed], (mu - mean).square().sum(1), rtol=1e-3)
+        np.testing.assert_allclose(arrays["noise"][seed], trace / (samples - 1).clamp(min=0.1), **INDEPENDENT)
+        _, mean, trace, samples = lists(models, images, z, seed, held_out=True)
+        np.testing.assert_allclose(arrays["gap_held_out"][seed], (mu - mean).square().sum(1), rtol=1e-3)
+        np.testing.assert_allclose(arrays["noise_held_out"][seed], trace / (samples - 1).clamp(min=0.1), rtol=1e-4)
+
+
+def test_the_bernoulli_arrays_are_those_of_the_bernoulli_decoder(finished):
+    _, images, models, arrays = finished
+    for seed in range(2):
+        z = torch.from_numpy(arrays["z"][seed])
+        _, _, trace, _ = lists(models, images, z, seed, BERNOULLI)
+        np.testing.assert_allclose(arrays["bernoulli_variance"][seed], trace, **INDEPENDENT)
+        widths = measures.edge_width(images.pictures(models.vaes[seed][BERNOULLI].model.p_x_given_z(z)))
+        np.testing.assert_allclose(arrays["bernoulli_edge_width"][seed], widths)
+
+
 def test_the_noise_of_a_list_is_that_of_its_average(finished):
     """Averages over two halves of the training points differ by the noise of both, 1 / samples of the variance each."""
     _, images, models, arrays = finished
@@ -108,7 +143,7 @@ def test_the_noise_of_a_list_is_that_of_its_average(finished):
         x = images.x[rows]
         halves.append(aggregate.conditional(z, fuzziness_vae.encode(models.main, x), x))
     apart = (halves[0].mean - halves[1].mean).square().sum(1).mean()
-    noise = sum((half.trace / half.ess).mean() for half in halves)
+    noise = sum((half.trace / (half.ess - 1)).mean() for half in halves)
     assert 0.8 < apart / noise < 1.25
     assert (arrays["noise_held_out"].mean(1) > arrays["noise"].mean(1)).all(), "fewer held-out images, shorter lists"
 
@@ -178,14 +213,36 @@ def test_correlations_hold_the_controls_fixed(finished):
     expected = measures.partial_rank_correlation(variance, arrays["edge_width"][1][good], [ink, log_q])
     assert fuzziness.correlations(arrays, "edge_width")[1] == expected
     assert abs(expected - spearmanr(variance, arrays["edge_width"][1][good]).statistic) > 1e-3
+    assert np.isnan(fuzziness.correlations(arrays | {"reliable": 0 * arrays["reliable"] > 0}, "edge_width")).all()
+    within = fuzziness.correlations(arrays, "edge_width", within_classes=True)[1]
+    best = arrays["labels"][1][good].argmax(1)
+    classes = [best == label for label in range(10) if label != best.min()]
+    controls = [ink, log_q, *(flag for flag in classes if flag.any())]
+    assert within == pytest.approx(measures.partial_rank_correlation(variance, arrays["edge_width"][1][good], controls))
     arrays["edge_width"] = arrays["ink"] + 0.5 * np.random.default_rng(0).random(arrays["ink"].shape)
     assert abs(fuzziness.correlations(arrays, "edge_width")[1]) < 0.2, "a fuzziness that is ink, with noise"
 
 
 def test_a_frozen_encoder_sets_a_floor_that_larger_decoders_come_closer_to(finished):
-    arrays = finished[-1]
-    assert (arrays["frozen_error"] > arrays["floor"][:, None]).all()
-    assert (arrays["frozen_error"][:, 1] < arrays["frozen_error"][:, 0]).all()
+    """The errors by the list itself, not by (3), over the codes where the variance may be quoted."""
+    run, images, models, arrays = finished
+    selected = []
+    for seed in range(2):
+        codes = fuzziness_vae.encode(models.vaes[seed][MAIN].model, images.x)
+        z = fuzziness._aggregate_codes(run, codes)
+        _, _, trace, samples = lists(models, images, z, seed)
+        rows = fuzziness.random_half(images)
+        half = aggregate.conditional(z, codes[rows], images.x[rows]).trace
+        good = (samples >= run.settings.min_samples) & ((half / trace - 1).abs() <= run.settings.max_halves)
+        assert good.any()
+        np.testing.assert_allclose(arrays["floor"][seed], trace[good].mean(), **INDEPENDENT)
+        for k, units in enumerate(run.settings.decoders):
+            mu = torch.sigmoid(models.decoders[seed][units].model(z.float())).detach().double()
+            errors = fuzziness.squared_error(mu, z, codes, images.x)
+            np.testing.assert_allclose(arrays["frozen_error"][seed, k], errors[good].mean(), **INDEPENDENT)
+        selected.append(bool(good.all()))
+        assert arrays["floor"][seed] < arrays["frozen_error"][seed, 1] < arrays["frozen_error"][seed, 0]
+    assert not all(selected), "no code was set aside, so the selection is not tested"
 
 
 def test_the_swept_numbers_are_those_of_their_models(finished):
@@ -201,6 +258,15 @@ def test_the_swept_numbers_are_those_of_their_models(finished):
         errors = [(vae.p_x_given_z(z) - images.held_out).square().sum(1).mean().item() for z in draws]
         assert arrays["swept_error"][1, k] == pytest.approx(np.mean(errors), abs=5 * np.std(errors))
         assert np.std(errors) < 0.05 * np.mean(errors)
+        z = fuzziness._aggregate_codes(run, fuzziness_vae.encode(vae, images.x))
+        widths = measures.edge_width(images.pictures(vae.p_x_given_z(z.float())))
+        assert arrays["swept_width"][1, k] == pytest.approx(widths.nanmean().item(), rel=1e-6)
+        _, _, trace, samples = lists(models, images, z, 1, Variant(kl_weight=weight))
+        _, found, good = fuzziness._at_aggregate_codes(run, images, vae)
+        np.testing.assert_allclose(found.trace, trace, **INDEPENDENT)
+        assert arrays["swept_reliable"][1, k] == pytest.approx(good.double().mean().item())
+        expected = (trace / (1 - 1 / samples))[good].mean().item()
+        assert arrays["swept_variance"][1, k] == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 
 def test_verdicts_follow_the_arrays(finished):
@@ -218,13 +284,22 @@ def test_verdicts_follow_the_arrays(finished):
     good["frozen_error"] = arrays["floor"][:, None] * np.array([[1.5, 1.01]])
     good["swept_error"] = good["swept_width"] = np.arange(6.0).reshape(2, 3)
     assert set(fuzziness.conclude(cpu, good, models, images).decided().values()) == {"holds"}
-    spoilt = {
-        "F1": {"gap": good["gap"] * 20, "error": arrays["spread"] + good["gap"] * 20},
-        "F2": {"edge_width": -good["edge_width"], "slope": good["edge_width"]},
-        "F3": {"labels": np.broadcast_to(mixture, arrays["labels"].shape)},
-        "F4": {"swept_error": good["swept_error"][:, ::-1]},
-    }
-    for claim, changed in spoilt.items():
+    middle = {**good, "labels": np.full_like(good["labels"], 0.1)}
+    noisy = good["edge_width"] + 2 * arrays["variance"].std() * np.random.default_rng(1).normal(size=(2, 300))
+    one_seed = np.stack([good["edge_width"][0], noisy[1]])
+    spoilt = [
+        ("F1", {"gap": good["gap"] * 20, "error": arrays["spread"] + good["gap"] * 20}),
+        ("F1", {"error": arrays["spread"] + good["gap"] * 1.1}),
+        ("F2", {"edge_width": -good["edge_width"], "slope": good["edge_width"]}),
+        ("F2", {"edge_width": one_seed, "slope": good["edge_width"]}),
+        ("F3", {"labels": np.broadcast_to(mixture, arrays["labels"].shape)}),
+        ("F3", {"labels": middle["labels"]}),
+        ("F4", {"swept_error": good["swept_error"][:, ::-1]}),
+        ("F4", {"swept_width": np.array([[0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])}),
+        ("F4", {"swept_width": np.array([[0.0, np.nan, 2.0], [0.0, 1.0, 2.0]])}),
+        ("F4", {"frozen_error": arrays["floor"][:, None] * np.array([[1.5, 1.06]])}),
+    ]
+    for claim, changed in spoilt:
         decided = fuzziness.conclude(cpu, good | changed, models, images).decided()
         assert decided == dict.fromkeys("F1 F2 F3 F4".split(), "holds") | {claim: "fails"}
 
@@ -242,9 +317,13 @@ def test_a_finished_training_is_used_again_and_recorded_weights_serve_without_on
     assert verdicts.decided() == dict.fromkeys(fuzziness.CLAIMS, "not claimed")
     target = paths.results_root() / "smoke" / run.notebook
     target.mkdir(parents=True)
-    for name in ("weights.safetensors", "arrays.npz"):
-        shutil.copy(run.directory / name, target)
     recorded = fuzziness.start("smoke", 0, "cpu", "recorded", QUICK)
+    with pytest.raises(UserError, match="nothing is recorded"):
+        fuzziness.measure(recorded, images, models)
+    for name in ("weights.safetensors", "arrays.npz", "run.json"):
+        shutil.copy(run.directory / name, target)
+    with pytest.raises(UserError, match="other settings or seed 0"):
+        fuzziness.measure(fuzziness.start("smoke", 7, "cpu", "recorded", QUICK), images, models)
     loaded = fuzziness_vae.fit(recorded, images)
     again = fuzziness.measure(recorded, images, loaded)
     assert set(again) == set(arrays)
@@ -280,7 +359,11 @@ def fuzziness_explorer_step(images):
         ({"dataset": "minst"}, "unknown data set 'minst': choose from digits, mnist"),
         ({"hidden": ()}, "hidden is"),
         ({"sigma": -1.0}, "sigma is -1.0"),
-        ({"kl_weights": (1.0, -1.0)}, "kl_weights is"),
+        ({"kl_weights": (-1.0, 1.0)}, "kl_weights is"),
+        ({"kl_weights": (1.0,)}, "kl_weights is"),
+        ({"decoders": (400, 4)}, "decoders is"),
+        ({"decoders": (4, 4)}, "decoders is"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
         ({"code_dim": 1}, "code_dim is 1"),
         ({"codes": 50}, "codes is 50, but the picture needs 70"),
     ],

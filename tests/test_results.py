@@ -131,20 +131,32 @@ def test_recorded_weights_are_half_precision_and_bound_to_their_settings():
     run = start()
     state = {"weight": torch.tensor([1.0, 1 / 3]), "count": torch.tensor(7)}
     results.save_weights(run, state)
-    with pytest.raises(UserError, match="no recorded weights"):
+    results.save_arrays(run, a=np.arange(3))
+    results.finish(run, CLAIMS, MEASURED)
+    with pytest.raises(UserError, match="nothing is recorded"):
         results.load_recorded_weights(run)
     target = paths.results_root() / "cpu" / "99_test" / "weights.safetensors"
     target.parent.mkdir(parents=True)
-    target.write_bytes((run.directory / "weights.safetensors").read_bytes())
+    for name in ("run.json", "arrays.npz", "weights.safetensors"):
+        (target.parent / name).write_bytes((run.directory / name).read_bytes())
     loaded = results.load_recorded_weights(run)
     assert loaded["count"] == 7
     assert loaded["weight"].dtype == torch.float32
     assert torch.equal(loaded["weight"], state["weight"].half().float())
-    with pytest.raises(UserError, match="other settings"):
-        results.load_recorded_weights(start(settings=Settings(steps=9)))
+    assert results.load_recorded_arrays(run)["a"].tolist() == [0, 1, 2]
+    for other in (start(settings=Settings(steps=9)), start(seed=1)):
+        with pytest.raises(UserError, match="other settings or seed 0"):
+            results.load_recorded_weights(other)
+        with pytest.raises(UserError, match="other settings or seed 0"):
+            results.load_recorded_arrays(other)
     target.write_bytes(target.read_bytes()[:40])
     with pytest.raises(UserError, match="cannot be read"):
         results.load_recorded_weights(run)
+    arrays = target.with_name("arrays.npz")
+    for damaged in (arrays.read_bytes()[:60], b"", b"nonsense"):
+        arrays.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            results.load_recorded_arrays(run)
 
 
 CLEAN, DIRTY = ({"revision": "abc", "modified": modified} for modified in (False, True))
