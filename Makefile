@@ -43,7 +43,8 @@ format: install ## mend what ruff can mend
 
 notebooks: install ## run the committed notebooks in place with smoke, as they are to be committed
 	$(BIN)/python -m paperlib.report
-	runs=$$(mktemp -d) && PAPERLIB_RUNS=$$runs TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=50 \
+	runs=$$(mktemp -d) && PAPERLIB_RUNS=$$runs TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR \
+		--ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=50 \
 		--to notebook --execute --inplace notebooks/[0-9]*.ipynb && rm -r $$runs
 	$(BIN)/nbstripout --keep-output --keep-count notebooks/[0-9]*.ipynb \
 		--extra-keys "cell.metadata.execution cell.metadata.papermill metadata.papermill metadata.language_info.version"

@@ -7,6 +7,7 @@ as in `finite.Finite`, a kernel is (X, X) with rows that sum to one, and distanc
     (8)  eigenvalues of K = squared singular values of M(x, z) = q(x,z) / sqrt(p(x) q(z)),  where p(x|z) = q(x|z)
     (9)  TV(K^n(x, .), p) -> 1/2 lambda^n |f(x)| E_p|f|,  lambda and f the second eigenvalue and its function
     (10) TV(pi, p) <= sqrt(1/2 E_q(z) KL(q(x|z) || p(x|z))) / (1 - tau),  tau Dobrushin's coefficient of the chain run
+    (11) TV(pi, p) <= sqrt(1/2 E_q(z) KL(q(x|z) || p(x|z)) / (1 - lambda))  to first order in the decoder's error
 """
 
 from dataclasses import dataclass
@@ -125,3 +126,8 @@ def predicted_distances(p_x: Tensor, spectrum: Spectrum, steps: int) -> Tensor:
 def stationary_bound(decoder_kl: Tensor, tau: Tensor) -> Tensor:
     """The right side of (10) for `decoder_kl` = E_q(z) KL(q(x|z) || p(x|z)) in nats; at most 1 tells something."""
     return torch.sqrt(0.5 * decoder_kl) / (1 - tau)
+
+
+def first_order_bound(decoder_kl: Tensor, gap: Tensor) -> Tensor:
+    """The right side of (11), `gap` = 1 - lambda of the chain with p(x|z) = q(x|z); only for small `decoder_kl`."""
+    return torch.sqrt(0.5 * decoder_kl / gap)

@@ -68,15 +68,20 @@ def _indifferent(
     elbo_attained_below: Quantity,
     without_kl_attained_below: Quantity,
     gradient_below: Quantity,
+    most_I_of_elbo: Quantity,
+    I_without_kl: Quantity,
     flows_arrived: Quantity,
     rates_differ_by: Quantity,
     ends_with_more_I: Quantity,
+    stop_short_without_kl: Quantity,
 ) -> bool:
     return (
         _within(1e-12, elbo_attained_below, without_kl_attained_below, gradient_below)
-        and flows_arrived.value >= 0.9
+        and 0 < most_I_of_elbo.value < I_without_kl.value
+        and flows_arrived.value >= 90
         and rates_differ_by.value >= 0.5
-        and ends_with_more_I.value >= 0.9
+        and ends_with_more_I.value >= 90
+        and stop_short_without_kl.value < 100
     )
 
 
@@ -94,7 +99,7 @@ def _mixes_as_stated(
     return (
         _within(1e-9, residual_below, gaussian_gap_below)
         and _within(0, degraded_slower_by, bound_broken_by)
-        and parts_agree.value == 1
+        and parts_agree.value == 100
         and more_I.value > less_I.value
         and gap_of_more_I.value > gap_of_less_I.value
     )
@@ -103,7 +108,7 @@ def _mixes_as_stated(
 CLAIMS = {
     "E1": Claim(
         "L = -KL(p(x) ‖ p_θ(x)) - E KL(q(z|x) ‖ p_θ(z|x)) - H(p), so L ≤ -H(p); without H(p) it is off by H(p).",
-        "residuals at most 1e-12; the best L of 8 equal points is -log 8, of a single point 0",
+        "residuals at most 1e-12; the best L of 8 equal points is -log 8, of one point 0",
         lambda residual_below, without_entropy_below, best_elbo, best_elbo_of_a_point: (
             _within(1e-12, residual_below, without_entropy_below)
             and abs(best_elbo.value + math.log(8)) <= 1e-12
@@ -138,19 +143,20 @@ CLAIMS = {
         exact=True,
     ),
     "E5": Claim(
-        "At its maximum the ELBO does not care how much z knows; without the KL the maximum wants all of it; "
+        "The ELBO has the same maximum at every I that q(z) = p(z) allows; without its KL the maximum is at I = H(p); "
         "the collapsed point is stationary for both.",
-        "maxima attained and gradients 0 within 1e-12; from 9 in 10 starts or more the flow under the ELBO comes "
-        "within 1e-3 of -H(p), at rates that differ by 0.5 nat, and the flow without the KL ends with more I",
+        "maxima attained and gradients 0 within 1e-12; the ELBO's end below H(p); 90 % of the flows under the ELBO "
+        "come within 1e-3 of -H(p), at rates 0.5 nat apart; 90 % end with more I without the KL, not all of them "
+        "short of distortion 0.01",
         _indifferent,
         exact=True,
     ),
     "E6": Claim(
-        "With p(x|z) = q(x|z) the chain rests at p(x), is reversible, its eigenvalues are ≥ 0 and the second is the "
-        "squared maximal correlation; degrading a code makes it mix faster; a support that falls apart never mixes; "
-        "more I need not be slower; slow chains amplify decoder error up to √(½ E KL) / (1 - τ).",
-        "residuals at most 1e-9; gap = exp(-2I) for the scalar Gaussian; one eigenvalue 1 per part; the bound never "
-        "broken; some code with more I has the greater gap",
+        "With p(x|z) = q(x|z) the chain is reversible at p(x); its eigenvalues are ≥ 0, the second is the squared "
+        "maximal correlation; degrading a code slows nothing; a support in parts never mixes; more I can be faster; "
+        "a wrong decoder moves the rest by at most √(½ E KL) / (1 - τ).",
+        "residuals at most 1e-9, gap = exp(-2I) for the scalar Gaussian too; degrading raises no eigenvalue by more "
+        "than 1e-12; one eigenvalue 1 per part; the bound never broken; a code with more I and a greater gap",
         _mixes_as_stated,
         exact=True,
     ),
@@ -331,6 +337,7 @@ def indifference(run: results.Run) -> Part:
     sharpness = torch.linspace(0, 4, count, **F64)[:, None, None]
     couplings = finite.random_coupling(p_x.expand(count, -1), p_z.expand(count, -1), generator, sharpness)
     best = finite.matched(p_x.expand(count, -1), couplings, p_z.expand(count, -1))
+    line = examples.best_elbos(101)
     injective = finite.matched(p_x, torch.eye(size, **F64), p_z)
     collapsed = Finite(p_x, p_z.expand(size, -1), p_z, p_x.expand(len(p_z), -1))
     slopes = [slope for weight in (0, 1) for slope in finite.gradients(collapsed, weight)]
@@ -341,21 +348,26 @@ def indifference(run: results.Run) -> Part:
     knows = [finite.mutual_information(flow.model) for flow in flows]
     arrived = flows[0].rate[-1] + flows[0].distortion[-1] - entropy < 1e-3
     shown = np.unique(np.geomspace(1, settings.flow_steps + 1, 80).astype(int)) - 1
-    arrays = {"flow_entropy": entropy, **examples.survival(settings.flow_steps, generator)}
+    most = finite.mutual_information(line)[-1]
+    arrays = {"flow_entropy": entropy, "flow_most": most, **examples.survival(settings.flow_steps, generator)}
     for name, flow in zip(("elbo", "none"), flows, strict=True):
         arrays |= {f"flow_{name}_rate": flow.rate[shown], f"flow_{name}_distortion": flow.distortion[shown]}
     measured = {
-        "elbo_attained_below": _below(1e-12, finite.elbo(best) + entropy),
+        "elbo_attained_below": _below(1e-12, finite.elbo(best) + entropy, finite.elbo(line) + entropy),
         "without_kl_attained_below": _below(1e-12, finite.distortion(injective)),
         "gradient_below": _below(1e-12, *slopes),
+        "most_I_of_elbo": _nats(most),
+        "I_without_kl": _nats(finite.mutual_information(injective)),
         "flows_arrived": _share(arrived),
         "rates_differ_by": _nats(_width(flows[0].rate[-1][arrived])),
         "ends_with_more_I": _share(knows[1] > knows[0]),
+        "stop_short_without_kl": _share(flows[1].distortion[-1] > 0.01),
     }
     rows = [
         ("I at the start", *_spread(finite.mutual_information(start))),
         ("I at the end, ELBO", *_spread(knows[0])),
         ("I at the end, without its KL", *_spread(knows[1])),
+        ("distortion at the end, without its KL", *_spread(flows[1].distortion[-1])),
     ]
     heading = ("nats", "least", "median", "greatest")
     return _part(run, "E5", measured, Table(heading, rows), arrays)
@@ -375,7 +387,7 @@ def markov_chain(run: results.Run) -> Part:
         "residual_below": _below(1e-9, *residuals),
         "gaussian_gap_below": _below(1e-9, scalar),
         "degraded_slower_by": _over(torch.stack(degraded) - 1e-12),
-        "parts_agree": _share(torch.tensor(parts), "codes"),
+        "parts_agree": _share(torch.tensor(parts)),
         "bound_broken_by": _over(broken),
         "more_I": _nats(codes["blur 2"].information),
         "less_I": _nats(codes["soft bit"].information),
@@ -417,8 +429,8 @@ def _over(values: Tensor) -> Quantity:
     return Quantity(float(values.max().clamp(min=0)))
 
 
-def _share(holds: Tensor, of: str = "starts") -> Quantity:
-    return Quantity(float(holds.double().mean()), unit=f"of the {of}")
+def _share(holds: Tensor) -> Quantity:
+    return Quantity(100 * float(holds.double().mean()), unit="%")
 
 
 def _half_life(gap: float) -> str:

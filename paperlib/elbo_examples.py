@@ -80,8 +80,17 @@ def density_on_grid() -> dict[str, Tensor]:
     return {"price_axis": axis, "price_density": density.reshape(-1, 161, 161)}
 
 
-FLOW_P_X = torch.tensor([0.36, 0.24, 0.18, 0.13, 0.09], **F64)
-FLOW_P_Z = torch.tensor([0.30, 0.25, 0.20, 0.15, 0.10], **F64)
+FLOW_X_PERCENT, FLOW_Z_PERCENT = (36, 24, 18, 13, 9), (30, 25, 20, 15, 10)
+FLOW_P_X, FLOW_P_Z = (torch.tensor(percent, **F64) / 100 for percent in (FLOW_X_PERCENT, FLOW_Z_PERCENT))
+
+
+def best_elbos(count: int) -> Finite:
+    """`count` models with L = -H(p), from the code that knows nothing to the one that knows most with q(z) = p(z)."""
+    most = finite.most_informative_coupling(FLOW_X_PERCENT, FLOW_Z_PERCENT)
+    share = torch.linspace(0, 1, count, **F64)[:, None, None]
+    joint = (1 - share) * FLOW_P_X[:, None] * FLOW_P_Z + share * most
+    p_x, p_z = FLOW_P_X.expand(count, -1), FLOW_P_Z.expand(count, -1)
+    return finite.matched(p_x, joint / FLOW_P_X[:, None], p_z)
 
 
 def flow_starts(count: int, generator: torch.Generator) -> Finite:
@@ -214,18 +223,20 @@ def wrong_decoders(count: int, generator: torch.Generator) -> tuple[Tensor, dict
     for erased in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9):
         q = torch.cat([(1 - erased) * base, torch.full((len(base), 1), erased, **F64)], dim=1)
         model = finite.matched(LEVELS, q, torch.full((3,), 1 / 3, **F64))
-        slowest = chain.spectrum(LEVELS, q).slowest
-        tilts = [slowest.expand(3, -1), *torch.randn(count, 3, len(LEVELS), generator=generator, **F64)]
+        spectrum = chain.spectrum(LEVELS, q)
+        tilts = [spectrum.slowest.expand(3, -1), *torch.randn(count, 3, len(LEVELS), generator=generator, **F64)]
         for index, tilt in enumerate(tilts):
             wrong = replace(model, p_x_given_z=tilted(model, tilt, DECODER_KL))
             kernel = chain.transition(q, wrong.p_x_given_z)
             apart = chain.total_variation(chain.stationary(kernel), LEVELS)
             tau = chain.dobrushin(kernel)
             bound = chain.stationary_bound(finite.decoder_kl(wrong), tau)
-            rows.append(torch.stack([1 / (1 - tau), apart, bound, torch.tensor(float(index == 0), **F64)]))
+            first_order = chain.first_order_bound(finite.decoder_kl(wrong), spectrum.gap)
+            along = torch.tensor(float(index == 0), **F64)
+            rows.append(torch.stack([1 / (1 - tau), apart, bound, first_order, along]))
     found = torch.stack(rows)
-    arrays = {"wrong_slowness": found[:, 0], "wrong_apart": found[:, 1], "wrong_bound": found[:, 2]}
-    return found[:, 1] - found[:, 2], arrays | {"wrong_along_slowest": found[:, 3]}
+    names = ("slowness", "apart", "bound", "first_order", "along_slowest")
+    return found[:, 1] - found[:, 2], {f"wrong_{name}": found[:, k] for k, name in enumerate(names)}
 
 
 def tilted(model: Finite, tilt: Tensor, target: float) -> Tensor:

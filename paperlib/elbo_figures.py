@@ -8,9 +8,10 @@ import numpy as np
 from paperlib.figures import PALETTE, new
 
 FLOWS_CAPTION = (
-    "Left: climbing the ELBO ends anywhere on the line rate + distortion = H(p), so each start keeps its own rate. "
-    "Right: without the KL the same starts run on to the right and down, towards a code that knows x. "
-    "(Some starts lie above the frame.)"
+    "Left: climbing the ELBO ends on the line rate + distortion = H(p), and different starts end at different rates. "
+    "The line stops at 1.30 nats, the most that a code with q(z) = p(z) can know here; H(p) is 1.50. "
+    "Right: without the KL the same starts run further to the right and down, but many of them, most with seed 0, "
+    "stop above distortion 0, where several x share a code. (Some starts lie above the frame.)"
 )
 GREY = "0.45"
 
@@ -18,13 +19,14 @@ GREY = "0.45"
 def flows(arrays: Mapping[str, np.ndarray]) -> Any:
     """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `elbo`."""
     figure, axes = new(2, height=3.3, sharex=True, sharey=True)
-    entropy = float(arrays["flow_entropy"])
+    entropy, most = float(arrays["flow_entropy"]), float(arrays["flow_most"])
     reach = 1.05 * max(arrays[f"flow_{name}_rate"].max() for name in ("elbo", "none"))
     top = max(3.0, 1.02 * entropy)
     for axis, name, title in zip(axes, ("elbo", "none"), ("ELBO", "ELBO without its KL"), strict=True):
         rate, distortion = arrays[f"flow_{name}_rate"], arrays[f"flow_{name}_distortion"]
         axis.fill_between([0, entropy], [entropy, 0], color="0.9", lw=0)
-        axis.plot([0, entropy], [entropy, 0], "--", color="black", lw=1.2)
+        axis.plot([0, most], [entropy, entropy - most], "--", color="black", lw=1.2)
+        axis.plot(most, entropy - most, "_", color="black", ms=9, mew=1.2)
         axis.plot(rate, distortion, color=PALETTE[0], lw=0.7, alpha=0.5)
         axis.plot(rate[0], distortion[0], "o", color=PALETTE[9], ms=2.5, alpha=0.8, label="start")
         axis.plot(rate[-1], distortion[-1], "o", color=PALETTE[3], ms=3.5, label="end", clip_on=False, zorder=4)
@@ -32,7 +34,7 @@ def flows(arrays: Mapping[str, np.ndarray]) -> Any:
     axes[0].set_ylabel("distortion  −E log p(x|z), nats")
     axes[0].text(0.17, 0.17, "impossible", color=GREY, fontsize=8)
     axes[0].annotate(
-        "rate + distortion = H(p):\nthe ELBO is the same all along",
+        "rate + distortion = H(p):\nthe ELBO is the same all along\n(up to the bar)",
         (0.62 * entropy, 0.38 * entropy),
         (0.62 * entropy, 0.85 * entropy),
         arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.8},
@@ -116,6 +118,8 @@ def amplification(arrays: Mapping[str, np.ndarray]) -> Any:
     slow, apart = arrays["wrong_slowness"], arrays["wrong_apart"]
     order = np.argsort(slow)
     axis.plot(slow[order], np.minimum(arrays["wrong_bound"], 1)[order], "--", color="black", lw=1.2, label="bound (10)")
+    first_order = arrays["wrong_first_order"]
+    axis.plot(slow[order], first_order[order], ":", color="black", lw=1.4, label="first order (11)")
     along = arrays["wrong_along_slowest"] == 1
     axis.plot(slow[~along], apart[~along], "o", ms=3, alpha=0.6, color=PALETTE[0], label="random errors")
     axis.plot(slow[along], apart[along], "D", ms=5, color=PALETTE[3], label="error along the slowest eigenfunction")

@@ -12,6 +12,8 @@ leading batch dimensions `...`, so a thousand random models are one call.
 post writes (2) without H(p).
 """
 
+import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,6 +159,40 @@ def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpn
         if float((joint.sum(-2) - p_z).abs().max()) < 1e-15:
             break
     return joint / joint.sum(-1, keepdim=True)
+
+
+def most_informative_coupling(x_parts: tuple[int, ...], z_parts: tuple[int, ...]) -> Tensor:
+    """The joint table (X, Z) with the greatest I(x;z) of all with marginals `x_parts` and `z_parts`, over their sum.
+
+    I is convex in the table, so one of the corners of the set of such tables is best. The support of a corner has no
+    cycle, so some row or column has a single cell left, again and again: corners are what comes from filling cells one
+    by one, each as far as its row and column allow. All orders are tried, each remainder once; whole numbers make
+    this exact. For 5 x 5 these are 15,000 remainders, half a second. Raises `ValueError` if the sums differ.
+    """
+    total = sum(x_parts)
+    if total != sum(z_parts):
+        raise ValueError(f"the marginals sum to {total} and {sum(z_parts)}, but must have one sum")
+
+    def take(parts: tuple[int, ...], index: int, amount: int) -> tuple[int, ...]:
+        return (*parts[:index], parts[index] - amount, *parts[index + 1 :])
+
+    @functools.cache
+    def best(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[float, int, int, int]:
+        found = (-math.inf if any(rows) else 0.0, 0, 0, 0)
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                if amount := min(row, column):
+                    rest = best(take(rows, i, amount), take(columns, j, amount))
+                    found = max(found, (amount * math.log(amount) + rest[0], i, j, amount))
+        return found
+
+    table = torch.zeros(len(x_parts), len(z_parts), dtype=torch.float64)
+    rows, columns = tuple(x_parts), tuple(z_parts)
+    while any(rows):
+        _, i, j, amount = best(rows, columns)
+        table[i, j] = amount
+        rows, columns = take(rows, i, amount), take(columns, j, amount)
+    return table / total
 
 
 def gradients(model: Finite, kl_weight: float) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def figures_root() -> Path:
 
 def make_folder(path: Path) -> Path:
     """Create `path` with its parents and return it; a `UserError` where that is not allowed."""
-    with _explained(path):
+    with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -65,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        with _explained(path):
+        with explained(path):
             yield partial
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -75,7 +75,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn the system's errors that a reader can mend, met while writing `path`, into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -86,6 +87,8 @@ def _explained(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _NO_PERMISSION:
             raise UserError(f"cannot write {path}: {error.strerror}; allow writing there and run again") from error
+        if error.errno == errno.ENOENT:
+            raise UserError(f"cannot write {path}: no such folder can be made there; choose another") from error
         if error.errno in {errno.EEXIST, errno.ENOTDIR}:
             raise UserError(f"cannot write {path}: a file stands where a folder is needed; move it away") from error
         raise

@@ -80,5 +80,12 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             return value
         if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
             return tuple(_checked(name, item, typing.get_args(kind)[0]) for item in value)
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in options)
+    wanted = " or ".join(_words(kind) for kind in options)
     raise UserError(f"setting {name!r} is {value!r}, but takes {wanted}")
+
+
+def _words(kind: Any) -> str:
+    """A type as a reader would write a value of it."""
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_words(typing.get_args(kind)[0])}, such as [1, 2]"
+    return "null" if kind is type(None) else kind.__name__

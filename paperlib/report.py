@@ -72,7 +72,7 @@ def notebook_block(notebook: str) -> str:
 
 def readme_block() -> str:
     """The table of all claims with the best recorded number of each, in Markdown."""
-    rows = ["| claim | expected | measured | verdict | notebook, preset |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| claim | measured | verdict | notebook, preset |", "| --- | --- | --- | --- |"]
     origins = []
     for notebook in EXPERIMENTS:
         recorded = best(notebook)
@@ -81,7 +81,6 @@ def readme_block() -> str:
         for key, entry in recorded.claims.items():
             cells = (
                 f"**{key}** {entry['statement']}",
-                entry["expected"],
                 results.measured_text(entry),
                 results.verdict_text(entry),
                 f"[{notebook[:2]}](notebooks/{notebook}.ipynb), `{recorded.preset}`",

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from paperlib import paths, presets, results
 from paperlib.errors import UserError, run_command
+from paperlib.machine import pick_device
 
 EXPERIMENTS = {"01_elbo_derivation": "elbo", "02_mnist_fuzziness": "fuzziness"}
 PARAMETERS = ("preset", "seed", "device", "weights", "overrides")
@@ -76,15 +77,19 @@ def main(arguments: list[str] | None = None) -> int:
     failed = len(outcomes) < len(jobs) or any(outcome.status != "ok" for outcome in outcomes)
     if options.record and not failed:
         for outcome in outcomes:
-            for path in results.record(outcome.job.directory):
-                print(f"recorded {_short(path)}")
+            if experiment := _experiment(outcome.job.notebook):
+                for path in results.record(outcome.job.directory, experiment.PRESETS[options.preset]):
+                    print(f"recorded {_short(path)}")
     if any(outcome.status == "interrupted" for outcome in outcomes):
         return 130
     return int(failed)
 
 
 def run_notebook(job: Job) -> Outcome:
-    """Execute one notebook in a kernel of its own; the executed copy stays beside the run's other files."""
+    """Execute one notebook in a kernel of its own; the executed copy stays beside the run's other files.
+
+    That of a failure is called `notebook.failed.ipynb`, so that it never takes the place of a finished one.
+    """
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -93,20 +98,23 @@ def run_notebook(job: Job) -> Outcome:
     unknown = sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook)))
     if unknown:
         return Outcome(job, "unknown parameter", 0.0, f"its parameters cell has no {', '.join(unknown)}")
-    paths.make_folder(job.directory)
     executing = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
     status, message = "ok", ""
     with _kernel() as kernel, _progress(job.notebook.stem):
         try:
-            papermill.execute_notebook(
-                job.notebook,
-                executing,
-                job.parameters,
-                cwd=job.notebook.parent,
-                progress_bar=False,
-                km=kernel,
-                extra_arguments=["--IPKernelApp.log_level=50"],
-            )
+            paths.make_folder(job.directory)
+            with paths.explained(executing):
+                papermill.execute_notebook(
+                    job.notebook,
+                    executing,
+                    job.parameters,
+                    cwd=job.notebook.parent,
+                    progress_bar=False,
+                    km=kernel,
+                    extra_arguments=["--IPKernelApp.log_level=50"],
+                )
+        except UserError as error:
+            status, message = "not written", str(error)
         except papermill.PapermillExecutionError as error:
             interrupted = error.ename == "KeyboardInterrupt"
             status = "interrupted" if interrupted else f"failed in cell {error.exec_count}"
@@ -116,10 +124,8 @@ def run_notebook(job: Job) -> Outcome:
             message = "its process ended in the middle of a cell; most often the memory did not suffice"
         except KeyboardInterrupt:
             status = "interrupted"
-    if executing.exists():
-        os.replace(executing, job.directory / "notebook.ipynb")
     if status == "ok":  # papermill's word, checked against the copy itself
-        cells = nbformat.read(job.directory / "notebook.ipynb", as_version=4).cells
+        cells = nbformat.read(executing, as_version=4).cells
         if any(cell.cell_type == "code" and cell.execution_count is None for cell in cells):
             status, message = "incomplete", "some cells of the executed copy never ran"
     claims = _fresh_claims(job, started) if status == "ok" else None
@@ -128,7 +134,19 @@ def run_notebook(job: Job) -> Outcome:
             "incomplete",
             "no verdicts were written: does its last cell still conclude the run?",
         )
+    _keep(executing, job.directory / ("notebook.ipynb" if status == "ok" else "notebook.failed.ipynb"))
     return Outcome(job, status, time.time() - started, message, claims)
+
+
+def _keep(executed: Path, target: Path) -> None:
+    """Move an executed copy into place; half of one, as a full disk leaves it, is dropped."""
+    try:
+        json.loads(executed.read_text())
+        os.replace(executed, target)
+        if target.name == "notebook.ipynb":
+            target.with_name("notebook.failed.ipynb").unlink(missing_ok=True)
+    except (OSError, ValueError):
+        executed.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -249,10 +267,14 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
     }
     if (experiment := _experiment(notebook)) is None:
         return Job(notebook, parameters, paths.runs_root() / notebook.stem / options.preset)
-    settings = presets.choose(experiment.PRESETS, options.preset)
-    parameters["overrides"] = presets.parse(settings, options.set)
-    settings = presets.choose(experiment.PRESETS, options.preset, parameters["overrides"])
-    name = results.run_name(notebook.stem, options.preset, settings, options.seed)
+    try:
+        settings = presets.choose(experiment.PRESETS, options.preset)
+        parameters["overrides"] = presets.parse(settings, options.set)
+        settings = presets.choose(experiment.PRESETS, options.preset, parameters["overrides"])
+        pick_device(options.device)
+        name = results.run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
+    except UserError as error:
+        raise UserError(f"{notebook.stem}: {error}") from error
     return Job(notebook, parameters, paths.runs_root() / name)
 
 

@@ -22,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +48,15 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Quantity:
-    """A measured number with, where it has one, its 95 % interval [low, high]."""
+    """A measured number with, where it has one, its 95 % interval [low, high]; nan where it could not be measured."""
 
     value: float
     low: float | None = None
     high: float | None = None
     unit: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", math.nan if self.value is None else self.value)  # JSON has null for nan
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"
@@ -87,25 +91,30 @@ class Run:
 
     @property
     def name(self) -> str:
-        return run_name(self.notebook, self.preset, self.settings, self.seed)
+        return run_name(self.notebook, self.preset, self.settings, self.seed, self.weights)
 
     @property
     def directory(self) -> Path:
         return paths.runs_root() / self.name
 
 
-def run_name(notebook: str, preset: str, settings: Any, seed: int) -> str:
-    """`<notebook>/<preset>-<hash>`: the same for the same settings and seed, another for any other."""
-    identity = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True)
-    return f"{notebook}/{preset}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+def run_name(notebook: str, preset: str, settings: Any, seed: int, weights: str = "train") -> str:
+    """`<notebook>/<preset>-<hash>`: the same for the same settings and seed, another for any other.
 
-
-def start(notebook: str, preset: str, settings: Any, seed: int, device: str, weights: str = "train") -> Run:
-    """Open a run and make its folder. Raises `UserError` for a seed or `weights` that mean nothing."""
+    A run with recorded weights has a name of its own, so that it never takes the place of one that was trained.
+    Raises `UserError` for a seed or `weights` that mean nothing.
+    """
     if type(seed) is not int or seed < 0:
         raise UserError(f"seed is {seed!r}, but takes a whole number from 0")
     if weights not in ("train", "recorded"):
         raise UserError(f"unknown weights {weights!r}: choose from train, recorded")
+    identity = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return f"{notebook}/{preset}-{digest}" + ("-recorded" if weights == "recorded" else "")
+
+
+def start(notebook: str, preset: str, settings: Any, seed: int, device: str, weights: str = "train") -> Run:
+    """Open a run and make its folder. Raises `UserError` as `run_name` does."""
     run = Run(notebook, preset, settings, seed, device, weights)
     paths.make_folder(run.directory)
     return run
@@ -141,12 +150,36 @@ def save_figure(run: Run, figure: Any, name: str) -> Any:
     return figure
 
 
+def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
+    """The arrays recorded for this notebook and preset. Raises `UserError` as `load_recorded_weights` does."""
+    path = _recorded(run, "arrays.npz")
+    try:
+        return load_arrays(path.parent)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
+
+
+def _recorded(run: Run, name: str) -> Path:
+    """The path of a recorded file, which must be there and of this run's settings and seed."""
+    folder = paths.results_root() / run.preset / run.notebook
+    for path in (folder / "run.json", folder / name):
+        if not path.exists():
+            raise UserError(f'nothing is recorded at {path}: choose another preset, or weights = "train"')
+    recorded = load_json(folder / "run.json")
+    if (recorded["settings"], recorded["seed"]) != (_plain(dataclasses.asdict(run.settings)), run.seed):
+        raise UserError(
+            f"{folder} was recorded with other settings or seed {recorded['seed']}: drop overrides and seed, "
+            f'or use weights = "train"'
+        )
+    return folder / name
+
+
 def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
-    """Write `weights.safetensors`: floating-point tensors in half precision, the settings in its header."""
+    """Write `weights.safetensors`: floating-point tensors in half precision, settings and seed in its header."""
     from safetensors.torch import save_file
 
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
-    header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True)}
+    header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True), "seed": str(run.seed)}
     with paths.replacing(run.directory / "weights.safetensors") as file:
         save_file(half, file, metadata=header)
 
@@ -154,21 +187,16 @@ def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
 def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
     """The weights recorded for this notebook and preset, in float32.
 
-    Raises `UserError` where none are recorded or where they belong to other settings.
+    Raises `UserError` where none are recorded, or of other settings or another seed, or the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = paths.results_root() / run.preset / run.notebook / "weights.safetensors"
-    if not path.exists():
-        raise UserError(f'no recorded weights at {path}: choose another preset, or weights = "train"')
+    path = _recorded(run, "weights.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            settings, names = file.metadata()["settings"], list(file.keys())
-            state = {name: file.get_tensor(name) for name in names}
+            state = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
-    if json.loads(settings) != json.loads(json.dumps(dataclasses.asdict(run.settings))):
-        raise UserError(f'{path} was recorded with other settings: drop the overrides, or use weights = "train"')
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
@@ -248,6 +276,16 @@ def measured_text(entry: Mapping[str, Any]) -> str:
     return "; ".join(f"{name.replace('_', ' ')} {Quantity(**q)}" for name, q in entry["measured"].items())
 
 
+def describe_training(trained: Any) -> dict[str, Any]:
+    """What `run.json` says of a `train.Trained`: steps, seconds, and the code that started and resumed it."""
+    return {
+        "steps": trained.steps,
+        "seconds": round(trained.seconds, 1),
+        **trained.provenance,
+        "resumed": trained.resumed,
+    }
+
+
 def describe_code() -> dict[str, Any]:
     """Git revision of the code, and whether code, notebooks or pins differ from it; None where git does not know."""
     watched = ["paperlib", "notebooks", "requirements.txt", "pyproject.toml"]
@@ -276,18 +314,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def record(directory: Path) -> list[Path]:
+def record(directory: Path, settings: Any) -> list[Path]:
     """Promote the finished run in `directory` to `results/<preset>/<notebook>/` and `figures/<preset>/`.
 
-    Raises `UserError` for a run that is unfinished, was made from modified code, or by settings that are not the
-    preset's (its folder then differs from the one the preset names, which the caller passes).
+    Raises `UserError` for a run that is unfinished, has other settings than `settings` (the preset's), was not
+    trained, or in which anything was made by code that is not committed: the run itself, a training, or a part of a
+    training that was resumed. A training may be of an earlier commit than the run; `run.json` says of which.
     """
     try:
-        provenance = json.loads((directory / "run.json").read_text())
+        provenance = load_json(directory / "run.json")
     except FileNotFoundError:
         raise UserError(f"{directory} is not finished: run it again without --record first") from None
-    if provenance["revision"] is None or provenance["modified"]:
-        raise UserError(f"{directory} was made by code that is not committed: commit it, run again, then record")
+    if provenance["settings"] != _plain(dataclasses.asdict(settings)) or provenance["weights"] != "train":
+        raise UserError(f"{directory} is not a training with the preset's own settings, so it is not recorded")
+    parts = [provenance]
+    for training in provenance["trainings"].values():
+        parts += [training, *training.get("resumed", [])]
+    if any(part["revision"] is None or part["modified"] for part in parts):
+        raise UserError(f"{directory} was made by code that is not committed: commit it, run with --fresh, then record")
     results = paths.results_root() / provenance["preset"] / provenance["notebook"]
     figures = paths.figures_root() / provenance["preset"]
     targets = {directory / name: results / name for name in ("arrays.npz", "weights.safetensors", "metrics.json")}

@@ -135,3 +135,34 @@ def test_the_bound_holds_and_would_fail_without_its_denominator():
         assert apart <= chain.stationary_bound(finite.decoder_kl(wrong), tau)
         broken += bool(apart > one_step)
     assert broken > 100, "the error of the law that the chain rests at should exceed that of one step"
+
+
+def test_small_errors_obey_the_first_order_law_and_it_is_attained():
+    """(11) for random codes and decoders; a fair bit read by a noisy code with the worst small error reaches it."""
+    reached = []
+    for seed in range(200):
+        model, _ = random_code(seed)
+        noise = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        decoder = (model.q_x_given_z.log() + 1e-5 * noise).softmax(-1)
+        price = finite.decoder_kl(replace(model, p_x_given_z=decoder))
+        exact = 0.5 * (model.q_z @ ((decoder / model.q_x_given_z - 1) ** 2 * model.q_x_given_z).sum(-1))
+        assert float(price) == pytest.approx(float(exact), rel=1e-2)  # price is not yet rounding
+        apart = chain.total_variation(chain.stationary(chain.transition(model.q_z_given_x, decoder)), model.p_x)
+        gap = chain.spectrum(model.p_x, model.q_z_given_x).gap
+        reached.append(float(apart / chain.first_order_bound(exact, gap)))
+    assert max(reached) < 1
+    assert max(reached) > 0.5
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    for flip in (0.3, 0.1, 0.01):
+        q = torch.tensor([[1 - flip, flip], [flip, 1 - flip]], dtype=torch.float64)
+        model = finite.matched(half, q, half)
+        tilt = 1e-4 * torch.tensor([1.0, -1.0], dtype=torch.float64)
+        decoder = (model.q_x_given_z.log() + tilt).softmax(-1)
+        kernel = chain.transition(q, decoder)
+        price = finite.decoder_kl(replace(model, p_x_given_z=decoder))
+        apart = chain.total_variation(chain.stationary(kernel), half)
+        gap, tau = chain.spectrum(half, q).gap, chain.dobrushin(kernel)
+        assert float(gap) == pytest.approx(4 * flip * (1 - flip), abs=1e-12)
+        assert float(apart) == pytest.approx(float(chain.first_order_bound(price, gap)), rel=1e-3)
+        short = float(apart / chain.stationary_bound(price, tau))
+        assert short == pytest.approx(math.sqrt(1 - float(tau)), rel=1e-3)

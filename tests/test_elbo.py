@@ -79,9 +79,37 @@ def test_flows_end_where_the_theory_says(parts):
     np.testing.assert_allclose(end_rate + end_distortion, entropy, atol=2e-3)
     for name in ("elbo", "none"):
         assert (arrays[f"flow_{name}_rate"] + arrays[f"flow_{name}_distortion"] > entropy - 1e-12).all()
+    most = float(arrays["flow_most"])
+    assert 0 < end_rate.min() < end_rate.max() < most < entropy, "the line ends where q(z) = p(z) ends"
+    measured = parts["E5"].measured
+    stopped = arrays["flow_none_distortion"][-1] > 0.01
+    assert 50 < measured["stop_short_without_kl"].value == pytest.approx(100 * stopped.mean())
+    assert f"{most:.2f} nats" in elbo_figures.FLOWS_CAPTION and f"H(p) is {entropy:.2f}" in elbo_figures.FLOWS_CAPTION
     weak = np.median(arrays["survival_shares"][0], axis=1)
     speeds = arrays["survival_speeds"]
     np.testing.assert_allclose(weak, (speeds / (1 + speeds)) ** 2, atol=0.01)
+
+
+def test_the_best_elbos_reach_every_information_up_to_the_most():
+    models = elbo_examples.best_elbos(101)
+    torch.testing.assert_close(models.q_z, elbo_examples.FLOW_P_Z.expand(101, -1), rtol=0, atol=1e-15)
+    knows = finite.mutual_information(models)
+    assert float(knows[0]) == pytest.approx(0, abs=1e-15)
+    assert (knows.diff() > 0).all() and knows.diff().max() < 0.05
+    torch.testing.assert_close(finite.rate(models), knows, rtol=0, atol=1e-12)
+
+
+def test_flows_that_stop_short_let_several_x_share_a_code():
+    """The ends of the flows without the KL: each is the entropy left by a hard code, one of 52 partitions of five x."""
+    start = elbo_examples.flow_starts(12, torch.Generator().manual_seed(7))
+    flow = finite.ascend(start, 3000, 0, encoder_step=4.0, decoder_step=4.0)
+    assert (flow.distortion[-1] > 0.01).double().mean() > 0.5
+    groups = torch.nn.functional.one_hot(flow.model.q_z_given_x.argmax(-1), 5).double()
+    mass = (elbo_examples.FLOW_P_X[:, None] * groups).sum(-2)
+    left = finite.entropy(elbo_examples.FLOW_P_X) - finite.entropy(mass)
+    torch.testing.assert_close(flow.distortion[-1], left, rtol=0, atol=5e-3)
+    short = flow.distortion[-1] > 0.01
+    assert ((mass == 0).any(-1) == short).all(), "a code is idle exactly where a flow stops short"
 
 
 def test_the_hard_bit_stays_where_the_parts_say(parts):
@@ -108,6 +136,9 @@ def test_wrong_decoders_cost_the_same_and_slow_chains_amplify(parts):
     arrays = parts["E6"].arrays
     slowness, apart, along = (arrays[f"wrong_{name}"] for name in ("slowness", "apart", "along_slowest"))
     assert (apart <= arrays["wrong_bound"]).all()
+    first_order = arrays["wrong_first_order"]
+    assert (apart < first_order).all()
+    assert (apart > 0.9 * first_order)[along == 1].all()
     order = np.argsort(slowness[along == 1])
     amplified = apart[along == 1][order]
     assert (np.diff(amplified) > 0).all()

@@ -1,5 +1,6 @@
 """Finite models against plain loops over every x and z, and gradients against autograd."""
 
+import itertools
 import math
 
 import pytest
@@ -119,6 +120,56 @@ def test_couplings_keep_both_marginals_and_differ():
     torch.testing.assert_close(encoder.sum(-1), torch.ones(20, 3, dtype=torch.float64), rtol=0, atol=1e-14)
     model = Finite(p_x, encoder, p_z, p_x[:, None].expand(-1, 4, -1))
     assert finite.mutual_information(model).std() > 0.05
+
+
+def most_information_by_bases(x_parts, z_parts):
+    """Every corner of the tables with these marginals as a solution of X + Z - 1 linear equations in as many cells."""
+    total, cells = sum(x_parts), list(itertools.product(range(len(x_parts)), range(len(z_parts))))
+    rows = [[float(i == k) for i, _ in cells] for k in range(len(x_parts))]
+    rows += [[float(j == k) for _, j in cells] for k in range(len(z_parts) - 1)]
+    system, right = torch.tensor(rows, dtype=torch.float64), torch.tensor([*x_parts, *z_parts[:-1]]).double() / total
+    chosen = torch.tensor(list(itertools.combinations(range(len(cells)), len(rows))))
+    bases = system[:, chosen].transpose(0, 1)
+    regular = torch.linalg.det(bases).abs() > 0.5  # determinants are 0, 1 or -1
+    corners = torch.linalg.solve(bases[regular], right.expand(int(regular.sum()), -1))
+    corners = corners[(corners > -1e-12).all(-1)].clamp(min=0)
+    p, q = (torch.tensor(parts).double() / total for parts in (x_parts, z_parts))
+    return float((finite.entropy(p) + finite.entropy(q) - finite.entropy(corners)).max()), len(corners)
+
+
+@pytest.mark.parametrize(
+    ("x_parts", "z_parts"),
+    [
+        ((5, 3, 2), (4, 4, 2)),
+        ((7, 2, 2), (5, 3, 2, 1)),
+        ((1, 1, 1), (1, 1, 1)),
+        ((4, 0, 3), (3, 3, 1)),
+        ((41, 30, 17, 12), (35, 28, 22, 15)),
+    ],
+)
+def test_the_most_informative_coupling_against_all_corners_by_linear_algebra(x_parts, z_parts):
+    table = finite.most_informative_coupling(x_parts, z_parts)
+    p, q = (torch.tensor(parts).double() / sum(parts) for parts in (x_parts, z_parts))
+    torch.testing.assert_close(table.sum(1), p, rtol=0, atol=1e-15)
+    torch.testing.assert_close(table.sum(0), q, rtol=0, atol=1e-15)
+    most, corners = most_information_by_bases(x_parts, z_parts)
+    assert corners > 5
+    information = finite.entropy(p) + finite.entropy(q) - finite.entropy(table.flatten())
+    assert float(information) == pytest.approx(most, abs=1e-12)
+
+
+def test_no_coupling_knows_more_than_the_most_informative_one():
+    parts = ((36, 24, 18, 13, 9), (30, 25, 20, 15, 10))
+    p, q = (torch.tensor(part).double() / 100 for part in parts)
+    table = finite.most_informative_coupling(*parts)
+    most = finite.entropy(p) + finite.entropy(q) - finite.entropy(table.flatten())
+    sharpness = torch.linspace(0, 12, 2000, dtype=torch.float64)[:, None, None]
+    encoders = finite.random_coupling(p.expand(2000, -1), q.expand(2000, -1), generator(6), sharpness)
+    knows = finite.mutual_information(finite.matched(p.expand(2000, -1), encoders, q.expand(2000, -1)))
+    assert 0.9 * most < knows.max() <= most
+    assert float(most) == pytest.approx(1.302498, abs=1e-6)
+    with pytest.raises(ValueError, match="sum to 3 and 4"):
+        finite.most_informative_coupling((1, 2), (1, 3))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])

@@ -33,8 +33,8 @@ def notebooks(monkeypatch, tmp_path):
     return write
 
 
-def executed(stem, preset="smoke"):
-    return nbformat.read(paths.runs_root() / stem / preset / "notebook.ipynb", as_version=4)
+def executed(stem, preset="smoke", name="notebook.ipynb"):
+    return nbformat.read(paths.runs_root() / stem / preset / name, as_version=4)
 
 
 def outputs(notebook):
@@ -59,7 +59,7 @@ def test_a_failing_cell_is_named_its_copy_stays_and_later_notebooks_run(notebook
     assert "10_bad: failed in cell 4" in said, "as numbered in the executed copy, where papermill adds a cell"
     assert "ValueError: what went wrong" in said
     assert "11_good: ok" in said
-    copy = executed("10_bad")
+    copy = executed("10_bad", name="notebook.failed.ipynb")
     assert any(o.output_type == "error" for cell in copy.cells for o in cell.get("outputs", []))
     assert "before" in outputs(copy)
     assert "after" not in outputs(copy)
@@ -80,6 +80,41 @@ def test_a_users_mistake_is_one_line_without_a_traceback(notebooks, capsys):
     assert "Traceback" not in said
 
 
+def test_a_failure_leaves_the_copy_of_an_earlier_success_alone(notebooks):
+    notebooks("10_some", "print('fine')")
+    assert reproduce.main([]) == 0
+    notebooks("10_some", "raise ValueError")
+    assert reproduce.main([]) == 1
+    assert "fine" in outputs(executed("10_some"))
+    notebooks("10_some", "print('again')")
+    assert reproduce.main([]) == 0
+    assert "again" in outputs(executed("10_some"))
+    assert not (paths.runs_root() / "10_some" / "smoke" / "notebook.failed.ipynb").exists()
+
+
+def test_a_full_disk_is_a_status_and_later_notebooks_run(notebooks, monkeypatch, capsys):
+    """The write of the executed copy fails as on a full disk; no half file stays."""
+    import papermill.iorw
+
+    write = papermill.iorw.LocalHandler.write
+
+    def full(self, buf, path):
+        if "10_big" in path:
+            write(self, buf[:100], path)
+            raise OSError(28, "No space left on device")
+        write(self, buf, path)
+
+    monkeypatch.setattr(papermill.iorw.LocalHandler, "write", full)
+    notebooks("10_big", "1")
+    notebooks("11_good", "1")
+    assert reproduce.main([]) == 1
+    said = capsys.readouterr().out
+    assert "10_big: not written" in said
+    assert "no space left" in said
+    assert "11_good: ok" in said
+    assert not list((paths.runs_root() / "10_big" / "smoke").iterdir())
+
+
 def test_a_dead_kernel_is_not_taken_for_success(notebooks, capsys):
     notebooks("10_dead", "print('here', flush=True)", "import os; os.kill(os.getpid(), 9)", "print('never')")
     notebooks("11_good", "1")
@@ -87,7 +122,7 @@ def test_a_dead_kernel_is_not_taken_for_success(notebooks, capsys):
     said = capsys.readouterr().out
     assert "10_dead: kernel died" in said
     assert "11_good: ok" in said
-    assert (paths.runs_root() / "10_dead" / "smoke" / "notebook.ipynb").exists()
+    assert "here" in outputs(executed("10_dead", name="notebook.failed.ipynb"))
 
 
 def test_a_parameter_that_a_notebook_does_not_have_is_an_error(notebooks, capsys):
@@ -129,7 +164,7 @@ def test_an_interrupt_reaches_the_kernel_and_ends_the_run(notebooks, tmp_path, n
     assert runner.returncode == 130, err
     assert "10_long: interrupted" in out
     assert "11_later" not in out
-    assert "checkpoint saved" in outputs(executed("10_long"))
+    assert "checkpoint saved" in outputs(executed("10_long", name="notebook.failed.ipynb"))
 
 
 def test_only_picks_by_number_or_name(notebooks):
@@ -146,7 +181,10 @@ def test_only_picks_by_number_or_name(notebooks):
     [
         (["--preset", "smokee"], "unknown preset 'smokee': choose from smoke, cpu"),
         (["--set", "stepz=3"], "unknown setting 'stepz'"),
-        (["--set", "steps=many"], "setting 'steps' is 'many', but takes int"),
+        (["--set", "steps=many"], "02_mnist_fuzziness: setting 'steps' is 'many', but takes int"),
+        (["--set", "hidden=8"], "takes a list of int, such as [1, 2]"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--weights", "recordde"], "unknown weights 'recordde'"),
         (["--set", "steps=0"], "steps is 0"),
         (["--record", "--set", "steps=3"], "drop --set"),
         (["--only", "77"], "no notebook '77'"),

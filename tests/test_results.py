@@ -67,6 +67,15 @@ def test_a_claim_without_its_measurement_is_an_error():
         results.finish(start(), CLAIMS, {**MEASURED, "X2": {"wrong": Quantity(1.0)}})
 
 
+def test_what_could_not_be_measured_is_null_and_holds_nothing():
+    run = start()
+    shown = results.finish(run, CLAIMS, {**MEASURED, "X1": {"size": Quantity(float("nan"))}})
+    recorded = json.loads((run.directory / "metrics.json").read_text())["claims"]["X1"]
+    assert (recorded["measured"]["size"]["value"], recorded["holds"]) == (None, False)
+    assert "size nan" in results.measured_text(recorded)
+    assert shown["X1"]["holds"] is False
+
+
 def test_metrics_and_provenance_are_written_and_plain_json():
     run = start()
     shown = results.finish(
@@ -122,34 +131,69 @@ def test_recorded_weights_are_half_precision_and_bound_to_their_settings():
     run = start()
     state = {"weight": torch.tensor([1.0, 1 / 3]), "count": torch.tensor(7)}
     results.save_weights(run, state)
-    with pytest.raises(UserError, match="no recorded weights"):
+    results.save_arrays(run, a=np.arange(3))
+    results.finish(run, CLAIMS, MEASURED)
+    with pytest.raises(UserError, match="nothing is recorded"):
         results.load_recorded_weights(run)
     target = paths.results_root() / "cpu" / "99_test" / "weights.safetensors"
     target.parent.mkdir(parents=True)
-    target.write_bytes((run.directory / "weights.safetensors").read_bytes())
+    for name in ("run.json", "arrays.npz", "weights.safetensors"):
+        (target.parent / name).write_bytes((run.directory / name).read_bytes())
     loaded = results.load_recorded_weights(run)
     assert loaded["count"] == 7
     assert loaded["weight"].dtype == torch.float32
     assert torch.equal(loaded["weight"], state["weight"].half().float())
-    with pytest.raises(UserError, match="other settings"):
-        results.load_recorded_weights(start(settings=Settings(steps=9)))
+    assert results.load_recorded_arrays(run)["a"].tolist() == [0, 1, 2]
+    for other in (start(settings=Settings(steps=9)), start(seed=1)):
+        with pytest.raises(UserError, match="other settings or seed 0"):
+            results.load_recorded_weights(other)
+        with pytest.raises(UserError, match="other settings or seed 0"):
+            results.load_recorded_arrays(other)
     target.write_bytes(target.read_bytes()[:40])
     with pytest.raises(UserError, match="cannot be read"):
         results.load_recorded_weights(run)
+    arrays = target.with_name("arrays.npz")
+    for damaged in (arrays.read_bytes()[:60], b"", b"nonsense"):
+        arrays.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            results.load_recorded_arrays(run)
 
 
-def test_only_finished_runs_of_committed_code_are_recorded(monkeypatch):
+CLEAN, DIRTY = ({"revision": "abc", "modified": modified} for modified in (False, True))
+
+
+def finish(monkeypatch, run, code=CLEAN, **training):
+    monkeypatch.setattr(results, "describe_code", lambda: code)
+    trainings = {"vae": {"steps": 3, "seconds": 1.0, **CLEAN, "resumed": []} | training}
+    results.finish(run, CLAIMS, MEASURED, trainings=trainings)
+
+
+@pytest.mark.parametrize(
+    ("code", "training"),
+    [(DIRTY, {}), ({"revision": None, "modified": None}, {}), (CLEAN, DIRTY), (CLEAN, {"resumed": [CLEAN, DIRTY]})],
+)
+def test_nothing_that_was_made_by_modified_code_is_recorded(monkeypatch, code, training):
+    run = start()
+    finish(monkeypatch, run, code, **training)
+    with pytest.raises(UserError, match="not committed"):
+        results.record(run.directory, Settings())
+    assert not paths.results_root().exists()
+
+
+def test_only_finished_trainings_of_the_presets_settings_are_recorded(monkeypatch):
     run = start()
     with pytest.raises(UserError, match="not finished"):
-        results.record(run.directory)
-    monkeypatch.setattr(results, "describe_code", lambda: {"revision": "abc", "modified": True})
-    results.finish(run, CLAIMS, MEASURED)
-    with pytest.raises(UserError, match="not committed"):
-        results.record(run.directory)
-    monkeypatch.setattr(results, "describe_code", lambda: {"revision": "abc", "modified": False})
-    results.finish(run, CLAIMS, MEASURED)
+        results.record(run.directory, Settings())
+    finish(monkeypatch, run)
+    with pytest.raises(UserError, match="own settings"):
+        results.record(run.directory, Settings(steps=4))
+    recorded = start(weights="recorded")
+    assert recorded.directory != run.directory, "it must not take the place of the training"
+    finish(monkeypatch, recorded)
+    with pytest.raises(UserError, match="not a training"):
+        results.record(recorded.directory, Settings())
     (run.directory / "picture.png").write_bytes(b"png")
-    written = {str(path.relative_to(paths.results_root().parent)) for path in results.record(run.directory)}
+    written = {str(path.relative_to(paths.results_root().parent)) for path in results.record(run.directory, Settings())}
     assert written == {"results/cpu/99_test/metrics.json", "results/cpu/99_test/run.json", "figures/cpu/picture.png"}
 
 

@@ -1,0 +1,406 @@
+"""Fuzziness against blurs and spectra that are known, rank statistics against scipy and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.ndimage import gaussian_filter
+from sklearn.datasets import load_digits
+
+from paperlib import measures
+from paperlib.measures import (
+    edge_width,
+    interval_over_seeds,
+    partial_rank_correlation,
+    power_spectrum,
+    rank_correlation_interval,
+    spectral_slope,
+)
+
+
+def blurred(image, *deviations):
+    return torch.from_numpy(
+        np.stack([gaussian_filter(np.asarray(image, float), s) if s else image for s in deviations])
+    )
+
+
+def half_plane(angle, size=64):
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    return (x * math.cos(math.radians(angle)) + y * math.sin(math.radians(angle)) > 0).astype(float)
+
+
+def line(width, size=64):
+    image = np.zeros((size, size))
+    image[:, size // 2 : size // 2 + width] = 1
+    return image
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Twenty crisp digits, 48 x 48: scikit-learn's, black and white, each pixel made a block of 4 x 4."""
+    small = load_digits().images[:20] > 7
+    return np.pad(np.kron(small, np.ones((4, 4))), ((0, 0), (8, 8), (8, 8)))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+# Edge width
+
+
+def slow_edge_width(image):
+    """Equation (1) with loops, for one grey image."""
+    total = weighted = 0.0
+    for view in (image, image.T):
+        across = np.gradient(view, axis=0)
+        for row, beside in zip(view, across, strict=True):
+            ramps, direction = [], 0
+            for i in range(len(row) - 1):
+                d = row[i + 1] - row[i]
+                gradient = math.sqrt(d**2 + ((beside[i] + beside[i + 1]) / 2) ** 2)
+                if d and d * direction <= 0:
+                    ramps.append([])
+                    direction = d
+                if ramps and gradient:
+                    ramps[-1].append((d, gradient))
+            for ramp in ramps:
+                width = abs(sum(d for d, _ in ramp)) / max(g for _, g in ramp)
+                weight = sum(d**2 / g for d, g in ramp)
+                total += weight
+                weighted += weight * width
+    return weighted / total
+
+
+def test_edge_width_is_equation_1(rng, monkeypatch):
+    images = np.stack([gaussian_filter(rng.normal(size=(9, 13)), s) for s in (0.3, 0.7, 1, 1.5, 2)])
+    images[:, 2:5, 3:8] = images[:, 2:3, 3:4]  # flat within rows and columns,
+    images[1:3, :, :2] = images[3:, :, -3:] = 0  # and at their ends
+    expected = [slow_edge_width(image) for image in images]
+    np.testing.assert_allclose(edge_width(torch.from_numpy(images)), expected, rtol=1e-12)
+    monkeypatch.setattr(measures, "PIXELS", 2 * 9 * 13)  # blocks of 2, 2 and 1
+    np.testing.assert_allclose(edge_width(torch.from_numpy(images)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("angle", [0, 10, 22.5, 45, 70, 90])
+def test_edge_width_of_a_straight_edge_is_root_two_pi_deviations(angle):
+    deviations = np.array([1, 1.5, 2, 3])
+    ratio = edge_width(blurred(half_plane(angle), *deviations)).numpy() / (math.sqrt(2 * math.pi) * deviations)
+    assert (abs(ratio - 1) < [0.07, 0.05, 0.04, 0.04]).all()
+
+
+def test_edge_width_of_a_thin_line_is_root_e_deviations():
+    deviations = np.array([2, 3, 4, 6])
+    widths = edge_width(blurred(line(1), *deviations)).numpy()
+    bump = np.exp(-((np.arange(64) / deviations[:, None]) ** 2) / 2)
+    np.testing.assert_allclose(widths, 1 / -np.diff(bump).min(1), rtol=1e-3)  # as sampled at the pixels
+    np.testing.assert_allclose(widths[2:], math.sqrt(math.e) * deviations[2:], rtol=0.025)
+
+
+def test_edge_width_of_crisp_edges_is_one_pixel_or_less(digits):
+    assert edge_width(blurred(half_plane(0), 0)).item() == 1
+    assert edge_width(blurred(half_plane(45), 0)).item() == pytest.approx(2 / math.sqrt(5), rel=0.02)
+    widths = edge_width(torch.from_numpy(digits))
+    assert ((widths > 0.85) & (widths <= 1)).all()
+
+
+def test_edge_width_grows_in_proportion_to_the_blur_of_digits(digits):
+    """Strokes of four pixels and more: as straight edges at first, then, as they merge, towards thin lines."""
+    deviations = np.array([1, 1.5, 2, 3, 4])
+    widths = np.stack([edge_width(blurred(digit, *deviations)).numpy() for digit in digits])
+    assert (np.diff(widths, axis=1) > 0).all()
+    per_deviation = widths / deviations
+    assert (per_deviation > math.sqrt(math.e)).all() and (per_deviation < 1.05 * math.sqrt(2 * math.pi)).all()
+    assert (widths.std(0) / widths.mean(0) < 0.1).all()  # hardly any trace of which digit it is
+
+
+def test_edge_width_knows_neither_contrast_nor_ink():
+    crisp, faint = np.zeros((40, 40)), np.zeros((40, 40))
+    crisp[8:32, 8:12] = 1
+    faint[8:32, 26:30] = 0.3
+    images = torch.from_numpy(np.stack([gaussian_filter(i, 1) for i in (crisp, crisp + faint, np.fliplr(crisp))]))
+    width = edge_width(images)
+    torch.testing.assert_close(width, width[:1].expand(3), rtol=1e-3, atol=0)  # a faint stroke is no wider
+    for changed in (0.01 * images, 250 * images - 90, 1 - images, images.mT, images.flip(1)):
+        torch.testing.assert_close(edge_width(changed), width, rtol=1e-10, atol=0)
+    gray = (255 * images).round().to(torch.uint8)
+    torch.testing.assert_close(edge_width(gray), width, rtol=0.02, atol=0)
+
+
+def test_edge_width_of_an_average_of_shifted_crisp_digits(digits):
+    """What a decoder does: the average of an image over shifts by -2 .. 2 pixels, itself without any blur."""
+    images = torch.from_numpy(digits)
+    crisp, before = edge_width(images), 0
+    for shifts, least in (((-1, 1), 1.5), ((-2, -1, 0, 1, 2), 2.0)):
+        average = torch.stack([images.roll((k, k), (1, 2)) for k in shifts]).mean(0)
+        widths = edge_width(average)
+        assert (widths > least * crisp).all() and (widths > before).all()
+        before = widths
+
+
+def test_edge_width_pools_channels(rng):
+    red, blue = blurred(half_plane(0), 1, 3)
+    both = edge_width(torch.stack([red, blue])[None]).item()
+    narrow, wide = edge_width(torch.stack([red, blue])).tolist()
+    assert both == pytest.approx((narrow + wide) / 2, rel=0.01)  # both have the same total variation
+    assert edge_width(torch.stack([red, 0 * red])[None]).item() == pytest.approx(narrow, rel=1e-12)
+
+
+def test_an_image_without_edges_has_no_width():
+    widths = edge_width(torch.stack([torch.full((5, 5), 0.3), torch.eye(5)]))
+    assert widths.dtype == torch.float64 and widths.isnan().tolist() == [True, False]
+
+
+# Spectra
+
+
+def field(exponent, size, rng, count=1):
+    """Periodic random images whose power falls as frequency^-exponent."""
+    cycles = np.fft.fftfreq(size)
+    distance = np.hypot(cycles[:, None], cycles)
+    distance[0, 0] = np.inf
+    noise = np.fft.fft2(rng.normal(size=(count, size, size)))
+    return torch.from_numpy(np.fft.ifft2(noise * distance ** (-exponent / 2)).real)
+
+
+@pytest.mark.parametrize("size", [7, 8])
+@pytest.mark.parametrize("window", [False, True])
+def test_power_spectrum_against_explicit_sums(rng, size, window, monkeypatch):
+    images = rng.normal(size=(3, 2, size, size)) + 4
+    ramp = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size) if window else np.ones(size)
+    taper = np.outer(ramp, ramp)
+    y, x = np.mgrid[:size, :size]
+    found = {k: [] for k in range(1, size // 2 + 1)}
+    for u in range(-((size - 1) // 2), size // 2 + 1):
+        for v in range(-((size - 1) // 2), size // 2 + 1):
+            wave = np.exp(-2j * np.pi * (u * y + v * x) / size)
+            centred = images - images.mean((2, 3), keepdims=True)
+            power = (np.abs((centred * taper * wave).sum((2, 3))) ** 2).mean(1) / (taper**2).sum()
+            if round(math.hypot(u, v)) in found:
+                found[round(math.hypot(u, v))].append((math.hypot(u, v) / size, power))
+    monkeypatch.setattr(measures, "PIXELS", 2 * 2 * size**2)  # blocks of 2 and 1
+    frequencies, power = power_spectrum(torch.from_numpy(images), window=window)
+    np.testing.assert_allclose(frequencies, [np.mean([f for f, _ in ring]) for ring in found.values()], rtol=1e-12)
+    expected = np.stack([np.mean([p for _, p in ring], axis=0) for ring in found.values()], axis=1)
+    np.testing.assert_allclose(power, expected, rtol=1e-10)
+
+
+def test_parseval(rng):
+    size = 16
+    cycles = np.fft.fftfreq(size)
+    annulus = np.round(size * np.hypot(cycles[:, None], cycles))
+    spectrum = np.fft.fft2(rng.normal(size=(4, size, size))) * (annulus <= size // 2)  # nothing in the corners
+    images = torch.from_numpy(np.fft.ifft2(spectrum).real)
+    counts = torch.tensor([(annulus == k).sum() for k in range(1, size // 2 + 1)], dtype=torch.float64)
+    power = power_spectrum(images, window=False)[1]
+    torch.testing.assert_close(power @ counts / size**2, images.var((1, 2), correction=0), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("size", [15, 16])
+@pytest.mark.parametrize("window", [False, True])
+def test_white_noise_is_flat_with_its_variance(rng, size, window):
+    count, variance = 4000, 0.09
+    noise = torch.from_numpy(rng.normal(scale=0.3, size=(count, size, size)))
+    frequencies, power = power_spectrum(noise, window=window)
+    error = power.std(0) / math.sqrt(count)
+    flat = slice(1, None) if window else slice(None)  # the taper leaks some of the mean, taken out, into the first
+    assert len(frequencies) == size // 2
+    assert ((power.mean(0) - variance).abs() < 4 * error)[flat].all() and (error < 0.02 * variance).all()
+    assert 0.9 * variance < power.mean(0)[0] < 1.02 * variance
+    # Not quite flat image by image: the lowest annulus averages few frequencies, and the log is concave.
+    assert abs(spectral_slope(noise, window=window).mean().item()) < (0.2 if window else 0.1)
+
+
+def test_a_wave_lies_at_its_frequency():
+    x = np.mgrid[:24, :24][1]
+    for cycles in (2, 5, 11):
+        wave = torch.from_numpy(np.cos(2 * np.pi * cycles * x / 24))[None]
+        frequencies, power = power_spectrum(wave)
+        assert frequencies[power[0].argmax()].item() == pytest.approx(cycles / 24, abs=0.5 / 24)
+        assert power[0, cycles - 2 : cycles + 1].sum() > 0.99 * power.sum()
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
+def test_the_slope_of_power_law_images(rng, exponent):
+    whole = field(exponent, 128, rng, count=8)
+    assert spectral_slope(whole, window=False).mean().item() == pytest.approx(-exponent, abs=0.05)
+    assert spectral_slope(whole[:, :64, :64]).mean().item() == pytest.approx(-exponent, abs=0.15)
+
+
+def test_the_window_undoes_borders_that_do_not_match(rng):
+    steep = field(4.0, 128, rng, count=8)[:, :48, :48]
+    assert spectral_slope(steep).mean() < -3.6
+    assert spectral_slope(steep, window=False).mean() > -3.1
+
+
+def test_blur_lowers_the_slope(digits):
+    slopes = np.stack([spectral_slope(blurred(digit, 0, 0.5, 1, 1.5)).numpy() for digit in digits])
+    assert (np.diff(slopes, axis=1) < -0.3).all()
+
+
+def test_a_blur_multiplies_the_power_by_that_of_its_gaussian(rng):
+    sharp, s = field(2.0, 64, rng, count=5), 0.8
+    cycles = np.fft.fftfreq(64)
+    gaussian = np.exp(-((2 * np.pi * s) ** 2) * (cycles[:, None] ** 2 + cycles**2) / 2)
+    soft = torch.from_numpy(np.fft.ifft2(np.fft.fft2(sharp.numpy()) * gaussian).real)
+    (frequencies, before), (_, after) = (power_spectrum(x, window=False) for x in (sharp, soft))
+    expected = -((2 * np.pi * frequencies.numpy() * s) ** 2)
+    np.testing.assert_allclose((after / before).log(), np.tile(expected, (5, 1)), rtol=0.1, atol=0.01)
+    by_slopes = spectral_slope(soft, window=False) - spectral_slope(sharp, window=False)
+    np.testing.assert_allclose(by_slopes, np.polyfit(np.log(frequencies.numpy()), expected, 1)[0], rtol=0.02)
+
+
+def test_the_slope_does_not_know_contrast(digits):
+    images = torch.from_numpy(digits)
+    slope = spectral_slope(images)
+    for changed in (0.01 * images, 200 * images + 30, 1 - images, images.mT):
+        torch.testing.assert_close(spectral_slope(changed), slope, rtol=1e-8, atol=0)
+    colour = images[:, None].repeat(1, 3, 1, 1)
+    torch.testing.assert_close(spectral_slope(colour), slope, rtol=1e-10, atol=0)
+    assert spectral_slope(torch.ones(2, 8, 8)).isnan().all()
+
+
+@pytest.mark.parametrize("measure", [edge_width, power_spectrum, spectral_slope])
+def test_shapes_that_are_refused(measure):
+    for shape in ((8, 8), (2, 3, 4, 8, 8), (0, 8, 8)):
+        with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
+            measure(torch.ones(shape))
+    with pytest.raises(ValueError, match="1 x 1 pixels"):
+        measure(torch.ones(3, 1, 1))
+    if measure is not edge_width:
+        with pytest.raises(ValueError, match="square"):
+            measure(torch.ones(3, 8, 9))
+
+
+# Rank correlations and intervals
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_without_controls_it_is_spearman(rng, ties):
+    a = rng.normal(size=50)
+    b = a**3 + 2 * rng.normal(size=50)
+    if ties:
+        a, b = a.round(), b.round()
+    expected = stats.spearmanr(a, b).statistic
+    assert partial_rank_correlation(a, b) == pytest.approx(expected, abs=1e-12)
+    assert partial_rank_correlation(np.exp(a), -b) == pytest.approx(-expected, abs=1e-12)
+    assert partial_rank_correlation(a, a**3) == 1 and partial_rank_correlation(a, -a) == -1
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_with_one_control_it_is_the_closed_form(rng, ties):
+    c = rng.normal(size=60)
+    a, b = c + rng.normal(size=60), np.exp(c) + rng.normal(size=60)
+    if ties:
+        a, b, c = a.round(), b.round(), c.round()
+    (ab, ac), bc = (stats.spearmanr(a, other).statistic for other in (b, c)), stats.spearmanr(b, c).statistic
+    expected = (ab - ac * bc) / math.sqrt((1 - ac**2) * (1 - bc**2))
+    assert partial_rank_correlation(a, b, [c]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_with_more_controls_it_is_the_inverse_of_the_correlation_matrix(rng):
+    columns = rng.normal(size=(80, 5)) @ rng.normal(size=(5, 5))
+    inverse = np.linalg.inv(stats.spearmanr(columns).statistic)
+    expected = -inverse[0, 1] / math.sqrt(inverse[0, 0] * inverse[1, 1])
+    a, b, *controls = columns.T
+    assert abs(expected) > 0.1
+    assert partial_rank_correlation(a, b, controls) == pytest.approx(expected, abs=1e-12)
+    assert partial_rank_correlation(a, b, [*controls, controls[0]]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_control_explains_a_correlation_away_or_brings_one_out(rng):
+    c, first, second = rng.normal(size=(3, 4000))
+    a, b = c + 0.5 * first, c + 0.5 * second
+    assert partial_rank_correlation(a, b) > 0.75
+    assert abs(partial_rank_correlation(a, b, [c])) < 4 / math.sqrt(4000)
+    assert abs(partial_rank_correlation(first, second)) < 4 / math.sqrt(4000)
+    assert partial_rank_correlation(first, second, [first + second]) < -0.9
+
+
+def test_where_controls_say_all_there_is_no_correlation(rng):
+    a, b, c = rng.normal(size=(3, 30))
+    assert math.isnan(partial_rank_correlation(a, b, [np.exp(a)]))
+    assert math.isnan(partial_rank_correlation(a, b, [c, -b]))
+    assert math.isnan(partial_rank_correlation(a, np.ones(30), [c]))
+
+
+def test_observations_that_are_refused(rng):
+    a, b = rng.normal(size=(2, 5))
+    for wrong in (b[:4], b[:, None], 1.0):
+        with pytest.raises(ValueError, match="shapes"):
+            partial_rank_correlation(a, b, [wrong])
+    with pytest.raises(ValueError, match="finite"):
+        partial_rank_correlation(a, np.where(b == b.max(), np.nan, b))
+    with pytest.raises(ValueError, match="too few"):
+        partial_rank_correlation(a, b, [a, b, a])
+    with pytest.raises(ValueError, match="finite"):
+        rank_correlation_interval(a, b, [a * np.inf])
+
+
+def gaussian_columns(rng, count):
+    """Four columns, and their partial correlation: ranks of Gaussian data correlate by 6 / pi asin(rho / 2)."""
+    correlation = np.array([[1, 0.8, 0.3, -0.3], [0.8, 1, 0.2, -0.1], [0.3, 0.2, 1, 0.2], [-0.3, -0.1, 0.2, 1]])
+    inverse = np.linalg.inv(6 / math.pi * np.arcsin(correlation / 2))
+    truth = -inverse[0, 1] / math.sqrt(inverse[0, 0] * inverse[1, 1])
+    return (rng.normal(size=(count, 4)) @ np.linalg.cholesky(correlation).T).T, truth
+
+
+def mirrored_columns(rng, count):
+    """Two columns that agree in size, and in sign three times of four: a has the rank of b, or the opposite one."""
+    a = rng.normal(size=count)
+    return np.stack([a, np.where(rng.random(count) < 0.75, a, -a)]), 0.5
+
+
+@pytest.mark.parametrize("draw", [gaussian_columns, mirrored_columns])
+def test_the_interval_covers_the_truth_95_times_in_100(rng, draw):
+    repeats, observations, covered, textbook = 300, 150, 0, 0
+    for repeat in range(repeats):
+        (a, b, *controls), truth = draw(rng, observations)
+        low, high = rank_correlation_interval(a, b, controls, resamples=150, seed=repeat)
+        covered += low < truth < high
+        value = partial_rank_correlation(a, b, controls)
+        half = 1.96 * math.sqrt((1 + value**2 / 2) / (observations - 3 - len(controls)))  # Bonett and Wright 2000
+        textbook += abs(math.atanh(value) - math.atanh(truth)) < half
+    assert abs(covered / repeats - 0.95) < 4 * math.sqrt(0.95 * 0.05 / repeats)
+    if draw is mirrored_columns:
+        assert textbook / repeats < 0.9  # why it is a bootstrap
+
+
+def test_the_interval_is_fishers_for_gaussian_data(rng):
+    (a, b, *controls), _ = gaussian_columns(rng, 1000)
+    low, high = rank_correlation_interval(a, b, controls)
+    value = partial_rank_correlation(a, b, controls)
+    half = 1.96 * math.sqrt((1 + value**2 / 2) / (1000 - 5))
+    assert (math.atanh(high) - math.atanh(low)) / 2 == pytest.approx(half, rel=0.15)
+    assert (math.atanh(high) + math.atanh(low)) / 2 == pytest.approx(math.atanh(value), rel=1e-12)
+    assert rank_correlation_interval(a, b, controls) == (low, high)
+    assert rank_correlation_interval(a, b, controls, seed=1) != (low, high)
+    assert rank_correlation_interval(a, -b, controls) == pytest.approx((-high, -low))
+
+
+def test_a_long_bootstrap_in_parts_is_the_same_as_in_one(rng, monkeypatch):
+    (a, b, c, _), _ = gaussian_columns(rng, 40)
+    whole = rank_correlation_interval(a, b, [c], resamples=25)
+    monkeypatch.setattr(measures, "PIXELS", 10 * 3 * 40)  # 10, 10 and 5 resamples
+    assert rank_correlation_interval(a, b, [c], resamples=25) == pytest.approx(whole, rel=1e-12)
+
+
+def test_intervals_of_what_is_certain_or_nothing(rng):
+    a, b = rng.normal(size=(2, 30))
+    assert rank_correlation_interval(a, np.exp(a)) == (1, 1)
+    assert rank_correlation_interval(a, -a) == (-1, -1)
+    assert all(math.isnan(end) for end in rank_correlation_interval(a, b, [b]))
+
+
+def test_the_interval_over_seeds_is_students(rng):
+    values = [0.61, 0.7, 0.64]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    mean, low, high = interval_over_seeds(values)
+    assert mean == pytest.approx(0.65) and (low, high) == pytest.approx(tuple(expected))
+    assert high - mean == pytest.approx(4.302653 * np.std(values, ddof=1) / math.sqrt(3), rel=1e-6)  # from tables
+    for wrong in ([0.6], [0.6, math.nan], [[0.6, 0.7]]):
+        with pytest.raises(ValueError, match="two or more"):
+            interval_over_seeds(wrong)
