@@ -261,6 +261,22 @@ def test_mix_logistic_samples_as_often_as_probable(generator, channels, levels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
+def test_mix_logistic_samples_no_narrower_than_the_limit(generator, channels):
+    """Log-scales of -9, means exp(-7) above the lower edge of level 100: level 99 has F(-1), not F(-exp(2))."""
+    draws, edge = 100_000, (100 - 0.5) * 2 / 255 - 1
+    channel = [edge + math.exp(-7), -9.0] + [0.0] * (channels == 3)
+    params = torch.tensor([0.0, *channel * channels], dtype=torch.float64).expand(draws, -1)
+    noise = likelihoods.mix_logistic_noise((draws,), 1, channels, generator=generator, dtype=torch.float64)
+    sample = likelihoods.sample_discretized_mix_logistic(params, noise, channels=channels)
+    p = 1 / (1 + math.e)
+    below = (sample < edge).double().mean(0)
+    assert ((below - p).abs() < 5 * math.sqrt(p * (1 - p) / draws)).all(), below
+    x = torch.full((1, channels), 99 * 2 / 255 - 1, dtype=torch.float64)
+    log_p = likelihoods.discretized_mix_logistic_log_prob(x, params[:1])
+    assert log_p.exp().item() == pytest.approx(p**channels, rel=2e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
 def test_mix_logistic_at_extreme_parameters(generator, channels, size):
     for dtype in (torch.float32, torch.float64):
