@@ -39,13 +39,17 @@ class Sampler:
     """Draws `batch` images of height x width at a time, with the weights that `network` has now.
 
     Weights and buffers are in the dtype and on the device of `network`, which must be the plain one (not compiled).
-    Dropout never acts. Raises `ValueError` for sides that are no multiples of 4.
+    Dropout never acts. While a row is drawn on the CPU torch's thread count may be set to 1; it is restored after the
+    row. Raises `ValueError` for sides that are no multiples of 4, and for dtypes other than float32 and float64: half
+    precision would round the noise and leave the grey levels.
     """
 
     @torch.inference_mode()
     def __init__(self, network: PixelCNN, batch: int, height: int, width: int) -> None:
         if height % 4 or width % 4 or min(batch, height, width) < 1:
             raise ValueError(f"cannot draw {batch} images of {height} x {width}: sides must be multiples of 4")
+        if (dtype := network.last.bias.dtype) not in (torch.float32, torch.float64):
+            raise ValueError(f"cannot draw in {dtype}: call .float() on the network first")
         network = copy.deepcopy(network)  # so that later training moves no bias that is read here
         self.settings, self.shape = network.settings, (batch, network.settings.channels, height, width)
         like = network.last.bias.detach()

@@ -1,5 +1,6 @@
 """The incremental sampler against full passes of the network, one per pixel."""
 
+import copy
 import statistics
 import time
 
@@ -184,6 +185,9 @@ def test_what_does_not_fit_is_refused():
     for sizes in [(2, 6, 8), (2, 8, 6), (0, 8, 8)]:
         with pytest.raises(ValueError, match="multiples of 4"):
             Sampler(net, *sizes)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=r"call \.float\(\)"):
+            Sampler(copy.deepcopy(net).to(dtype), 2, 8, 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
