@@ -158,10 +158,15 @@ def initialise(network: PixelCNN, x: Tensor, h: Tensor | None = None) -> None:
     (0.1 before the gates, so that blocks start near the identity.) The layers are set one after another in one forward
     pass, each seeing inputs that are already set. Channels that do not vary over the batch keep their scale. Dropout
     acts or not as the network's mode says. `network` is the plain one, before compiling; x and h are as in `forward`.
+    Raises `ValueError` for no images and where an output is not finite; the network is then as it was.
     """
+    if not len(x):
+        raise ValueError("initialisation on no images")
 
     def normalise(layer: _WeightNorm, _: tuple[Tensor], output: Tensor) -> Tensor:
         mean, std = output.mean((0, 2, 3)), output.std((0, 2, 3), correction=0)
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise ValueError("initialisation met an output that is not finite: check x, h and the weights")
         varies = std > 1e-4 * (mean.abs() + std + 1e-4)
         factor = torch.where(varies, layer.gain / std, 1.0)
         layer.scale.mul_(factor)
@@ -170,8 +175,13 @@ def initialise(network: PixelCNN, x: Tensor, h: Tensor | None = None) -> None:
 
     layers = [layer for layer in network.modules() if isinstance(layer, _WeightNorm)]
     hooks = [layer.register_forward_hook(normalise) for layer in layers]
+    before = [(p, p.clone()) for layer in layers for p in (layer.scale, layer.bias)]
     try:
         network(x, h)
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
     finally:
         for hook in hooks:
             hook.remove()

@@ -169,6 +169,19 @@ def test_initialise_on_constant_images_stays_finite():
     assert not any(m._forward_hooks for m in net.modules())
 
 
+def test_initialise_refuses_what_gives_no_statistics_and_changes_nothing():
+    x, h = images(4, 1, 8, 8), torch.randn(4, 3).double()
+    net = PixelCNN(PixelCNNSettings(**TINY, channels=1, conditioning=3)).double()
+    before = copy.deepcopy(net.state_dict())
+    bad_x, bad_h = x.clone(), h.clone()
+    bad_x[1, 0, 2, 3], bad_h[2, 1] = math.inf, math.nan  # the second is met after some layers are set
+    for images_, h_, told in [(x[:0], h[:0], "no images"), (bad_x, h, "not finite"), (x, bad_h, "not finite")]:
+        with pytest.raises(ValueError, match=told):
+            initialise(net, images_, h_)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        assert not any(m._forward_hooks for m in net.modules())
+
+
 @pytest.mark.parametrize("side", [1, 2, 4, 8, 16])
 def test_a_map_reaches_every_block_at_its_place(side):
     x, h = images(2, 1, 8, 8), torch.randn(2, 3, side, side).double()
