@@ -29,7 +29,8 @@ def network(x, h=None, **settings):
     return net.eval()
 
 
-def test_an_output_sees_all_that_comes_before_it_and_nothing_else():
+def test_in_a_small_image_an_output_sees_all_that_comes_before_it_and_nothing_else():
+    """Sides of 8, within the 4n + 2 pixels that odd rows reach with 2 blocks."""
     x = images(1, 3, 8, 8).requires_grad_()
     net = network(x.detach().expand(4, -1, -1, -1) * torch.rand(4, 3, 8, 8), blocks=2)
     params = net(x)
@@ -38,6 +39,22 @@ def test_an_output_sees_all_that_comes_before_it_and_nothing_else():
         for j in range(8):
             (gradient,) = torch.autograd.grad(params[0, :, i, j].square().sum(), x, retain_graph=True)
             assert torch.equal((gradient[0] != 0).any(0), order < order[i, j]), (i, j)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_odd_rows_reach_only_as_far_as_the_full_resolution_blocks(blocks):
+    reach, width = 4 * blocks + 2, 16
+    x = images(4, 1, 8, width).requires_grad_()
+    params = network(x.detach(), blocks=blocks)(x)
+    columns = torch.arange(width)
+
+    def seen(i, j):
+        (gradient,) = torch.autograd.grad(params[0, :, i, j].square().sum(), x, retain_graph=True)
+        return gradient[0, 0] != 0
+
+    for i in (1, 3, 5, 7):
+        assert torch.equal(seen(i, width - 1)[i], (columns >= width - 1 - reach) & (columns < width - 1)), i
+        assert torch.equal(seen(i, 0)[i - 1], columns <= reach), i
 
 
 def test_nothing_changes_before_a_changed_pixel():
