@@ -14,8 +14,8 @@ and figure 2). A kernel's output lands at the place marked @; o are the other pi
 @ itself is read, which is right between layers but not at the image. So the first layer shifts its input: u at row i
 sees rows above i, ul at (i, j) sees what comes before (i, j). Where u is known ul may read it, never the reverse.
 
-Nothing later is seen, but not all that is earlier: a row 2k + 1 gets from the smaller resolutions only what row 2k knew,
-so it sees its own row 4n + 2 pixels to the left at most, and row 2k as many to the right (n blocks, as below).
+Nothing later is seen, but not all that is earlier: a row 2k + 1 gets from the smaller resolutions only what row 2k knew
+and so sees its own row 4n + 2 pixels to the left at most, and row 2k as many to the right (n blocks, as below).
 
     image --first--> [n blocks] --/2--> [n blocks] --/2--> [n blocks]      up pass, both streams
                       |   |              |   |              |  |
