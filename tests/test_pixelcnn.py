@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperlib import pixelcnn
+from paperlib.likelihoods import discretized_mix_logistic_log_prob
 from paperlib.pixelcnn import PixelCNN, PixelCNNSettings, initialise, log_prob, mean_bits_per_dim
 
 TINY = {"blocks": 1, "filters": 6, "mixtures": 3, "dropout": 0.0}
@@ -105,26 +106,24 @@ def test_bits_per_dim_counts_every_image_alike():
         mean_bits_per_dim(net, x[:0], h[:0])
 
 
-def test_whole_images_sum_to_one():
-    """A joint over pixels, not only within them: 2 x 2 pixels are free in an image that is else fixed."""
+def test_a_last_row_sums_to_one_over_all_its_values():
+    """A joint over pixels, not only within them: the last row of 4 pixels is free, the rows above it are fixed."""
     levels = 3
     x = images(8, 1, 4, 4, levels)
     net = network(x, levels=levels)
     free = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0]).double()] * 4)
     all_x = x[:1].repeat(len(free), 1, 1, 1)
-    all_x[:, 0, 3] = free  # the last row: whatever follows is summed over
+    all_x[:, 0, 3] = free
 
     def conditional(x):
         """Over the last row, given the rows above: (B,)."""
-        from paperlib.likelihoods import discretized_mix_logistic_log_prob
-
         return discretized_mix_logistic_log_prob(x[:, :, 3], net(x)[:, :, 3], levels=levels)
 
     assert conditional(all_x).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_shifted_convolutions_against_padding_by_hand():
-    """The kernel's taps are those in the module's drawing, the upsampling its transpose."""
+    """The kernel's taps are those in the module's drawing, and upsampling spreads a pixel by the same kernel."""
     x = torch.randn(2, 5, 6, 7, dtype=torch.float64)
     for kernel in (pixelcnn.DOWN, pixelcnn.DOWN_RIGHT):
         layer = pixelcnn.ShiftedConv(5, 4, kernel).double()
@@ -138,12 +137,20 @@ def test_shifted_convolutions_against_padding_by_hand():
                         tap = layer.weight()[:, :, row, k]
                         expected = expected + x[:, :, i - 1 + row, j + shift] @ tap.T
             torch.testing.assert_close(layer(x)[:, :, i, j], expected)
-        # Transposed: where y = D x for the stride-2 convolution D, upsampling by its kernel is D' but for the bias.
-        down = pixelcnn.ShiftedConv(5, 5, kernel, stride=2).double()
-        down.load_state_dict({**upsample.state_dict(), "direction": upsample.direction.detach()})
+        with torch.no_grad():
+            upsample.bias.normal_()
         big = upsample(x)
         assert big.shape == (2, 5, 12, 14)
-        assert (big[:, :, 0] != big[:, :, 1]).any()
+        # Pixel (i, j) reaches rows 2i and 2i + 1, and columns 2j - 1 (of the wider kernel only), 2j and 2j + 1.
+        expected = upsample.bias[:, None, None].expand(2, -1, 12, 14).clone()
+        for i in range(6):
+            for j in range(7):
+                for row in (0, 1):
+                    for k, column in enumerate([-1, 0, 1] if kernel == (2, 3) else [0, 1]):
+                        if 2 * j + column >= 0:
+                            tap = upsample.weight()[:, :, row, k]
+                            expected[:, :, 2 * i + row, 2 * j + column] += x[:, :, i, j] @ tap
+        torch.testing.assert_close(big, expected)
 
 
 def test_weight_norm_scales_each_output():
