@@ -153,6 +153,85 @@ def test_shifted_convolutions_against_padding_by_hand():
         torch.testing.assert_close(big, expected)
 
 
+def reference(net, x, h):
+    """The paper's network with plain convolutions: every kernel padded with zeros to one centred at its output."""
+    state, n = {name: p.detach() for name, p in net.named_parameters()}, net.settings.blocks
+
+    def kernel(name, out_dim=0):
+        direction, others = state[name + ".direction"], [k for k in range(4) if k != out_dim]
+        size = [-1 if k == out_dim else 1 for k in range(4)]
+        return direction / direction.pow(2).sum(others, keepdim=True).sqrt() * state[name + ".scale"].view(size)
+
+    def conv(name, y, stride=1):
+        w = kernel(name)
+        if w.shape[2:] != (1, 1):
+            w = F.pad(w, (0, 3 - w.shape[3], 0, 1))
+        return F.conv2d(y, w, state[name + ".bias"], stride, padding=w.shape[2] // 2)
+
+    def double(name, y):
+        spread = torch.zeros(*y.shape[:2], 2 * y.shape[2], 2 * y.shape[3]).double()
+        spread[:, :, ::2, ::2] = y
+        w = kernel(name, 1).transpose(0, 1).flip(2, 3)
+        return F.conv2d(spread, F.pad(w, (0, 3 - w.shape[3], 0, 1)), state[name + ".bias"], padding=1)
+
+    def elu(y):
+        return torch.where(y > 0, y, y.clamp(max=0).exp() - 1)
+
+    def both(*parts):
+        y = torch.cat(parts, 1)
+        return torch.cat([elu(y), elu(-y)], 1)
+
+    def block(name, y, *short_cut):
+        c = conv(name + ".inner", both(y))
+        if short_cut:
+            c = c + conv(name + ".short_cut", both(*short_cut))
+        gates = conv(name + ".gated", both(c))
+        gates = gates + torch.einsum("bk,ok->bo", h, state[name + ".condition.weight"][:, :, 0, 0])[:, :, None, None]
+        f = y.shape[1]
+        return y + gates[:, :f] / (1 + torch.exp(-gates[:, f:]))
+
+    # The image: kernels centred at the output in 5 x 3, with a bias wherever the kernel's last pixel is inside.
+    pixels, (height, width) = torch.cat([x, torch.ones(len(x), 1, *x.shape[2:]).double()], 1), x.shape[2:]
+    inside_row, inside_column = (torch.arange(height) > 0)[:, None].double(), (torch.arange(width) > 0).double()
+
+    def first(name, pad, inside):
+        y = F.conv2d(pixels, F.pad(kernel(name), pad), padding=(2, 1))
+        return (y + state[name + ".bias"][:, None, None]) * inside
+
+    u = first("first_u", (0, 0, 0, 3), inside_row)
+    ul = first("first_above", (0, 0, 1, 3), inside_row) + first("first_left", (0, 2, 1, 2), inside_column)
+    ups = []
+    for level in range(3):
+        if level:
+            u, ul = conv(f"halve_u.{level - 1}", u, 2), conv(f"halve_ul.{level - 1}", ul, 2)
+        ups.append((u, ul))
+        for k in range(n):
+            u = block(f"up_u.{level}.{k}", u)
+            ul = block(f"up_ul.{level}.{k}", ul, u)
+            ups.append((u, ul))
+    ups.pop()
+    for level in (2, 1, 0):
+        for k in range(n if level == 2 else n + 1):
+            from_u, from_ul = ups.pop()
+            u = block(f"down_u.{level}.{k}", u, from_u)
+            ul = block(f"down_ul.{level}.{k}", ul, u, from_ul)
+        if level:
+            u, ul = double(f"double_u.{level - 1}", u), double(f"double_ul.{level - 1}", ul)
+    assert not ups
+    return conv("last", elu(ul))
+
+
+@pytest.mark.parametrize(("channels", "blocks"), [(1, 2), (3, 1)])
+def test_the_network_is_the_papers_written_a_second_time(channels, blocks):
+    x, h = images(3, channels, 8, 12), torch.randn(3, 2, generator=torch.Generator().manual_seed(4)).double()
+    net = network(x, h, blocks=blocks, conditioning=2)
+    with torch.no_grad():  # away from what initialisation gives
+        generator = torch.Generator().manual_seed(5)
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).double())
+        torch.testing.assert_close(net(x, h), reference(net, x, h), rtol=0, atol=1e-10)
+
+
 def test_weight_norm_scales_each_output():
     for layer, outputs in [
         (pixelcnn.ShiftedConv(5, 4, (2, 3)), (1, 2, 3)),
