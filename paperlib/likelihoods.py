@@ -1,6 +1,6 @@
-"""Log-probabilities and KL divergences, in nats, one number per example.
+"""Log-probabilities and KL divergences, in nats, one number per example; and draws.
 
-Every function sums over all dimensions but the first, so `(B, ...)` becomes `(B,)`. Deviations are
+Log-probabilities and divergences sum over all dimensions but the first, so `(B, ...)` becomes `(B,)`. Deviations are
 given by their logarithm. Parameters may be of smaller shape (one deviation for all, one per
 dimension) as long as they broadcast to the shape of the argument; anything else is a `ValueError`,
 because a result that silently grew to `(B, B, ...)` would still sum to a plausible number.
@@ -84,9 +84,14 @@ def sample_gaussian(
 
 
 def mix_logistic_size(mixtures: int, channels: int) -> int:
-    """Parameters of one pixel: 10 a mixture for three channels, 3 for one. Raises `ValueError` for other channels."""
+    """Parameters of one pixel: 10 a mixture for three channels, 3 for one.
+
+    Raises `ValueError` for other channels and for `mixtures` below 1.
+    """
     if channels not in (1, 3):
         raise ValueError(f"{channels} channels: the mixture of logistics takes 1 or 3")
+    if mixtures < 1:
+        raise ValueError(f"{mixtures} mixtures: there must be 1 or more")
     return mixtures * (1 + channels * _kinds(channels))
 
 
@@ -126,12 +131,19 @@ def sample_discretized_mix_logistic(params: Tensor, noise: Tensor, *, channels: 
     """x `(B, C, ...)` of `discretized_mix_logistic_log_prob`, from params `(B, P, ...)` and noise `(B, K + C, ...)`.
 
     The component is the greatest of logits plus Gumbel noise; each channel is its logistic, rounded to a grey level
-    before the next channel sees it (the authors round at the end, which draws from another distribution).
+    before the next channel sees it (the authors round at the end, which draws from another distribution). Raises
+    `ValueError` for shapes that do not fit, for channels other than 1 and 3 and for `levels` below 2.
     """
+    mixtures, rest = divmod(params.shape[1], mix_logistic_size(1, channels))
+    if rest or not mixtures or noise.shape != (len(params), mixtures + channels, *params.shape[2:]):
+        raise ValueError(
+            f"parameters {tuple(params.shape)} and noise {tuple(noise.shape)} do not fit, for {channels} channels"
+        )
+    if levels < 2:
+        raise ValueError(f"{levels} grey levels: there must be 2 or more")
     params, half = _widened(params), (levels - 1) / 2
     noise = noise.to(params.dtype)
     kinds = _kinds(channels)
-    mixtures = params.shape[1] // (1 + channels * kinds)
     which = (params[:, :mixtures] + noise[:, :mixtures]).argmax(1, keepdim=True)
     # Rows of K: the logits, then mean, log-scale and perhaps coefficient of each channel.
     table = params.unflatten(1, (-1, mixtures))

@@ -328,3 +328,23 @@ def test_mix_logistic_refuses_what_does_not_fit():
         likelihoods.discretized_mix_logistic_log_prob(x, params, levels=1)
     with pytest.raises(ValueError, match="2 channels"):
         likelihoods.discretized_mix_logistic_log_prob(x[:, :2], params)
+
+
+def test_sampling_refuses_what_does_not_fit():
+    params, noise = torch.zeros(2, 20, 4, 4), torch.zeros(2, 5, 4, 4)
+    draw_from = likelihoods.sample_discretized_mix_logistic
+    assert draw_from(params, noise, channels=3).shape == (2, 3, 4, 4)
+    for wrong in (params[:, :19], params[:1], params[..., :3], params[:, :0], params[:, :10]):
+        with pytest.raises(ValueError, match="do not fit"):
+            draw_from(wrong, noise, channels=3)
+    for wrong in (noise[:, :4], noise[:1], noise[..., :1], noise[..., 0]):
+        with pytest.raises(ValueError, match="do not fit"):
+            draw_from(params, wrong, channels=3)
+    with pytest.raises(ValueError, match="1 grey levels"):
+        draw_from(params, noise, channels=3, levels=1)
+    with pytest.raises(ValueError, match="2 channels"):
+        draw_from(params, noise, channels=2)
+    with pytest.raises(ValueError, match="4 channels"):
+        likelihoods.mix_logistic_size(5, 4)
+    with pytest.raises(ValueError, match="0 mixtures"):
+        likelihoods.mix_logistic_size(0, 3)
