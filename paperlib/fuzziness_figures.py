@@ -175,20 +175,19 @@ def better_q(arrays: Arrays) -> Any:
     frozen.set(xscale="log", xlabel="units a layer of the decoder", ylabel="squared error (squared pixels)")
     frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
     frozen.minorticks_off()
-    frozen.set_title("q frozen: E tr Var$_q$ is the floor")
+    frozen.set_title("q frozen: E tr Var$_q$ is a floor")
     for k in range(len(arrays["swept_error"])):
         told = arrays["swept_information"][k]
         names = ("held-out error", "E tr Var$_q$") if k == 0 else (None, None)
         error.plot(told, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
         error.plot(told, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
         width.plot(told, arrays["swept_width"][k], "o-", markersize=3, color=green)
-    error.set(xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="squared pixels", title="a better q: less variance")
+    error.set(xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="squared pixels", title="better q: less variance")
     for x, y, share in zip(
         *(arrays[f"swept_{name}"].mean(0) for name in ("information", "variance", "reliable")), strict=True
     ):
-        error.annotate(f"{share:.0%}", (x, y), (0, -11), textcoords="offset points", fontsize=7, ha="center")
+        error.annotate(f"{share:.0%}", (x, y), (0, -12), textcoords="offset points", fontsize=7, ha="center")
+    error.margins(x=0.15, y=0.15)
     error.legend(frameon=False, loc="upper right", fontsize=7)
-    width.set(
-        xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="a better q: sharper decodings"
-    )
+    width.set(xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="better q: sharper images")
     return figure
