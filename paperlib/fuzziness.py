@@ -27,7 +27,7 @@ from torch import Tensor
 
 from paperlib import aggregate, fuzziness_explorer, likelihoods, measures, presets, results, train
 from paperlib.errors import UserError
-from paperlib.fuzziness_figures import COLUMNS, HEAVIEST, MADE_OF, MOSAIC, ROWS, ends, label_entropy
+from paperlib.fuzziness_figures import COLUMNS, HEAVIEST, MADE_OF, MOSAIC, ROWS, ends, label_entropy, ranked
 from paperlib.fuzziness_vae import BERNOULLI, MAIN, VAE, Images, Models, Variant, encode
 from paperlib.presets import option
 from paperlib.results import Claim, Quantity
@@ -145,13 +145,15 @@ def measure(run: results.Run, images: Images, models: Models) -> dict[str, np.nd
     """
     if run.weights == "recorded":
         return results.load_recorded_arrays(run)
-    at_prior = [at_prior_codes(run, images, vaes[MAIN].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
+    at_prior = _stacked(
+        [at_prior_codes(run, images, vaes[MAIN].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
+    )
     bernoulli = [at_prior_codes(run, images, vaes[BERNOULLI].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
     return results.save_arrays(
         run,
-        **_stacked(at_prior),
+        **at_prior,
         **{f"bernoulli_{name}": np.stack([of_seed[name] for of_seed in bernoulli]) for name in _CORRELATED},
-        **picture(images, models.main, at_prior[0]),
+        **picture(images, models.main, at_prior),
         **plane(run, images, models.main),
         **_stacked([error_split(run, images, vaes[MAIN].model) for vaes in models.vaes]),
         **frozen_and_swept(run, images, models),
@@ -217,25 +219,23 @@ _CORRELATED = ("variance", "ink", "log_q", "reliable", "edge_width", "slope")
 
 @torch.no_grad()
 def picture(images: Images, vae: VAE, at_prior: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the post's picture shows: `order`, the reliable codes from least to most variance per ink; `decoded` and
-    `average` (E_q[x|z]) of ROWS x COLUMNS of them, `shown`; and for MADE_OF of these, `made_of`, the decoded image,
+    """What the post's picture shows of the first seed: `decoded` and `average` (E_q[x|z]) of ROWS x COLUMNS codes,
+    `shown`, from the least to the most variance per ink; and for MADE_OF of these, `made_of`, the decoded image,
     average, deviation of each pixel, and the `heaviest` training digits with labels and `weights`.
     """
-    order = np.argsort(at_prior["variance"] / at_prior["ink"])
-    order = order[at_prior["reliable"][order]]
+    order, z = ranked(at_prior, 0), torch.from_numpy(at_prior["z"][0]).to(images.x.device)
     if len(order) < ROWS * COLUMNS:
         raise UserError(
-            f"Var q(x|z) can be trusted at {len(order)} of {len(at_prior['z'])} codes, and the picture needs "
+            f"Var q(x|z) can be trusted at {len(order)} of {len(z)} codes, and the picture needs "
             f"{ROWS * COLUMNS}: draw more codes, or lower min_samples"
         )
     shown = order[np.linspace(0, len(order) - 1, ROWS * COLUMNS).round().astype(int)]
     made_of = shown[np.linspace(0, len(shown) - 1, MADE_OF).round().astype(int)]
     codes = encode(vae, images.x)
-    z, z_few = (torch.from_numpy(at_prior["z"][rows]).to(images.x.device) for rows in (shown, made_of))
+    z, z_few = z[shown], z[made_of]
     few = aggregate.conditional(z_few, codes, images.x)
     points, weights = aggregate.heaviest(z_few, codes, HEAVIEST)
     return {
-        "order": order,
         "shown": shown,
         "decoded": images.pictures(vae.p_x_given_z(z)),
         "average": images.pictures(aggregate.conditional(z, codes, images.x, per_pixel=False).mean).float(),

@@ -184,7 +184,8 @@ def test_codes_are_ranked_by_variance_per_ink_and_only_where_it_can_be_trusted(f
 
 def test_what_the_figures_draw_is_what_the_arrays_say(finished):
     _, images, models, arrays = finished
-    np.testing.assert_array_equal(arrays["order"], fuzziness_figures.ranked(arrays, 0))
+    places = np.flatnonzero(np.isin(fuzziness_figures.ranked(arrays, 0), arrays["shown"]))
+    assert (places[0], places[-1]) == (0, len(fuzziness_figures.ranked(arrays, 0)) - 1)
     z = torch.from_numpy(arrays["z"][0][arrays["shown"]])
     decoded = models.main.p_x_given_z(z).detach().numpy().reshape(arrays["decoded"].shape)
     np.testing.assert_array_equal(arrays["decoded"], decoded)
@@ -375,6 +376,6 @@ def test_settings_that_mean_nothing_are_refused(overrides, message):
 
 def test_too_few_codes_to_trust_is_said(finished):
     _, images, models, arrays = finished
-    nowhere = {name: arrays[name][0] for name in ("z", "variance", "ink")} | {"reliable": np.zeros(300, dtype=bool)}
+    nowhere = dict(arrays) | {"reliable": np.zeros_like(arrays["reliable"])}
     with pytest.raises(UserError, match=r"Var q.x.z. can be trusted at 0 of 300 codes"):
         fuzziness.picture(images, models.main, nowhere)
