@@ -38,6 +38,20 @@ def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor | float) 
     return _sum_per_example(-0.5 * (scaled.square() + LOG_2PI) - log_std, x.shape)
 
 
+def discretized_gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, *, levels: int = 256) -> Tensor:
+    """log P(x) of grey levels x = 0 .. levels - 1 under independent Gaussians in units of grey levels: (B, ...) to (B,).
+
+    The mass of the bin from x - 1/2 to x + 1/2; the first and the last bin reach to infinity.
+    """
+    inverse = torch.exp(-log_std)
+    below = torch.where(x <= 0, -math.inf, (x - 0.5 - mean) * inverse)
+    above = torch.where(x >= levels - 1, math.inf, (x + 0.5 - mean) * inverse)
+    flip = below + above > 0  # measured in the left tail, where no digits are lost
+    low, high = torch.where(flip, -above, below), torch.where(flip, -below, above)
+    top = torch.special.log_ndtr(high)
+    return _sum_per_example(top + torch.log1p(-torch.exp(torch.special.log_ndtr(low) - top)), x.shape)
+
+
 def gaussian_kl(mean: Tensor, log_std: Tensor | float) -> Tensor:
     """KL(N(mean, exp(2 log_std)) || N(0, I)) in nats: `(B, ...)` to `(B,)`.
 

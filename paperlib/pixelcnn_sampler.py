@@ -35,6 +35,22 @@ from paperlib.pixelcnn import GatedBlock, PixelCNN, ShiftedConv, ShiftedUpsample
 SINGLE_THREAD_BATCH = 64
 
 
+@torch.no_grad()
+def draw_by_full_passes(network: PixelCNN, noise: Tensor, h: Tensor | None = None) -> Tensor:
+    """The definition of sampling, as slow as it is plain: a full pass of the network for each pixel.
+
+    Images (B, C, H, W) in [-1, 1] from `noise` as in `Sampler.draw`; in float64 the same images.
+    """
+    settings, (batch, _, height, width) = network.settings, noise.shape
+    images = noise.new_zeros(batch, settings.channels, height, width)
+    for i in range(height):
+        for j in range(width):
+            images[:, :, i, j] = sample_discretized_mix_logistic(
+                network(images, h)[:, :, i, j], noise[:, :, i, j], channels=settings.channels, levels=settings.levels
+            )
+    return images
+
+
 class Sampler:
     """Draws `batch` images of height x width at a time, with the weights that `network` has now.
 

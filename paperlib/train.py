@@ -59,7 +59,7 @@ from paperlib.machine import (
 )
 from paperlib.paths import make_folder, replacing
 
-__all__ = ["SCHEDULES", "Progress", "Recipe", "Trained", "batch_indices", "fit", "pick_device"]
+__all__ = ["SCHEDULES", "Progress", "Recipe", "Trained", "batch_indices", "fit", "load_weights", "pick_device"]
 
 
 class Progress(NamedTuple):
@@ -245,6 +245,20 @@ def fit(
             if interrupted and not state.stopped:
                 raise KeyboardInterrupt
     return _trained(run)
+
+
+def load_weights(directory: Path) -> dict[str, Tensor]:
+    """The weights that the training in `directory` has now, as `fit` would return them, for another one to start from.
+
+    Raises `UserError` where there is no whole checkpoint.
+    """
+    saved = checkpoints.read(directory)
+    if saved is None:
+        raise UserError(f"there is no checkpoint in {directory} to start from")
+    if best := saved["state"]["best"]:
+        return best["weights"]
+    average = {k.removeprefix("module."): v for k, v in saved["average"].items() if k.startswith("module.")}
+    return average or saved["model"]
 
 
 def batch_indices(seed: int, count: int, batch_size: int, step: int) -> Tensor:

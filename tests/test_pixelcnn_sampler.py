@@ -9,8 +9,8 @@ import torch
 from test_pixelcnn import images, network
 
 from paperlib import pixelcnn_sampler
-from paperlib.likelihoods import mix_logistic_noise, sample_discretized_mix_logistic
-from paperlib.pixelcnn_sampler import Sampler
+from paperlib.likelihoods import mix_logistic_noise
+from paperlib.pixelcnn_sampler import Sampler, draw_by_full_passes
 
 # channels, height, width, batch, settings, shape of h
 CASES = [
@@ -42,21 +42,6 @@ def noise_for(net, x, seed=3):
     return mix_logistic_noise(shape, mixtures, channels, generator=generator, dtype=torch.float64)
 
 
-def one_full_pass_per_pixel(net, x, h, noise):
-    """The definition of sampling, as slow as it is plain."""
-    result = torch.zeros_like(x)
-    settings = net.settings
-    with torch.no_grad():
-        for i in range(x.shape[2]):
-            for j in range(x.shape[3]):
-                params = net(result, h)[:, :, i, j]
-                draw = sample_discretized_mix_logistic(
-                    params, noise[:, :, i, j], channels=settings.channels, levels=settings.levels
-                )
-                result[:, :, i, j] = draw
-    return result
-
-
 @pytest.mark.parametrize("arguments", CASES)
 def test_draws_the_same_images_as_one_full_pass_per_pixel(arguments):
     net, x, h = case(*arguments)
@@ -64,7 +49,7 @@ def test_draws_the_same_images_as_one_full_pass_per_pixel(arguments):
     for seed in (3, 4):  # the second on buffers that are no longer empty
         noise = noise_for(net, x, seed)
         drawn = sampler.draw(h, noise=noise)
-        assert torch.equal(drawn, one_full_pass_per_pixel(net, x, h, noise))
+        assert torch.equal(drawn, draw_by_full_passes(net, noise, h))
     assert drawn.unique().numel() > 5
 
 
@@ -111,7 +96,7 @@ def test_samples_follow_the_model():
     """One network, many draws: each pixel's mean agrees with that over images drawn by full passes."""
     net, x, _ = case(1, 4, 4, 2_000, {"levels": 4}, None)
     drawn = Sampler(net, len(x), 4, 4).draw(generator=torch.Generator().manual_seed(0), progress=False)
-    slow = one_full_pass_per_pixel(net, x, None, noise_for(net, x, 5))
+    slow = draw_by_full_passes(net, noise_for(net, x, 5))
     error = (drawn.var(0) + slow.var(0)).div(len(x)).sqrt()
     assert ((drawn.mean(0) - slow.mean(0)).abs() < 4.5 * error + 1e-9).all()
 

@@ -1,0 +1,683 @@
+"""A PixelVAE on CIFAR-10: what a decoder that can do everything does to z, and sampling by a Markov chain.
+
+Seen from the encoder, p(x|z) approximates q(x|z). A PixelCNN++ could be q(x|z) whatever the encoder is, and so could be
+p(x) while z says nothing: with the KL in the objective nothing is gained by using z, without it everything is (claims
+E5, P1, P2). What is given up is p(z): q(z) is then no N(0, I), and decoding draws from the prior fails (P3). But
+
+    (1)  z ~ q(z|x),  x' ~ p(x|z)
+
+is a Markov chain that leaves p(x) as it is wherever p(x|z) = q(x|z) (claim E6), so it can be run in place of the prior.
+
+`pixelvae_model` has the model, the objectives, the trainings and the chain; this module measures and judges;
+`pixelvae_figures` draws what was measured.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paperlib import aggregate, distances, features, likelihoods, presets, results, train
+from paperlib.distances import Estimate
+from paperlib.errors import UserError
+from paperlib.pixelcnn_sampler import Sampler, draw_by_full_passes
+from paperlib.pixelvae_model import (
+    VARIANTS,
+    Decoder,
+    Images,
+    PixelVAE,
+    build,
+    encode,
+    evaluate,
+    markov_chain,
+    noise_images,
+)
+from paperlib.presets import option
+from paperlib.results import Claim, Quantity
+
+NOTEBOOK = "04_cifar_pixelvae"
+HEADLINE = (
+    "cifar_chain",
+    "One Markov chain z ~ q(z|x), x ~ p(x|z) of 60 states in reading order, from noise: above without the KL, below "
+    "under the ELBO.",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What notebook 04 can be told. Raises `ValueError` for values out of range."""
+
+    dataset: str = option("digits", "data set: digits or cifar10")
+    code_dim: int = option(8, "dimensions of the code z")
+    floor: float = option(0.2, "least deviation of q(z|x); the greatest is 1")
+    encoder_channels: tuple[int, ...] = option((16, 32), "of the encoder's convolutions, each halving the image")
+    encoder_units: int = option(64, "of its dense layer")
+    code_channels: int = option(8, "of the map that z becomes for the decoder")
+    blocks: int = option(1, "gated blocks per stage of the PixelCNN++")
+    filters: int = option(16, "its features")
+    mixtures: int = option(4, "logistics per pixel")
+    dropout: float = option(0.0, "within its blocks")
+    kl_weight: float = option(1.0, "of the KL in the objective elbo; 1 is the ELBO")
+    mmd_weight: float = option(1e4, "of the MMD in the objective mmd, in nats an image")
+    trunk_steps: int = option(300, "optimiser steps without regulariser that the branches share; 0 for no trunk")
+    branch_steps: int = option(150, "of each branch: none, elbo, mmd, and elbo-scratch, which has no trunk")
+    control_steps: int = option(150, "of the branches unconditional, label and linear")
+    start_from: str = option("", "start the trunk from the weights of another run's model: a folder below runs")
+    batch_size: int = option(32, "images per step")
+    learning_rate: float = option(2e-3, "of Adam")
+    schedule: str = option("cosine", "of the branches' learning rate: constant, cosine or exponential")
+    decay: float = option(1.0, "per step of the exponential schedule")
+    betas: tuple[float, ...] = option((0.9, 0.999), "momenta of Adam")
+    ema: float = option(0.99, "decay of the moving average of the weights")
+    precision: str = option("float32", "float32 or bfloat16 (training only)")
+    clip_norm: float = option(0.0, "greatest norm of the gradient, 0 for no limit")
+    compile: bool = option(False, "train through torch.compile")
+    evaluations: int = option(5, "evaluations within a training")
+    evaluation_images: int = option(200, "held-out images of each")
+    measured_images: int = option(297, "held-out images on which terms and kernel distances are measured at last")
+    classifier_steps: int = option(300, "optimiser steps of the classifier whose features the kernel distance uses")
+    classifier_width: int = option(16, "channels of its first layer")
+    chain_steps: int = option(60, "of the Markov chain")
+    chains: int = option(40, "chains, and images of each set that the kernel distance compares")
+
+    def __post_init__(self) -> None:
+        may_be_zero = {"dropout", "kl_weight", "mmd_weight", "trunk_steps", "clip_norm", "ema"}
+        for name, value in asdict(self).items():
+            for number in value if isinstance(value, tuple) else [value]:
+                if isinstance(number, bool) or not isinstance(number, (int, float)):
+                    continue
+                if not math.isfinite(number) or number < 0 or (number == 0 and name not in may_be_zero):
+                    raise ValueError(f"{name} is {value}, but must be above 0 and finite")
+        if not self.floor < 1:
+            raise ValueError(f"floor is {self.floor}, but must be below 1, the greatest deviation")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas is {self.betas}, but takes two numbers")
+        if self.chains < 40:
+            raise ValueError(f"chains is {self.chains}, but the intervals and pictures need 40")
+        if self.chain_steps < max(LAGS):
+            raise ValueError(f"chain_steps is {self.chain_steps}, but the largest lag is {max(LAGS)}")
+
+
+LAGS = (1, 5, 20, 60)
+
+_smoke = Settings()
+_cpu = Settings(
+    dataset="cifar10",
+    code_dim=16,
+    encoder_channels=(64, 128, 256),
+    encoder_units=512,
+    code_channels=16,
+    filters=24,
+    mixtures=5,
+    trunk_steps=10_000,
+    branch_steps=2500,
+    control_steps=2000,
+    batch_size=16,
+    ema=0.999,
+    compile=True,
+    evaluations=10,
+    evaluation_images=500,
+    measured_images=5000,
+    classifier_steps=4000,
+    classifier_width=32,
+    chains=256,
+)
+_gpu = replace(
+    _cpu,
+    blocks=3,
+    filters=80,
+    mixtures=10,
+    code_channels=32,
+    dropout=0.05,
+    trunk_steps=10_000,
+    branch_steps=5000,
+    control_steps=1500,
+    batch_size=256,
+    precision="bfloat16",
+    evaluation_images=2000,
+    chains=512,
+)
+PRESETS = {
+    "smoke": _smoke,
+    "cpu": _cpu,
+    "gpu": _gpu,
+    "paper": replace(
+        _gpu,
+        code_dim=2,
+        floor=0.01,
+        blocks=5,
+        filters=120,
+        mixtures=8,
+        dropout=0.5,
+        mmd_weight=1e5,
+        trunk_steps=0,
+        branch_steps=200_000,
+        control_steps=200_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        schedule="exponential",
+        decay=0.999995,
+        betas=(0.95, 0.9995),
+        ema=0.9995,
+    ),
+}
+
+CLAIMS = {
+    "P1": Claim(
+        "With an autoregressive decoder the ELBO leaves z unused.",
+        "KL below 0.5 nat and shuffle gap below 0.1 nat an image, from scratch and from the trained trunk",
+        lambda kl, shuffle_gap, kl_scratch, shuffle_gap_scratch, **_: (
+            max(kl.value, kl_scratch.value) < 0.5 and max(shuffle_gap.value, shuffle_gap_scratch.value) < 0.1
+        ),
+    ),
+    "P2": Claim(
+        "Without the KL z is used.",
+        "shuffle gap above 5 nats an image, interval above 0",
+        lambda shuffle_gap, **_: shuffle_gap.value > 5 and shuffle_gap.low > 0,
+    ),
+    "P3": Claim(
+        "Then decoding the prior fails, and the Markov chain works.",
+        "kernel distance to photographs: of N(0, I) above the chain's, intervals apart; of the chain at most 1.2 times "
+        "that of z ~ q(z) of held-out images; between chains from noise and from data at most a tenth of the chain's",
+        lambda prior, chain, aggregate, noise_to_data, **_: (
+            prior.low > chain.high and chain.value <= 1.2 * aggregate.value and noise_to_data.value <= 0.1 * chain.value
+        ),
+    ),
+    "P4": Claim(
+        "The chain moves gradually; under the ELBO it jumps.",
+        "similarity of neighbouring states, from 0 for independent ones to 1 for two decodes of one z: above 0.5, and "
+        "below 0.05 under the ELBO",
+        lambda similarity, similarity_elbo, **_: similarity.value > 0.5 and similarity_elbo.value < 0.05,
+    ),
+    "P5": Claim(
+        "The features are useful.",
+        "linear probe on sampled z of `none`: 3 points above the means of a random encoder and above as many principal "
+        "components, intervals above 0",
+        lambda above_random, above_components, **_: (
+            min(above_random.value, above_components.value) >= 0.03 and min(above_random.low, above_components.low) > 0
+        ),
+    ),
+    "P6": Claim(
+        "A sample-based regulariser (MMD) has both: z is used, and the prior can be decoded.",
+        "shuffle gap at least half of `none`'s; kernel distance of prior samples at most 1.2 times that of z ~ q(z); "
+        "energy distance of q(z) to p(z) at most a tenth of `none`'s",
+        lambda shuffle_gap, shuffle_gap_none, prior, aggregate, energy, energy_none, **_: (
+            shuffle_gap.value >= 0.5 * shuffle_gap_none.value
+            and prior.value <= 1.2 * aggregate.value
+            and energy.value <= 0.1 * energy_none.value
+        ),
+    ),
+    "P7": Claim(
+        "The incremental sampler is exact.",
+        "float64: the same images as one full pass per pixel; float32: parameters within 1e-5 of the network's",
+        lambda pixels_that_differ, worst_parameter: pixels_that_differ.value == 0 and worst_parameter.value <= 1e-5,
+        exact=True,
+    ),
+    "D1": Claim(
+        "The generator complex, the inference simple: a linear encoder does as well.",
+        "shuffle gap at least half of the convolutional encoder's; linear probe at most 3 points below",
+        lambda shuffle_gap, shuffle_gap_conv, probe_gain, **_: (
+            shuffle_gap.value >= 0.5 * shuffle_gap_conv.value and probe_gain.value >= -0.03
+        ),
+    ),
+    "G1": Claim(
+        "The glasses: for a given feature, here the class, the needed p(x|z) is complex.",
+        "the best factored Gaussian of each class loses more than 1,000 nats an image to a PixelCNN++ for q(x|class), "
+        "interval above that, and more than ten times what knowing the class gains",
+        lambda nats_lost, gain_by_class, **_: nats_lost.low > 1000 and nats_lost.value > 10 * gain_by_class.value,
+    ),
+}
+
+
+def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> results.Run:
+    """Open the run that the notebook's parameters ask for. Raises `UserError` for any that it does not know."""
+    settings = presets.choose(PRESETS, preset, overrides)
+    if settings.dataset not in ("digits", "cifar10"):
+        raise UserError(f"unknown data set {settings.dataset!r}: choose from digits, cifar10")
+    return results.start(NOTEBOOK, preset, settings, seed, str(train.pick_device(device)), weights)
+
+
+# Measuring
+
+
+def measure(run: results.Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
+    """All that the figures and claims need, written to the run's `arrays.npz` and returned.
+
+    With recorded weights, the arrays that were recorded with them. Estimates are rows of value, low, high.
+    """
+    if run.weights == "recorded":
+        return results.load_recorded_arrays(run)
+    models = {name: trained[name].model for name in VARIANTS}
+    describe = extractors(run, images)
+    return results.save_arrays(
+        run,
+        **histories(trained),
+        **terms(run, images, models),
+        **codes(run, images, models),
+        **probes(run, images, models),
+        **samples(run, images, models, describe),
+        **glasses(run, images, models["label"]),
+        **exactness(run, images, models["none"]),
+    )
+
+
+def extractors(run: results.Run, images: Images) -> dict[str, features.Extractor]:
+    """The two kinds of features between which kernel distances are taken: a classifier's, and a random network's."""
+    settings, dataset = run.settings, images.dataset
+    classifier = features.fit_classifier(
+        dataset,
+        run.directory / "classifier",
+        width=settings.classifier_width,
+        steps=settings.classifier_steps,
+        seed=run.seed,
+        device=run.device,
+        provenance=results.describe_code(),
+    ).model
+    channels = images.shape[0]
+    return {
+        "classifier": features.extractor(classifier, dataset.train.images, dataset.levels),
+        "random": features.extractor(features.RandomNetwork(channels, seed=0), dataset.train.images, dataset.levels),
+    }
+
+
+def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
+    """Of each training `<name>_history`, rows of steps, training and held-out bits/dim of the reconstruction term."""
+    return {
+        f"{name}_history": np.array(
+            [[row["step"], row["bits_per_dim"], row["held_out_bits_per_dim"]] for row in one.history]
+        )
+        for name, one in trained.items()
+    }
+
+
+def terms(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
+    """The objective's terms on held-out images, each (variants, n): `bits_per_dim` of the reconstruction term, `kl`
+    and `shuffle_gap` in nats an image, nan where no code is learned; all models see the same noise.
+    """
+    n = run.settings.measured_images
+    pictures, labels = images.held_out[:n], images.held_out_labels[:n]
+    rows: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
+    for vae in models.values():
+        with torch.random.fork_rng(devices=_cuda(run)):
+            torch.manual_seed(run.seed)
+            measured = evaluate(vae, images, pictures, labels)
+        for name, row in rows.items():
+            row.append(measured[name].numpy(force=True) if name in measured else np.full(len(pictures), np.nan))
+    return {name: np.stack(row).astype(np.float32) for name, row in rows.items()}
+
+
+def _cuda(run: results.Run) -> list[str]:
+    return [run.device] if run.device.startswith("cuda") else []
+
+
+def codes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
+    """How much the encoder tells and how far q(z) is from p(z), a row for each model of `CODED`.
+
+    `information` I_q(x;z) in nats over the training images, with `information_ceiling` log N; `energy`, the energy
+    distance of q(z) on held-out images to N(0, I) and, in the last row, of N(0, I) to itself from as many draws;
+    `mean_spread` and `deviation`, root mean squares of the means' deviation over images and of std(x).
+    """
+    n, generator = run.settings.measured_images, _generator(run, 1)
+    found: dict[str, list] = {"information": [], "energy": [], "mean_spread": [], "deviation": []}
+    prior = torch.randn(2, min(n, len(images.held_out)), run.settings.code_dim, generator=generator)
+    for name in CODED:
+        vae = models[name]
+        mean, log_std = encode(vae, images, images.train)
+        table = aggregate.Codes(mean, log_std)
+        told = aggregate.mutual_information(table, points=min(len(table), 2000), generator=_generator(run, 2, True))
+        z = sampled(vae, images, images.held_out[:n], _generator(run, 3, True))
+        found["information"].append(told.nats)
+        found["energy"].append(distances.energy_distance(z.cpu(), prior[0]))
+        found["mean_spread"].append(mean.var(0).mean().sqrt().item())
+        found["deviation"].append((2 * log_std).exp().mean().sqrt().item())
+    found["energy"].append(distances.energy_distance(prior[1], prior[0]))
+    return {name: np.array(rows) for name, rows in found.items()} | {"information_ceiling": np.array(told.ceiling)}
+
+
+CODED = tuple(name for name, variant in VARIANTS.items() if variant.encoder in ("conv", "linear"))
+
+
+@torch.no_grad()
+def sampled(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """One z ~ q(z|x) for each of uint8 images `pictures` (N, S, S, C): (N, D)."""
+    return likelihoods.sample_gaussian(*encode(vae, images, pictures), generator=generator)
+
+
+def _generator(run: results.Run, stream: int, on_device: bool = False) -> torch.Generator:
+    """A stream of random numbers of its own for each purpose."""
+    return torch.Generator(run.device if on_device else "cpu").manual_seed(1000 * run.seed + stream)
+
+
+def probes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
+    """`probe_right` (probes, n), bool: which held-out images a linear classifier of each of PROBES gets right.
+
+    Codes are samples of q(z|x); of the random encoder, which has no reason to be precise, the means.
+    """
+    n = run.settings.measured_images
+    parts = images.train, images.held_out[:n]
+    pixels = [part.flatten(1).float().cpu() for part in parts]
+    with torch.random.fork_rng(devices=_cuda(run)):
+        torch.manual_seed(run.seed)
+        untrained = build(run, images)
+    inputs = {
+        "pixels": pixels,
+        "components": _components(*pixels, run.settings.code_dim),
+        "random encoder": [encode(untrained, images, part)[0] for part in parts],
+        **{name: [sampled(models[name], images, part, _generator(run, 4, True)) for part in parts] for name in CODED},
+    }
+    labels = [images.labels.cpu(), images.held_out_labels[:n].cpu()]
+    right = [
+        distances.linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES
+    ]
+    return {"probe_right": np.stack(right)}
+
+
+PROBES = ("pixels", "components", "random encoder", *CODED)
+
+
+def _components(train: Tensor, held_out: Tensor, count: int) -> list[Tensor]:
+    """The first principal components of the training images, of both sets."""
+    from sklearn.decomposition import PCA
+
+    found = PCA(count, svd_solver="covariance_eigh").fit(train.numpy())
+    return [torch.from_numpy(found.transform(part.numpy())) for part in (train, held_out)]
+
+
+def samples(
+    run: results.Run,
+    images: Images,
+    models: Mapping[str, PixelVAE],
+    describe: Mapping[str, features.Extractor],
+) -> dict[str, np.ndarray]:
+    """Images drawn in every way, with their kernel distances to photographs and the chains' memory.
+
+    - `kernel_classifier`, `kernel_random` (SETS, 3): squared kernel distance of each of SETS to held-out photographs
+      that had no part in making it; `noise_to_data_*` (3,): between the chain's states from noise and from photographs.
+    - `shown_<set>` (40, S, S, C): its first images.
+    - `chain_none`, `chain_elbo` (steps + 1, S, S, C): the first chain, from noise; `shown_many` the last states of 36.
+    - `similarity_<none or elbo>_<pixels or classifier>` (LAGS, 3): autocorrelation of chains from photographs;
+      `decodes_*` (3,): correlation of two decodes of one z; `shown_decodes_<model>` (2, 10, S, S, C).
+    """
+    n, steps = run.settings.chains, run.settings.chain_steps
+    half = min(run.settings.measured_images, len(images.held_out)) // 2
+    reference, sources = images.held_out[:half], images.held_out[half : half + n]
+    generator = _generator(run, 5, True)
+    none, elbo, mmd = (models[name] for name in ("none", "elbo", "mmd"))
+    spread = images.train[torch.linspace(0, len(images.train) - 1, n).long()]
+    noise = noise_images(images, n, _generator(run, 6))
+
+    drawn = {
+        "photographs": spread.cpu(),
+        "blurred": features.blurred(sources.cpu()),
+        "patches shuffled": features.patches_shuffled(sources.cpu(), _generator(run, 7)),
+    }
+    found: dict[str, Any] = {}
+    for name, vae in (("none", none), ("elbo", elbo), ("mmd", mmd)):
+        z = sampled(vae, images, sources, generator)
+        decode = Decoder(vae, images, n)
+        drawn[f"{name}: q(z)"] = decode(z, generator)
+        drawn[f"{name}: prior"] = decode(torch.randn(z.shape, generator=generator, device=z.device), generator)
+        if name == "none":
+            for law, drawn_z in fitted(run, sampled(vae, images, images.train, generator), n).items():
+                drawn[f"none: {law}"] = decode(drawn_z, generator)
+        if name == "mmd":
+            continue
+        from_noise = markov_chain(vae, images, noise, steps, generator, f"{name} from noise")
+        from_data = markov_chain(vae, images, sources, steps, generator, f"{name} from data")
+        drawn[f"{name}: chain"], drawn[f"{name}: chain from data"] = from_noise[-1], from_data[-1]
+        again = decode(z, generator)
+        for view, look in (("pixels", _pixels), ("classifier", describe["classifier"])):
+            states = torch.stack([look(state) for state in from_data])
+            found[f"similarity_{name}_{view}"] = np.stack(distances.autocorrelation(states, LAGS), 1)
+            pair = look(drawn[f"{name}: q(z)"]), look(again)
+            found[f"decodes_{name}_{view}"] = distances.pair_correlation(*pair)
+        found[f"chain_{name}"] = from_noise[:, 0]
+        found[f"many_{name}"] = from_noise[-1, :36]
+        found[f"shown_decodes_{name}"] = torch.stack([drawn[f"{name}: q(z)"][:10], again[:10]])
+
+    for kind, look in describe.items():
+        seen, kept = {name: look(drawn[name]) for name in SETS}, look(reference)
+        found[f"kernel_{kind}"] = np.array([distances.kernel_distance(seen[name], kept) for name in SETS])
+        ends = seen["none: chain"], seen["none: chain from data"]
+        found[f"noise_to_data_{kind}"] = distances.kernel_distance(*ends)
+    return found | {f"shown_{name}": drawn[name][:40] for name in SETS}
+
+
+SETS = (
+    "photographs",
+    "blurred",
+    "patches shuffled",
+    "none: q(z)",
+    "none: prior",
+    "none: Gaussian",
+    "none: mixture",
+    "none: chain",
+    "none: chain from data",
+    "elbo: q(z)",
+    "elbo: prior",
+    "elbo: chain",
+    "elbo: chain from data",
+    "mmd: q(z)",
+    "mmd: prior",
+)
+
+
+def _pixels(pictures: Tensor) -> Tensor:
+    return pictures.flatten(1).double()
+
+
+def fitted(run: results.Run, z: Tensor, count: int) -> dict[str, Tensor]:
+    """Codes from two laws fitted to q(z), of which `z` (N, D) are samples: a Gaussian, and a mixture of 20."""
+    from sklearn.mixture import GaussianMixture
+
+    drawn = {}
+    for law, components in (("Gaussian", 1), ("mixture", 20)):
+        mixture = GaussianMixture(components, random_state=run.seed, reg_covar=1e-5, n_init=1)
+        points, _ = mixture.fit(z.double().cpu().numpy()).sample(count)
+        order = np.random.default_rng(run.seed).permutation(count)  # they come sorted by component
+        drawn[law] = torch.from_numpy(points[order]).float().to(z.device)
+    return drawn
+
+
+def glasses(run: results.Run, images: Images, label: PixelVAE) -> dict[str, np.ndarray]:
+    """The class as a frozen feature (claim G1): what the best factored Gaussian of each class loses on held-out images.
+
+    `gaussian_nats` (n,) -log p of the Gaussian of the image's class, each grey level a bin; `gaussian_mean`,
+    `gaussian_sample` (10, S, S, C) of each class; `glasses_sample` (10, 4, S, S, C) draws of the PixelCNN++ given the
+    class; `glasses_photograph` (10, S, S, C) training images.
+    """
+    n, top = run.settings.measured_images, images.dataset.levels - 1
+    x, labels = images.train.double(), images.labels
+    means = torch.stack([x[labels == k].mean(0) for k in range(images.classes)])
+    # At least 1/12, the variance of a uniform grey level within its bin: some corners of digits never vary.
+    stds = torch.stack([x[labels == k].var(0, correction=0) for k in range(images.classes)]).clamp(min=1 / 12).sqrt()
+    pictures, own = images.held_out[:n], images.held_out_labels[:n]
+    log_p = [
+        likelihoods.discretized_gaussian_log_prob(part.double(), means[k], stds[k].log(), levels=top + 1)
+        for part, k in zip(pictures.split(512), own.split(512), strict=True)
+    ]
+    generator = _generator(run, 8, True)
+    drawn = means + stds * torch.randn(means.shape, generator=generator, device=means.device, dtype=means.dtype)
+    codes = torch.eye(images.classes, device=pictures.device).repeat_interleave(4, 0)
+    made = Decoder(label, images, len(codes))(codes, generator)
+    firsts = torch.stack([images.train[labels == k][0] for k in range(images.classes)])
+    return {
+        "gaussian_nats": -torch.cat(log_p),
+        "gaussian_mean": means.round().clamp(0, top).byte(),
+        "gaussian_sample": drawn.round().clamp(0, top).byte(),
+        "glasses_sample": made.unflatten(0, (images.classes, 4)),
+        "glasses_photograph": firsts,
+    }
+
+
+def exactness(run: results.Run, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]:
+    """Claim P7 on the trained decoder, two codes: `pixels_that_differ` between images of the incremental sampler and of
+    one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32.
+    """
+    x = images.signed(images.held_out[:2])
+    z = sampled(vae, images, images.held_out[:2], _generator(run, 9, True))
+    with torch.no_grad():
+        h = vae.h(z)
+        expected = vae.decoder(x, h)
+    shape = x.shape[0], *x.shape[2:]
+    given = Sampler(vae.decoder, *shape).teacher_forced(x, h)
+    error = ((given - expected).abs() / expected.abs().clamp(min=1)).max()
+
+    network, h = copy.deepcopy(vae.decoder).double(), h.double()
+    channels, mixtures = network.settings.channels, network.settings.mixtures
+    generator = _generator(run, 10, True)
+    noise = likelihoods.mix_logistic_noise(
+        shape, mixtures, channels, generator=generator, dtype=torch.float64, device=x.device
+    )
+    differ = Sampler(network, *shape).draw(h, noise=noise) != draw_by_full_passes(network, noise, h)
+    return {"pixels_that_differ": np.array(int(differ.any(1).sum())), "worst_parameter": np.array(error.item())}
+
+
+@torch.no_grad()
+def continue_chain(
+    run: results.Run, images: Images, trained: Mapping[str, train.Trained], steps: int = 3, chains: int = 5
+) -> np.ndarray:
+    """A few more states of the chain of `none` from held-out photographs: uint8 (steps + 1, chains, S, S, C)."""
+    generator = _generator(run, 11, True)
+    return markov_chain(trained["none"].model, images, images.held_out[-chains:], steps, generator).numpy()
+
+
+# Judging
+
+
+def conclude(
+    run: results.Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
+) -> results.Verdicts:
+    """Judge P1 to P7, D1 and G1, and write `metrics.json`, `run.json` and the weights of `none`."""
+    if run.weights == "train":
+        results.save_weights(run, trained["none"].model.state_dict())
+    return results.finish(
+        run,
+        CLAIMS,
+        quantities(arrays),
+        numbers=summary(arrays),
+        data=images.dataset.describe(),
+        trainings={name: results.describe_training(one) for name, one in trained.items()},
+    )
+
+
+def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity]]:
+    """What each claim is judged by."""
+    of = {name: k for k, name in enumerate(VARIANTS)}
+    kernel = {name: Estimate(*row) for name, row in zip(SETS, arrays["kernel_classifier"], strict=True)}
+    right = dict(zip(PROBES, arrays["probe_right"], strict=True))
+    energy = {name: Estimate(*row) for name, row in zip(CODED, arrays["energy"][:-1], strict=True)}
+    bits = arrays["bits_per_dim"].astype(np.float64)
+    in_nats = math.log(2) * arrays["chain_none"][0].size
+    kl, gap = ({name: arrays[term][k] for name, k in of.items()} for term in ("kl", "shuffle_gap"))
+
+    def mean(values: np.ndarray, unit: str = "nats") -> Quantity:
+        return _quantity(distances.mean_interval(values.astype(np.float64)), unit)
+
+    lost = arrays["gaussian_nats"] - in_nats * bits[of["label"]]
+    gained = in_nats * (bits[of["unconditional"]] - bits[of["label"]])
+    scale = Estimate(*arrays["decodes_none_pixels"])
+    similarity = {
+        model: _ratio(Estimate(*arrays[f"similarity_{model}_pixels"][LAGS.index(1)]), scale)
+        for model in ("none", "elbo")
+    }
+    return {
+        "P1": {
+            "kl": mean(kl["elbo"]),
+            "shuffle_gap": mean(gap["elbo"]),
+            "kl_scratch": mean(kl["elbo-scratch"]),
+            "shuffle_gap_scratch": mean(gap["elbo-scratch"]),
+            "negative_elbo": mean(bits[of["elbo"]] + kl["elbo"] / in_nats, "bits/dim"),
+            "unconditional": mean(bits[of["unconditional"]], "bits/dim"),
+        },
+        "P2": {"shuffle_gap": mean(gap["none"]), "kl": mean(kl["none"])},
+        "P3": {
+            "prior": _quantity(kernel["none: prior"]),
+            "chain": _quantity(kernel["none: chain"]),
+            "aggregate": _quantity(kernel["none: q(z)"]),
+            "noise_to_data": _quantity(Estimate(*arrays["noise_to_data_classifier"])),
+            "fitted_gaussian": _quantity(kernel["none: Gaussian"]),
+            "fitted_mixture": _quantity(kernel["none: mixture"]),
+            "photographs": _quantity(kernel["photographs"]),
+        },
+        "P4": {"similarity": _quantity(similarity["none"]), "similarity_elbo": _quantity(similarity["elbo"])},
+        "P5": {
+            "above_random": _quantity(distances.accuracy_gain(right["none"], right["random encoder"])),
+            "above_components": _quantity(distances.accuracy_gain(right["none"], right["components"])),
+            **{
+                name.replace("-", "_"): Quantity(float(right[name].mean()))
+                for name in ("none", "elbo", "mmd", "pixels")
+            },
+        },
+        "P6": {
+            "shuffle_gap": mean(gap["mmd"]),
+            "shuffle_gap_none": mean(gap["none"]),
+            "prior": _quantity(kernel["mmd: prior"]),
+            "aggregate": _quantity(kernel["mmd: q(z)"]),
+            "energy": _quantity(energy["mmd"]),
+            "energy_none": _quantity(energy["none"]),
+        },
+        "P7": {
+            "pixels_that_differ": Quantity(float(arrays["pixels_that_differ"])),
+            "worst_parameter": Quantity(float(arrays["worst_parameter"])),
+        },
+        "D1": {
+            "shuffle_gap": mean(gap["linear"]),
+            "shuffle_gap_conv": mean(gap["none"]),
+            "probe_gain": _quantity(distances.accuracy_gain(right["linear"], right["none"])),
+        },
+        "G1": {
+            "nats_lost": mean(lost),
+            "gain_by_class": mean(gained),
+            "gaussian": mean(arrays["gaussian_nats"] / in_nats, "bits/dim"),
+            "pixelcnn": mean(bits[of["label"]], "bits/dim"),
+        },
+    }
+
+
+def _quantity(estimate: Estimate, unit: str = "") -> Quantity:
+    return Quantity(*map(float, estimate), unit)
+
+
+def _ratio(a: Estimate, b: Estimate) -> Estimate:
+    """a / b, with relative errors added as of independent estimates."""
+    value = a.value / b.value
+    half = math.hypot(a.high - a.value, value * (b.high - b.value)) / abs(b.value)
+    return Estimate(value, value - half, value + half)
+
+
+def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Further numbers of the run, by model, set or probe."""
+    models = {
+        name: {term: float(arrays[term][k].mean()) for term in ("bits_per_dim", "kl", "shuffle_gap")}
+        for k, name in enumerate(VARIANTS)
+    }
+    for k, name in enumerate(CODED):
+        models[name] |= {term: float(arrays[term][k]) for term in ("information", "mean_spread", "deviation")} | {
+            "energy_distance": arrays["energy"][k].tolist()
+        }
+    return {
+        "models": models,
+        "information_ceiling": float(arrays["information_ceiling"]),
+        "energy_distance_of_the_prior_to_itself": arrays["energy"][-1].tolist(),
+        "kernel_distance": {
+            kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in ("classifier", "random")
+        },
+        "noise_to_data": {kind: arrays[f"noise_to_data_{kind}"].tolist() for kind in ("classifier", "random")},
+        "probe": dict(zip(PROBES, arrays["probe_right"].mean(1).tolist(), strict=True)),
+        "similarity_by_lag": {
+            f"{model}, {view}": dict(zip(map(str, LAGS), arrays[f"similarity_{model}_{view}"].tolist(), strict=True))
+            for model in ("none", "elbo")
+            for view in ("pixels", "classifier")
+        },
+        "two_decodes": {
+            f"{model}, {view}": arrays[f"decodes_{model}_{view}"].tolist()
+            for model in ("none", "elbo")
+            for view in ("pixels", "classifier")
+        },
+    }
