@@ -8,35 +8,22 @@ E5, P1, P2). What is given up is p(z): q(z) is then no N(0, I), and decoding dra
 
 is a Markov chain that leaves p(x) as it is wherever p(x|z) = q(x|z) (claim E6), so it can be run in place of the prior.
 
-`pixelvae_model` has the model, the objectives, the trainings and the chain; this module measures and judges;
-`pixelvae_figures` draws what was measured.
+`pixelvae_model` has the model, the objectives, the trainings and the chain; `pixelvae_samples` measures;
+`pixelvae_figures` draws; this module has the settings, the claims with their criteria, and the verdicts.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from paperlib import aggregate, distances, features, likelihoods, presets, results, train
+from paperlib import distances, pixelvae_samples, presets, results, train
 from paperlib.distances import Estimate
 from paperlib.errors import UserError
-from paperlib.pixelcnn_sampler import Sampler, draw_by_full_passes
-from paperlib.pixelvae_model import (
-    VARIANTS,
-    Decoder,
-    Images,
-    PixelVAE,
-    build,
-    encode,
-    evaluate,
-    markov_chain,
-    noise_images,
-)
+from paperlib.pixelvae_model import VARIANTS, Images
+from paperlib.pixelvae_samples import CODED, LAGS, PROBES, SETS
 from paperlib.presets import option
 from paperlib.results import Claim, Quantity
 
@@ -103,8 +90,6 @@ class Settings:
             raise ValueError(f"chain_steps is {self.chain_steps}, but the largest lag is {max(LAGS)}")
 
 
-LAGS = (1, 5, 20, 60)
-
 _smoke = Settings()
 _cpu = Settings(
     dataset="cifar10",
@@ -114,7 +99,7 @@ _cpu = Settings(
     code_channels=16,
     filters=24,
     mixtures=5,
-    trunk_steps=10_000,
+    trunk_steps=8000,
     branch_steps=2500,
     control_steps=2000,
     batch_size=16,
@@ -253,298 +238,17 @@ def measure(run: results.Run, images: Images, trained: Mapping[str, train.Traine
     if run.weights == "recorded":
         return results.load_recorded_arrays(run)
     models = {name: trained[name].model for name in VARIANTS}
-    describe = extractors(run, images)
+    describe = pixelvae_samples.extractors(run, images)
     return results.save_arrays(
         run,
-        **histories(trained),
-        **terms(run, images, models),
-        **codes(run, images, models),
-        **probes(run, images, models),
-        **samples(run, images, models, describe),
-        **glasses(run, images, models["label"]),
-        **exactness(run, images, models["none"]),
+        **pixelvae_samples.histories(trained),
+        **pixelvae_samples.terms(run, images, models),
+        **pixelvae_samples.codes(run, images, models),
+        **pixelvae_samples.probes(run, images, models),
+        **pixelvae_samples.samples(run, images, models, describe),
+        **pixelvae_samples.glasses(run, images, models["label"]),
+        **pixelvae_samples.exactness(run, images, models["none"]),
     )
-
-
-def extractors(run: results.Run, images: Images) -> dict[str, features.Extractor]:
-    """The two kinds of features between which kernel distances are taken: a classifier's, and a random network's."""
-    settings, dataset = run.settings, images.dataset
-    classifier = features.fit_classifier(
-        dataset,
-        run.directory / "classifier",
-        width=settings.classifier_width,
-        steps=settings.classifier_steps,
-        seed=run.seed,
-        device=run.device,
-        provenance=results.describe_code(),
-    ).model
-    channels = images.shape[0]
-    return {
-        "classifier": features.extractor(classifier, dataset.train.images, dataset.levels),
-        "random": features.extractor(features.RandomNetwork(channels, seed=0), dataset.train.images, dataset.levels),
-    }
-
-
-def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
-    """Of each training `<name>_history`, rows of steps, training and held-out bits/dim of the reconstruction term."""
-    return {
-        f"{name}_history": np.array(
-            [[row["step"], row["bits_per_dim"], row["held_out_bits_per_dim"]] for row in one.history]
-        )
-        for name, one in trained.items()
-    }
-
-
-def terms(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
-    """The objective's terms on held-out images, each (variants, n): `bits_per_dim` of the reconstruction term, `kl`
-    and `shuffle_gap` in nats an image, nan where no code is learned; all models see the same noise.
-    """
-    n = run.settings.measured_images
-    pictures, labels = images.held_out[:n], images.held_out_labels[:n]
-    rows: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
-    for vae in models.values():
-        with torch.random.fork_rng(devices=_cuda(run)):
-            torch.manual_seed(run.seed)
-            measured = evaluate(vae, images, pictures, labels)
-        for name, row in rows.items():
-            row.append(measured[name].numpy(force=True) if name in measured else np.full(len(pictures), np.nan))
-    return {name: np.stack(row).astype(np.float32) for name, row in rows.items()}
-
-
-def _cuda(run: results.Run) -> list[str]:
-    return [run.device] if run.device.startswith("cuda") else []
-
-
-def codes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
-    """How much the encoder tells and how far q(z) is from p(z), a row for each model of `CODED`.
-
-    `information` I_q(x;z) in nats over the training images, with `information_ceiling` log N; `energy`, the energy
-    distance of q(z) on held-out images to N(0, I) and, in the last row, of N(0, I) to itself from as many draws;
-    `mean_spread` and `deviation`, root mean squares of the means' deviation over images and of std(x).
-    """
-    n, generator = run.settings.measured_images, _generator(run, 1)
-    found: dict[str, list] = {"information": [], "energy": [], "mean_spread": [], "deviation": []}
-    prior = torch.randn(2, min(n, len(images.held_out)), run.settings.code_dim, generator=generator)
-    for name in CODED:
-        vae = models[name]
-        mean, log_std = encode(vae, images, images.train)
-        table = aggregate.Codes(mean, log_std)
-        told = aggregate.mutual_information(table, points=min(len(table), 2000), generator=_generator(run, 2, True))
-        z = sampled(vae, images, images.held_out[:n], _generator(run, 3, True))
-        found["information"].append(told.nats)
-        found["energy"].append(distances.energy_distance(z.cpu(), prior[0]))
-        found["mean_spread"].append(mean.var(0).mean().sqrt().item())
-        found["deviation"].append((2 * log_std).exp().mean().sqrt().item())
-    found["energy"].append(distances.energy_distance(prior[1], prior[0]))
-    return {name: np.array(rows) for name, rows in found.items()} | {"information_ceiling": np.array(told.ceiling)}
-
-
-CODED = tuple(name for name, variant in VARIANTS.items() if variant.encoder in ("conv", "linear"))
-
-
-@torch.no_grad()
-def sampled(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """One z ~ q(z|x) for each of uint8 images `pictures` (N, S, S, C): (N, D)."""
-    return likelihoods.sample_gaussian(*encode(vae, images, pictures), generator=generator)
-
-
-def _generator(run: results.Run, stream: int, on_device: bool = False) -> torch.Generator:
-    """A stream of random numbers of its own for each purpose."""
-    return torch.Generator(run.device if on_device else "cpu").manual_seed(1000 * run.seed + stream)
-
-
-def probes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
-    """`probe_right` (probes, n), bool: which held-out images a linear classifier of each of PROBES gets right.
-
-    Codes are samples of q(z|x); of the random encoder, which has no reason to be precise, the means.
-    """
-    n = run.settings.measured_images
-    parts = images.train, images.held_out[:n]
-    pixels = [part.flatten(1).float().cpu() for part in parts]
-    with torch.random.fork_rng(devices=_cuda(run)):
-        torch.manual_seed(run.seed)
-        untrained = build(run, images)
-    inputs = {
-        "pixels": pixels,
-        "components": _components(*pixels, run.settings.code_dim),
-        "random encoder": [encode(untrained, images, part)[0] for part in parts],
-        **{name: [sampled(models[name], images, part, _generator(run, 4, True)) for part in parts] for name in CODED},
-    }
-    labels = [images.labels.cpu(), images.held_out_labels[:n].cpu()]
-    right = [
-        distances.linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES
-    ]
-    return {"probe_right": np.stack(right)}
-
-
-PROBES = ("pixels", "components", "random encoder", *CODED)
-
-
-def _components(train: Tensor, held_out: Tensor, count: int) -> list[Tensor]:
-    """The first principal components of the training images, of both sets."""
-    from sklearn.decomposition import PCA
-
-    found = PCA(count, svd_solver="covariance_eigh").fit(train.numpy())
-    return [torch.from_numpy(found.transform(part.numpy())) for part in (train, held_out)]
-
-
-def samples(
-    run: results.Run,
-    images: Images,
-    models: Mapping[str, PixelVAE],
-    describe: Mapping[str, features.Extractor],
-) -> dict[str, np.ndarray]:
-    """Images drawn in every way, with their kernel distances to photographs and the chains' memory.
-
-    - `kernel_classifier`, `kernel_random` (SETS, 3): squared kernel distance of each of SETS to held-out photographs
-      that had no part in making it; `noise_to_data_*` (3,): between the chain's states from noise and from photographs.
-    - `shown_<set>` (40, S, S, C): its first images.
-    - `chain_none`, `chain_elbo` (steps + 1, S, S, C): the first chain, from noise; `shown_many` the last states of 36.
-    - `similarity_<none or elbo>_<pixels or classifier>` (LAGS, 3): autocorrelation of chains from photographs;
-      `decodes_*` (3,): correlation of two decodes of one z; `shown_decodes_<model>` (2, 10, S, S, C).
-    """
-    n, steps = run.settings.chains, run.settings.chain_steps
-    half = min(run.settings.measured_images, len(images.held_out)) // 2
-    reference, sources = images.held_out[:half], images.held_out[half : half + n]
-    generator = _generator(run, 5, True)
-    none, elbo, mmd = (models[name] for name in ("none", "elbo", "mmd"))
-    spread = images.train[torch.linspace(0, len(images.train) - 1, n).long()]
-    noise = noise_images(images, n, _generator(run, 6))
-
-    drawn = {
-        "photographs": spread.cpu(),
-        "blurred": features.blurred(sources.cpu()),
-        "patches shuffled": features.patches_shuffled(sources.cpu(), _generator(run, 7)),
-    }
-    found: dict[str, Any] = {}
-    for name, vae in (("none", none), ("elbo", elbo), ("mmd", mmd)):
-        z = sampled(vae, images, sources, generator)
-        decode = Decoder(vae, images, n)
-        drawn[f"{name}: q(z)"] = decode(z, generator)
-        drawn[f"{name}: prior"] = decode(torch.randn(z.shape, generator=generator, device=z.device), generator)
-        if name == "none":
-            for law, drawn_z in fitted(run, sampled(vae, images, images.train, generator), n).items():
-                drawn[f"none: {law}"] = decode(drawn_z, generator)
-        if name == "mmd":
-            continue
-        from_noise = markov_chain(vae, images, noise, steps, generator, f"{name} from noise")
-        from_data = markov_chain(vae, images, sources, steps, generator, f"{name} from data")
-        drawn[f"{name}: chain"], drawn[f"{name}: chain from data"] = from_noise[-1], from_data[-1]
-        again = decode(z, generator)
-        for view, look in (("pixels", _pixels), ("classifier", describe["classifier"])):
-            states = torch.stack([look(state) for state in from_data])
-            found[f"similarity_{name}_{view}"] = np.stack(distances.autocorrelation(states, LAGS), 1)
-            pair = look(drawn[f"{name}: q(z)"]), look(again)
-            found[f"decodes_{name}_{view}"] = distances.pair_correlation(*pair)
-        found[f"chain_{name}"] = from_noise[:, 0]
-        found[f"many_{name}"] = from_noise[-1, :36]
-        found[f"shown_decodes_{name}"] = torch.stack([drawn[f"{name}: q(z)"][:10], again[:10]])
-
-    for kind, look in describe.items():
-        seen, kept = {name: look(drawn[name]) for name in SETS}, look(reference)
-        found[f"kernel_{kind}"] = np.array([distances.kernel_distance(seen[name], kept) for name in SETS])
-        ends = seen["none: chain"], seen["none: chain from data"]
-        found[f"noise_to_data_{kind}"] = distances.kernel_distance(*ends)
-    return found | {f"shown_{name}": drawn[name][:40] for name in SETS}
-
-
-SETS = (
-    "photographs",
-    "blurred",
-    "patches shuffled",
-    "none: q(z)",
-    "none: prior",
-    "none: Gaussian",
-    "none: mixture",
-    "none: chain",
-    "none: chain from data",
-    "elbo: q(z)",
-    "elbo: prior",
-    "elbo: chain",
-    "elbo: chain from data",
-    "mmd: q(z)",
-    "mmd: prior",
-)
-
-
-def _pixels(pictures: Tensor) -> Tensor:
-    return pictures.flatten(1).double()
-
-
-def fitted(run: results.Run, z: Tensor, count: int) -> dict[str, Tensor]:
-    """Codes from two laws fitted to q(z), of which `z` (N, D) are samples: a Gaussian, and a mixture of 20."""
-    from sklearn.mixture import GaussianMixture
-
-    drawn = {}
-    for law, components in (("Gaussian", 1), ("mixture", 20)):
-        mixture = GaussianMixture(components, random_state=run.seed, reg_covar=1e-5, n_init=1)
-        points, _ = mixture.fit(z.double().cpu().numpy()).sample(count)
-        order = np.random.default_rng(run.seed).permutation(count)  # they come sorted by component
-        drawn[law] = torch.from_numpy(points[order]).float().to(z.device)
-    return drawn
-
-
-def glasses(run: results.Run, images: Images, label: PixelVAE) -> dict[str, np.ndarray]:
-    """The class as a frozen feature (claim G1): what the best factored Gaussian of each class loses on held-out images.
-
-    `gaussian_nats` (n,) -log p of the Gaussian of the image's class, each grey level a bin; `gaussian_mean`,
-    `gaussian_sample` (10, S, S, C) of each class; `glasses_sample` (10, 4, S, S, C) draws of the PixelCNN++ given the
-    class; `glasses_photograph` (10, S, S, C) training images.
-    """
-    n, top = run.settings.measured_images, images.dataset.levels - 1
-    x, labels = images.train.double(), images.labels
-    means = torch.stack([x[labels == k].mean(0) for k in range(images.classes)])
-    # At least 1/12, the variance of a uniform grey level within its bin: some corners of digits never vary.
-    stds = torch.stack([x[labels == k].var(0, correction=0) for k in range(images.classes)]).clamp(min=1 / 12).sqrt()
-    pictures, own = images.held_out[:n], images.held_out_labels[:n]
-    log_p = [
-        likelihoods.discretized_gaussian_log_prob(part.double(), means[k], stds[k].log(), levels=top + 1)
-        for part, k in zip(pictures.split(512), own.split(512), strict=True)
-    ]
-    generator = _generator(run, 8, True)
-    drawn = means + stds * torch.randn(means.shape, generator=generator, device=means.device, dtype=means.dtype)
-    codes = torch.eye(images.classes, device=pictures.device).repeat_interleave(4, 0)
-    made = Decoder(label, images, len(codes))(codes, generator)
-    firsts = torch.stack([images.train[labels == k][0] for k in range(images.classes)])
-    return {
-        "gaussian_nats": -torch.cat(log_p),
-        "gaussian_mean": means.round().clamp(0, top).byte(),
-        "gaussian_sample": drawn.round().clamp(0, top).byte(),
-        "glasses_sample": made.unflatten(0, (images.classes, 4)),
-        "glasses_photograph": firsts,
-    }
-
-
-def exactness(run: results.Run, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]:
-    """Claim P7 on the trained decoder, two codes: `pixels_that_differ` between images of the incremental sampler and of
-    one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32.
-    """
-    x = images.signed(images.held_out[:2])
-    z = sampled(vae, images, images.held_out[:2], _generator(run, 9, True))
-    with torch.no_grad():
-        h = vae.h(z)
-        expected = vae.decoder(x, h)
-    shape = x.shape[0], *x.shape[2:]
-    given = Sampler(vae.decoder, *shape).teacher_forced(x, h)
-    error = ((given - expected).abs() / expected.abs().clamp(min=1)).max()
-
-    network, h = copy.deepcopy(vae.decoder).double(), h.double()
-    channels, mixtures = network.settings.channels, network.settings.mixtures
-    generator = _generator(run, 10, True)
-    noise = likelihoods.mix_logistic_noise(
-        shape, mixtures, channels, generator=generator, dtype=torch.float64, device=x.device
-    )
-    differ = Sampler(network, *shape).draw(h, noise=noise) != draw_by_full_passes(network, noise, h)
-    return {"pixels_that_differ": np.array(int(differ.any(1).sum())), "worst_parameter": np.array(error.item())}
-
-
-@torch.no_grad()
-def continue_chain(
-    run: results.Run, images: Images, trained: Mapping[str, train.Trained], steps: int = 3, chains: int = 5
-) -> np.ndarray:
-    """A few more states of the chain of `none` from held-out photographs: uint8 (steps + 1, chains, S, S, C)."""
-    generator = _generator(run, 11, True)
-    return markov_chain(trained["none"].model, images, images.held_out[-chains:], steps, generator).numpy()
 
 
 # Judging
