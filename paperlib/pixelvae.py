@@ -241,6 +241,7 @@ def measure(run: results.Run, images: Images, trained: Mapping[str, train.Traine
     describe = pixelvae_samples.extractors(run, images)
     return results.save_arrays(
         run,
+        levels=images.dataset.levels,
         **pixelvae_samples.histories(trained),
         **pixelvae_samples.terms(run, images, models),
         **pixelvae_samples.codes(run, images, models),

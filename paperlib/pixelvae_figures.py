@@ -1,0 +1,175 @@
+"""The figures of notebook 04, drawn from the arrays of a run alone (`pixelvae_samples` says what they are)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib import figures
+from paperlib.pixelvae_samples import CODED, LAGS, PROBES, SETS, VARIANTS
+
+Arrays = Mapping[str, np.ndarray]
+
+BLUE, ORANGE, GREEN, RED, GREY = (figures.PALETTE[k] for k in (0, 1, 2, 3, 7))
+
+
+def _show(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: str = "") -> None:
+    """A grid of uint8 images (N, S, S, C), on the data set's own grey scale."""
+    images = images[..., 0] if images.shape[-1] == 1 else images
+    figures.show_images(axis, images, columns, high=float(arrays["levels"]) - 1)
+    axis.set_title(title)
+
+
+def chain(arrays: Arrays) -> Any:
+    """P4: 60 states of one chain in reading order, 4 rows of 15, without the KL and under the ELBO."""
+    figure, axes = figures.new(rows=2, height=4.4)
+    titles = {"none": "without the KL: z is used, the chain moves", "elbo": "the ELBO: z is not used, every state is new"}
+    for axis, (model, title) in zip(axes, titles.items(), strict=True):
+        _show(axis, arrays, arrays[f"chain_{model}"][:60], 15, title)
+    return figure
+
+
+def training(arrays: Arrays) -> Any:
+    """P1, P2: bits per dimension while training, and what the decoder loses when z is that of another image."""
+    figure, (left, right) = figures.new(2, height=3.0, width_ratios=[3, 2])
+    offset = arrays["trunk_history"][-1, 0] if "trunk_history" in arrays else 0
+    styles = {"trunk": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
+    styles |= {"elbo-scratch": (RED, ":"), "unconditional": ("black", "--"), "label": (ORANGE, "--")}
+    styles |= {"linear": (figures.PALETTE[9], "-")}
+    for name, (colour, line) in styles.items():
+        if f"{name}_history" not in arrays:
+            continue
+        steps, _, held_out = arrays[f"{name}_history"].T
+        begins = 0 if name in ("trunk", "elbo-scratch") else offset
+        left.plot(begins + steps, held_out, line, color=colour, label=name, linewidth=1.2)
+    final = [rows[-1, 2] for name, rows in arrays.items() if name.endswith("_history")]
+    left.set_ylim(min(final) - 0.05, max(final) + 0.6)
+    left.set(xlabel="steps", ylabel=r"$-E \log p(x|z)$ (bits/dim, held out)")
+    left.legend(frameon=False, ncols=2, fontsize=7)
+    rows = [k for k, name in enumerate(VARIANTS) if name in CODED]
+    gap, kl = (np.nanmean(arrays[term], 1)[rows] for term in ("shuffle_gap", "kl"))
+    places = np.arange(len(rows))
+    right.bar(places - 0.2, gap, 0.38, color=BLUE, label="shuffle gap")
+    right.bar(places + 0.2, kl, 0.38, color=GREY, label="KL(q(z|x) ‖ p(z))")
+    right.set_yscale("symlog", linthresh=0.1)
+    right.set_xticks(places, CODED, rotation=30, ha="right")
+    right.set(ylabel="nats an image (0.1 and below: linear)")
+    right.axhline(0, color="black", linewidth=0.6)
+    right.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def ways_to_draw(arrays: Arrays) -> Any:
+    """P3: images decoded from codes of several laws, the same model; photographs beside them."""
+    names = {
+        "photographs": "photographs",
+        "none: q(z)": "z ~ q(z), from photographs",
+        "none: prior": "z ~ N(0, I)",
+        "none: Gaussian": "z ~ Gaussian fitted to q(z)",
+        "none: mixture": "z ~ mixture fitted to q(z)",
+        "none: chain": "the chain from noise, last states",
+    }
+    return _panels(arrays, names)
+
+
+def regularised(arrays: Arrays) -> Any:
+    """P6: the same with an MMD between q(z) and N(0, I), and under the ELBO."""
+    names = {
+        "mmd: q(z)": "MMD: z ~ q(z)",
+        "mmd: prior": "MMD: z ~ N(0, I)",
+        "elbo: prior": "ELBO: z ~ N(0, I)",
+    }
+    return _panels(arrays, names)
+
+
+def _panels(arrays: Arrays, names: Mapping[str, str], columns: int = 8, count: int = 24) -> Any:
+    rows = -(-len(names) // 3)
+    figure, axes = figures.new(3, rows, height=1.15 * rows)
+    for axis, (name, title) in zip(np.ravel(axes), names.items(), strict=True):
+        _show(axis, arrays, arrays[f"shown_{name}"][:count], columns, title)
+    return figure
+
+
+def distances(arrays: Arrays) -> Any:
+    """P3, P6: squared kernel distance of each way of drawing to held-out photographs, on two kinds of features."""
+    figure, axes = figures.new(2, height=4.0, sharey=True)
+    places = np.arange(len(SETS))[::-1]
+    colours = {"none": BLUE, "elbo": RED, "mmd": GREEN}
+    for axis, kind in zip(axes, ("classifier", "random"), strict=True):
+        for place, name, (value, low, high) in zip(places, SETS, arrays[f"kernel_{kind}"], strict=True):
+            colour = colours.get(name.split(":")[0], "black")
+            axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
+            axis.plot(value, place, "o", color=colour, markersize=4)
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set_xscale("symlog", linthresh=float(np.abs(arrays[f"kernel_{kind}"][0]).max()) or 1.0)
+        axis.set(xlabel=f"squared kernel distance, {'a classifier' if kind == 'classifier' else 'a random network'}'s features")
+    axes[0].set_yticks(places, SETS)
+    return figure
+
+
+def memory(arrays: Arrays) -> Any:
+    """P4: how long the chain remembers, without the KL and under the ELBO."""
+    figure, axes = figures.new(2, height=2.8, sharey=True)
+    for axis, view in zip(axes, ("pixels", "classifier"), strict=True):
+        for model, colour in (("none", BLUE), ("elbo", RED)):
+            values, lows, highs = arrays[f"similarity_{model}_{view}"].T
+            axis.errorbar(LAGS, values, [values - lows, highs - values], fmt="o-", ms=3, color=colour, label=model, lw=1)
+            value = arrays[f"decodes_{model}_{view}"][0]
+            axis.axhline(value, color=colour, linestyle=":", linewidth=1, label=f"{model}: two decodes of one z")
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set(xscale="log", xlabel="lag (steps)", title=f"by {view if view == 'pixels' else 'features of a classifier'}")
+        axis.set_xticks(LAGS, LAGS)
+        axis.minorticks_off()
+    axes[0].set_ylabel("autocorrelation")
+    axes[1].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def many(arrays: Arrays) -> Any:
+    """36 chains after their last step, and two decodes of one z, without the KL and under the ELBO."""
+    figure, axes = figures.new(2, 2, height=4.6, height_ratios=[3, 2])
+    for (top, bottom), model, title in zip(axes.T, ("none", "elbo"), ("without the KL", "ELBO"), strict=True):
+        _show(top, arrays, arrays[f"many_{model}"], 9, f"{title}: 36 chains")
+        pairs = arrays[f"shown_decodes_{model}"]
+        _show(bottom, arrays, pairs.reshape(-1, *pairs.shape[2:]), pairs.shape[1], "two decodes (rows) of one z (columns)")
+    return figure
+
+
+def probe(arrays: Arrays) -> Any:
+    """P5, D1: what a linear classifier makes of the features, in per cent of held-out images."""
+    figure, axis = figures.new(width=5.0, height=2.6)
+    right = arrays["probe_right"]
+    share, error = 100 * right.mean(1), 196 * right.std(1) / np.sqrt(right.shape[1])
+    places = np.arange(len(PROBES))[::-1]
+    axis.barh(places, share, xerr=error, color=[GREY] * 3 + [BLUE] * len(CODED), height=0.7, error_kw={"lw": 1})
+    axis.set_yticks(places, PROBES)
+    axis.set(xlabel="accuracy of a linear probe (%)")
+    return figure
+
+
+def glasses(arrays: Arrays) -> Any:
+    """G1: the class as code. What the best factored Gaussian and a PixelCNN++ make of "an image of this class"."""
+    rows = 7
+    figure, axis = figures.new(height=5.2)
+    sheet = np.concatenate(
+        [
+            arrays["glasses_photograph"][None],
+            arrays["gaussian_mean"][None],
+            arrays["gaussian_sample"][None],
+            arrays["glasses_sample"].swapaxes(0, 1),
+        ]
+    )
+    _show(axis, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    names = ["photograph", "Gaussian, mean", "Gaussian, draw", *["PixelCNN++, draw"] * 4]
+    side = sheet.shape[2] + 1
+    axis.set_yticks([side * (k + 0.5) for k in range(rows)], names)
+    axis.tick_params(length=0)
+    return figure
+
+
+def continued(states: np.ndarray, levels: int) -> Any:
+    """States (T, N, S, S, C) of a few chains, one to a row, the photograph first."""
+    figure, axis = figures.new(width=3.6, height=3.6)
+    by_chain = states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+    _show(axis, {"levels": np.array(levels)}, by_chain, len(states), "from photographs (left), step by step")
+    return figure
