@@ -20,7 +20,7 @@ t Student's 97.5 % point for G - 1 degrees of freedom. It costs no second kernel
 over pairs of groups. A bootstrap will not do. It draws points twice, their pairs put k(u, u) into a mean that is to be
 without it, and every resample comes out too far by about [E k(u, u) - E k(u, u')] / n for each set, which near equality
 is no less than the estimate's own error. For equal laws s^2 is twice the variance on average, so (4) hardly ever lies
-above 0 where there is nothing to find; for points of one or two dimensions it may lie below 0 one time in fifteen.
+above 0 where there is nothing to find; where few directions carry all variance it may lie below 0 one time in fifteen.
 
 A batch z can be held against N(0, I) itself, `gaussian_mmd`: for k(u, v) = exp(-|u - v|^2 / (2 s^2)) the integrals are
 those of a product of Gaussians in D dimensions, u fixed or u, v of N(0, I),

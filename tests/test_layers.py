@@ -12,7 +12,7 @@ paths
 checkpoints distances figures finite image_arrays likelihoods machine measures originals presets results
 aggregate chain data elbo_figures fuzziness_figures gaussian pixelcnn
 elbo_examples fuzziness_explorer pixelcnn_sampler train
-fuzziness_vae
+features fuzziness_vae
 elbo fuzziness
 reproduce
 report
