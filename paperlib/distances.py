@@ -14,12 +14,13 @@ The kernel (2) sees moments up to the third and nothing else, (3) all that diffe
 Intervals come from a jackknife. Both sets are cut into G groups; with D_g the estimate from all points but those of
 the g-th group of either set,
 
-    (4)  D +- t s,   s^2 = (G - 1) / G sum_g (D_g - mean of D_g)^2,   t Student's 97.5 % point, G - 1 degrees of freedom.
+    (4)  D +- t s,   s^2 = (G - 1) / G sum_g (D_g - mean of D_g)^2,
 
-It costs no second kernel: D_g takes nothing but the sums of k over pairs of groups. A bootstrap will not do. It draws
-points twice, their pairs put k(u, u) into a mean that is to be without it, and every resample comes out too far by
-about [E k(u, u) - E k(u, u')] / n for each set, which near equality is as much as the estimate's own error. The
-jackknife errs on the wide side there, where s^2 is up to twice the variance.
+t Student's 97.5 % point for G - 1 degrees of freedom. It costs no second kernel: D_g takes nothing but the sums of k
+over pairs of groups. A bootstrap will not do. It draws points twice, their pairs put k(u, u) into a mean that is to be
+without it, and every resample comes out too far by about [E k(u, u) - E k(u, u')] / n for each set, which near equality
+is no less than the estimate's own error. For equal laws s^2 is twice the variance on average, so (4) hardly ever lies
+above 0 where there is nothing to find; where few directions carry all variance it may lie below 0 one time in fifteen.
 
 A batch z can be held against N(0, I) itself, `gaussian_mmd`: for k(u, v) = exp(-|u - v|^2 / (2 s^2)) the integrals are
 those of a product of Gaussians in D dimensions, u fixed or u, v of N(0, I),
@@ -44,6 +45,7 @@ import torch
 from torch import Tensor
 
 PAIRS = 2**22  # of points, handled at a time: 32 MiB in float64
+PENALTY = 0.01  # of the linear probe
 
 Points = np.ndarray | Tensor
 
@@ -129,13 +131,19 @@ def _jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.n
     return value, value - half, value + half
 
 
-def _points(points: Points, what: str = "points") -> Tensor:
-    points = torch.as_tensor(points).detach().double()
+def _points(points: Points) -> Tensor:
+    points = _float64(points)
     if points.ndim != 2 or 0 in points.shape:
-        raise ValueError(f"{what} are (n, d) with n and d above 0, not {tuple(points.shape)}")
+        raise ValueError(f"points are (n, d) with n and d above 0, not {tuple(points.shape)}")
     if not bool(points.isfinite().all()):
-        raise ValueError(f"{what} hold values that are not finite")
+        raise ValueError("points hold values that are not finite")
     return points
+
+
+def _float64(values: Points) -> Tensor:
+    if not torch.is_tensor(values):
+        values = torch.from_numpy(np.array(values, dtype=np.float64))  # a copy: torch warns of read-only memory
+    return values.detach().double()
 
 
 # A batch and the standard Gaussian
@@ -177,7 +185,7 @@ def autocorrelation(states: Points, lags: Sequence[int]) -> tuple[np.ndarray, np
     of those `lag` before. nan where the chains never differ from one another. Raises `ValueError` for another shape,
     fewer than 3 chains, values that are not finite, and a lag outside 1 .. T-1.
     """
-    states = torch.as_tensor(states).detach().double().cpu().numpy()
+    states = _float64(states).cpu().numpy()
     if states.ndim != 3 or states.shape[1] < 3 or 0 in states.shape:
         raise ValueError(f"states are (T, N, d) of 3 chains or more, not {states.shape}")
     if not np.isfinite(states).all():
@@ -219,9 +227,32 @@ def pair_correlation(a: Points, b: Points) -> Estimate:
 def linear_probe(train: Points, train_labels: Points, test: Points, test_labels: Points) -> np.ndarray:
     """Which test examples a linear classifier of the features gets right: bool (n_test,).
 
-    Multinomial logistic regression on features (n, d), each standardised on `train`, in float32; labels (n,).
+    Multinomial logistic regression on features (n, d), each standardised on `train`, in float32, with a penalty of
+    `PENALTY` / 2 times the squared weights on the mean cross entropy. Labels are (n,) integers. Deterministic. For the
+    45,000 x 3,072 pixels of CIFAR-10 it takes a minute on one core and 2.5 GB. Raises `ValueError` for shapes that do
+    not fit, labels of one class only, and features that are not finite.
     """
-    raise NotImplementedError
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    (x, y), (x_test, y_test) = _labelled(train, train_labels), _labelled(test, test_labels)
+    if x.shape[1] != x_test.shape[1]:
+        raise ValueError(f"{x.shape[1]} features to learn from, but {x_test.shape[1]} to test on")
+    scaler = StandardScaler(copy=False).fit(x)
+    # This tolerance, of the gradient, is where accuracy on CIFAR-10's pixels stands still.
+    model = LogisticRegression(C=1 / (PENALTY * len(x)), tol=1e-3, max_iter=1000).fit(scaler.transform(x), y)
+    return model.predict(scaler.transform(x_test)) == y_test
+
+
+def _labelled(features: Points, labels: Points) -> tuple[np.ndarray, np.ndarray]:
+    """Features in float32, in memory of their own, and labels, checked."""
+    x, y = (v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v) for v in (features, labels))
+    x = np.array(x, dtype=np.float32)
+    if x.ndim != 2 or y.shape != x.shape[:1] or 0 in x.shape:
+        raise ValueError(f"features are (n, d) and labels (n,), not {x.shape} and {y.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("features hold values that are not finite")
+    return x, y
 
 
 def accuracy_gain(right: Points, baseline: Points) -> Estimate:
@@ -232,9 +263,8 @@ def accuracy_gain(right: Points, baseline: Points) -> Estimate:
     """
     right, baseline = np.asarray(right), np.asarray(baseline)
     if right.dtype != bool or baseline.dtype != bool or right.shape != baseline.shape:
-        raise ValueError(
-            f"bools on the same examples, not {right.dtype} {right.shape}, {baseline.dtype} {baseline.shape}"
-        )
+        shapes = f"{right.dtype} {right.shape} and {baseline.dtype} {baseline.shape}"
+        raise ValueError(f"a gain takes bools on the same examples, not {shapes}")
     return mean_interval(right.astype(float) - baseline)
 
 
@@ -244,7 +274,7 @@ def mean_interval(values: Points) -> Estimate:
     For losses of two models on the same examples give the differences. Raises `ValueError` for fewer than two values,
     another shape, and values that are not finite.
     """
-    values = torch.as_tensor(values).detach().double().cpu().numpy()
+    values = _float64(values).cpu().numpy()
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise ValueError(f"an interval takes two or more finite numbers (n,), not {values.shape}")
     mean, half = values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values))

@@ -9,10 +9,10 @@ import paperlib
 LAYERS = """
 errors
 paths
-checkpoints figures finite image_arrays likelihoods machine measures originals presets results
+checkpoints distances figures finite image_arrays likelihoods machine measures originals presets results
 aggregate chain data elbo_figures fuzziness_figures gaussian pixelcnn
 elbo_examples fuzziness_explorer pixelcnn_sampler train
-fuzziness_vae
+features fuzziness_vae
 elbo fuzziness
 reproduce
 report

@@ -1,0 +1,407 @@
+"""Distances, memories and probes against loops over pairs, closed forms, and laws whose answer is known."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.exceptions import ConvergenceWarning
+
+from paperlib import distances
+from paperlib.distances import (
+    Estimate,
+    accuracy_gain,
+    autocorrelation,
+    energy_distance,
+    gaussian_mmd,
+    kernel_distance,
+    linear_probe,
+    mean_interval,
+    pair_correlation,
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def cubic(u, v):
+    return (np.dot(u, v) / len(u) + 1) ** 3
+
+
+def minus_norm(u, v):
+    return -math.sqrt(((u - v) ** 2).sum())
+
+
+TWO_SAMPLES = [(kernel_distance, cubic), (energy_distance, minus_norm)]
+
+
+# Two samples
+
+
+def slow_distance(a, b, kernel):
+    """Equation (1) with loops."""
+    aa = [kernel(u, v) for i, u in enumerate(a) for j, v in enumerate(a) if i != j]
+    bb = [kernel(u, v) for i, u in enumerate(b) for j, v in enumerate(b) if i != j]
+    return np.mean(aa) + np.mean(bb) - 2 * np.mean([kernel(u, v) for u in a for v in b])
+
+
+def slow_estimate(a, b, kernel, groups):
+    """Equation (4), with the groups really taken out."""
+    parts = zip(np.array_split(np.arange(len(a)), groups), np.array_split(np.arange(len(b)), groups), strict=True)
+    without = np.array([slow_distance(np.delete(a, i, 0), np.delete(b, j, 0), kernel) for i, j in parts])
+    value, deviation = (
+        slow_distance(a, b, kernel),
+        math.sqrt((groups - 1) / groups * np.sum((without - without.mean()) ** 2)),
+    )
+    half = stats.t.ppf(0.975, groups - 1) * deviation
+    return value, value - half, value + half
+
+
+@pytest.mark.parametrize(("distance", "kernel"), TWO_SAMPLES)
+@pytest.mark.parametrize("pairs", [2**22, 17])  # whole groups, or a row or two at a time
+def test_two_samples_are_the_loops(rng, monkeypatch, distance, kernel, pairs):
+    monkeypatch.setattr(distances, "PAIRS", pairs)
+    a, b = rng.normal(size=(11, 3)), 0.5 + rng.normal(size=(8, 3)) ** 2  # groups of unequal size
+    expected = slow_estimate(a, b, kernel, 4)
+    assert distance(a, torch.from_numpy(b).float().double(), groups=4) == pytest.approx(expected, rel=1e-5)
+    assert distance(a, b, groups=4) == pytest.approx(expected, rel=1e-9)
+    value, low, high = distance(b, a, groups=4)
+    assert (value, low, high) == pytest.approx(expected, rel=1e-9) and low < value < high
+
+
+def moments(mean, deviation):
+    """The first three moments of N(mean, deviation^2 I) about 0, as tensors."""
+    variance = deviation**2 * np.eye(len(mean))
+    mixed = np.einsum("i,jk->ijk", mean, variance)
+    third = np.einsum("i,j,k->ijk", mean, mean, mean) + mixed + mixed.transpose(1, 0, 2) + mixed.transpose(1, 2, 0)
+    return mean, np.outer(mean, mean) + variance, third
+
+
+def known_kernel_distance(mean, deviation):
+    """(2) multiplied out is a sum of products of moments, here of N(0, I) and N(mean, deviation^2 I)."""
+    dims = len(mean)
+    pairs = zip(moments(np.zeros(dims), 1.0), moments(mean, deviation), strict=True)
+    return sum(math.comb(3, k) / dims**k * ((p - q) ** 2).sum() for k, (p, q) in enumerate(pairs, 1))
+
+
+def known_energy_distance(mean, deviation):
+    """For one dimension, by the mean of |N(m, s^2)|."""
+
+    def mean_norm(m, s):
+        return s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(m / (s * math.sqrt(2)))
+
+    m = float(mean[0])
+    return (
+        2 * mean_norm(m, math.hypot(1, deviation)) - mean_norm(0, math.sqrt(2)) - mean_norm(0, math.sqrt(2) * deviation)
+    )
+
+
+KNOWN = [
+    (kernel_distance, known_kernel_distance, np.array([0.5, 0.0, -0.2]), 1.2),
+    (energy_distance, known_energy_distance, np.array([0.6]), 1.3),
+]
+
+
+@pytest.mark.parametrize(("distance", "known", "mean", "deviation"), KNOWN)
+def test_intervals_cover_the_truth_95_times_in_100(rng, distance, known, mean, deviation):
+    repeats, truth, dims = 200, known(mean, deviation), len(mean)
+    found = np.array(
+        [
+            distance(rng.normal(size=(150, dims)), mean + deviation * rng.normal(size=(100, dims)))
+            for _ in range(repeats)
+        ]
+    )
+    value, low, high = found.T
+    assert abs(value.mean() - truth) < 4 * value.std() / math.sqrt(repeats)  # unbiased
+    covered = ((low < truth) & (truth < high)).mean()
+    assert 0.88 < covered < 0.99
+    halves = (high - value) / stats.t.ppf(0.975, 19)
+    assert math.sqrt((halves**2).mean()) == pytest.approx(value.std(), rel=0.2)
+
+
+@pytest.mark.parametrize(("distance", "known", "mean", "deviation"), KNOWN)
+def test_equal_laws_are_at_distance_0(rng, distance, known, mean, deviation):
+    repeats, dims = 200, len(mean)
+    found = np.array([distance(rng.normal(size=(80, dims)), rng.normal(size=(80, dims))) for _ in range(repeats)])
+    value, low, high = found.T
+    assert abs(value.mean()) < 4 * value.std() / math.sqrt(repeats) and (value < 0).mean() > 0.3
+    assert (low > 0).mean() < 0.01 and (high < 0).mean() < 0.12
+    halves = (high - value) / stats.t.ppf(0.975, 19)
+    assert 1 < (halves**2).mean() / value.var() < 2.5  # wide, since twice the variance
+
+
+def test_a_bootstrap_is_too_far(rng):
+    """Why it is a jackknife: each resample with replacement is about [E k(u, u) - E k(u, u')] / n farther, a set."""
+    a, b = rng.normal(size=(2, 60, 2))
+    again = [kernel_distance(a[rng.integers(60, size=60)], b[rng.integers(60, size=60)]).value for _ in range(300)]
+    excess = sum(np.mean([cubic(u, u) for u in x]) - np.mean([cubic(u, v) for u in x for v in x]) for x in (a, b)) / 60
+    assert np.mean(again) - kernel_distance(a, b).value == pytest.approx(excess, rel=0.2)
+
+
+def test_energy_distance_does_not_know_where_the_origin_is(rng):
+    a, b = rng.normal(size=(2, 100, 16))
+    assert energy_distance(a + 1e6, b + 1e6) == pytest.approx(energy_distance(a, b), abs=1e-7)
+    assert energy_distance(3 * a, 3 * b) == pytest.approx(3 * np.array(energy_distance(a, b)), rel=1e-9)
+
+
+@pytest.mark.parametrize("distance", [kernel_distance, energy_distance])
+def test_points_that_are_refused(rng, distance):
+    a = rng.normal(size=(40, 3))
+    assert isinstance(distance(a, a + 1), Estimate)
+    for wrong in (a[0], a[None], a[:, :0]):
+        with pytest.raises(ValueError, match=r"\(n, d\)"):
+            distance(a, wrong)
+    with pytest.raises(ValueError, match="dimensions"):
+        distance(a, a[:, :2])
+    with pytest.raises(ValueError, match="not finite"):
+        distance(a, np.where(a == a.max(), math.inf, a))
+    for b, groups in ((a[:39], 20), (a, 1), (a, 21)):
+        with pytest.raises(ValueError, match="groups"):
+            distance(a, b, groups=groups)
+
+
+# A batch and the standard Gaussian
+
+
+def gaussian(u, v, s2):
+    return math.exp(-((u - v) ** 2).sum() / (2 * s2))
+
+
+@pytest.mark.parametrize("scales", [(0.25, 1, 4), (0.5,)])
+def test_gaussian_mmd_is_the_loop(rng, scales):
+    """With E_v and E_uv by quadrature, dimension by dimension."""
+    z, total = 0.3 + rng.normal(size=(7, 3)), 0.0
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    weights = weights / weights.sum()
+    for s2 in (3 * scale for scale in scales):
+        one = np.exp(-((z[:, :, None] - nodes) ** 2) / (2 * s2)) @ weights  # (B, D)
+        both = (weights @ np.exp(-((nodes[:, None] - nodes) ** 2) / (2 * s2)) @ weights) ** 3
+        within = [gaussian(u, v, s2) for i, u in enumerate(z) for j, v in enumerate(z) if i != j]
+        total += (np.mean(within) - 2 * one.prod(1).mean() + both) / len(scales)
+    assert gaussian_mmd(torch.from_numpy(z), scales).item() == pytest.approx(total, rel=1e-9)
+    if len(scales) == 3:
+        assert gaussian_mmd(torch.from_numpy(z)).item() == pytest.approx(total, rel=1e-9)
+
+
+def test_gaussian_mmd_against_sampling(rng):
+    """A second sample in place of the closed form gives the same on average."""
+    z, differences = 0.8 * rng.normal(size=(20, 4)) + 0.3, []
+    for _ in range(200):
+        v, sampled = rng.normal(size=(100, 4)), 0.0
+        for s2 in (1, 4, 16):
+            kernel = [np.exp(-((x[:, None] - y) ** 2).sum(2) / (2 * s2)) for x, y in ((z, z), (v, v), (z, v))]
+            zz, vv = ((k.sum() - len(k)) / (len(k) * (len(k) - 1)) for k in kernel[:2])
+            sampled += (zz + vv - 2 * kernel[2].mean()) / 3
+        differences.append(sampled - gaussian_mmd(torch.from_numpy(z)).item())
+    assert abs(np.mean(differences)) < 4 * np.std(differences) / math.sqrt(len(differences))
+
+
+def test_gaussian_mmd_is_0_on_average_for_the_gaussian_alone(rng):
+    def mean_and_error(draw):
+        values = [gaussian_mmd(torch.from_numpy(draw())).item() for _ in range(400)]
+        return np.mean(values), np.std(values) / math.sqrt(400)
+
+    mean, error = mean_and_error(lambda: rng.normal(size=(30, 5)))
+    assert abs(mean) < 4 * error
+    for draw in (lambda: 1.2 * rng.normal(size=(30, 5)), lambda: 0.8 * rng.normal(size=(30, 5)) + 0.1):
+        mean, error = mean_and_error(draw)
+        assert mean > 4 * error
+
+
+def test_gaussian_mmd_has_the_gradient_that_pulls_in(rng):
+    z = torch.from_numpy(rng.normal(size=(5, 3))).requires_grad_()
+    assert torch.autograd.gradcheck(gaussian_mmd, z)
+    far = (3 + torch.from_numpy(rng.normal(size=(20, 3)))).requires_grad_()
+    gaussian_mmd(far).backward()
+    assert far.grad.sum(0).min() > 0  # downhill is towards 0
+
+
+def test_gaussian_mmd_in_half_precision_is_widened(rng):
+    z = torch.from_numpy(rng.normal(size=(64, 8))).bfloat16()
+    exact = gaussian_mmd(z.double()).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for given in (z, z.float()):
+            found = gaussian_mmd(given)
+            assert found.dtype == torch.float32 and found.item() == pytest.approx(exact, abs=1e-6)
+
+
+def test_batches_that_are_refused():
+    for wrong in (torch.zeros(3), torch.zeros(1, 3), torch.zeros(3, 0)):
+        with pytest.raises(ValueError, match=r"\(B, D\)"):
+            gaussian_mmd(wrong)
+    for scales in ((), (1, 0), (-1,), (math.nan,)):
+        with pytest.raises(ValueError, match="positive"):
+            gaussian_mmd(torch.zeros(3, 2), scales)
+
+
+# Memory of chains
+
+
+def slow_autocorrelation(states, lag):
+    """Equation (6) with loops."""
+    steps, chains, _ = states.shape
+    above = below = 0.0
+    for t in range(steps - lag):
+        one, two = (states[s] - states[s].mean(0) for s in (t, t + lag))
+        above += sum(one[i] @ two[i] for i in range(chains)) / (chains - 1)
+        below += sum(one[i] @ one[i] + two[i] @ two[i] for i in range(chains)) / (chains - 1) / 2
+    return above / below
+
+
+def test_autocorrelation_is_the_loop(rng):
+    """For chains that drift together and grow apart with time."""
+    steps, chains = 6, 5
+    states = rng.normal(size=(steps, chains, 2)).cumsum(0) * np.linspace(1, 3, steps)[:, None, None]
+    drifting = states + 10 * rng.normal(size=(steps, 1, 2))
+    lags = [1, 3, 5]
+    found = np.array(autocorrelation(drifting, lags))
+    for column, lag in zip(found.T, lags, strict=True):
+        value = slow_autocorrelation(states, lag)
+        without = np.array([slow_autocorrelation(np.delete(drifting, i, 1), lag) for i in range(chains)])
+        deviation = math.sqrt((chains - 1) / chains * ((without - without.mean()) ** 2).sum())
+        half = stats.t.ppf(0.975, chains - 1) * deviation
+        np.testing.assert_allclose(column, [value, value - half, value + half], rtol=1e-9)
+    np.testing.assert_allclose(autocorrelation(torch.from_numpy(drifting), lags), found, rtol=1e-12)
+
+
+def test_the_memory_of_autoregressive_chains(rng):
+    """phi^l, covered 95 times in 100; the first state is drawn from the stationary law."""
+    phi, lags, covered, repeats = 0.8, [1, 2, 5], [], 200
+    for _ in range(repeats):
+        states = [rng.normal(size=(40, 2))]
+        while len(states) < 12:
+            states.append(phi * states[-1] + math.sqrt(1 - phi**2) * rng.normal(size=(40, 2)))
+        values, lows, highs = autocorrelation(np.stack(states), lags)
+        truth = phi ** np.array(lags)
+        covered.append((lows < truth) & (truth < highs))
+        assert (abs(values - truth) < 0.35).all()
+    assert ((np.mean(covered, 0) > 0.88) & (np.mean(covered, 0) < 0.99)).all()
+
+
+def test_chains_without_memory_and_with_nothing_else(rng):
+    independent = rng.normal(size=(10, 50, 4)) + 5 * rng.normal(size=(10, 1, 4))
+    _, lows, highs = autocorrelation(independent, [1, 2, 4])
+    assert ((lows < 0) & (highs > 0)).all() and (highs - lows < 0.2).all()
+    still = np.broadcast_to(rng.normal(size=(50, 4)), (10, 50, 4))
+    np.testing.assert_allclose(autocorrelation(still, [1, 9]), 1, rtol=1e-12)
+    turning = still * (-1.0) ** np.arange(10)[:, None, None]
+    np.testing.assert_allclose(autocorrelation(turning, [1, 2]), [[-1, 1]] * 3, rtol=1e-12)
+    together = np.broadcast_to(rng.normal(size=(10, 1, 4)), (10, 50, 4))
+    assert np.isnan(autocorrelation(together, [1])).all()
+
+
+def test_pairs_are_chains_of_two_states(rng):
+    a, b = rng.normal(size=(2, 60, 3))
+    b = 2 * a + b
+    expected = slow_autocorrelation(np.stack([a, b]), 1)
+    assert pair_correlation(a, b).value == pytest.approx(expected, rel=1e-9)
+    assert pair_correlation(a, b) == pytest.approx(np.array(autocorrelation(np.stack([a, b]), [1]))[:, 0], rel=1e-12)
+    assert pair_correlation(a, a) == pytest.approx((1, 1, 1)) and pair_correlation(a, -a).high == pytest.approx(-1)
+    with pytest.raises(ValueError, match="equal shapes"):
+        pair_correlation(a, b[:59])
+
+
+def test_chains_that_are_refused(rng):
+    states = rng.normal(size=(4, 3, 2))
+    for wrong in (states[0], states[:, :2], states[:, :, :0]):
+        with pytest.raises(ValueError, match=r"\(T, N, d\)"):
+            autocorrelation(wrong, [1])
+    for lags in ([0], [1, 4], [-1]):
+        with pytest.raises(ValueError, match="from 1 to 3"):
+            autocorrelation(states, lags)
+    with pytest.raises(ValueError, match="not finite"):
+        autocorrelation(states * np.where(states == states.max(), math.nan, 1), [1])
+
+
+# Means over examples
+
+
+def test_mean_interval_is_the_textbooks(rng):
+    values = rng.normal(size=50)
+    expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
+    assert mean_interval(values) == pytest.approx((values.mean(), *expected), rel=1e-4)
+    assert mean_interval(torch.from_numpy(values)) == mean_interval(values)
+    for wrong in ([1.0], values[None], [1.0, math.nan]):
+        with pytest.raises(ValueError, match="two or more"):
+            mean_interval(wrong)
+
+
+def test_accuracy_gain_is_mcnemars(rng):
+    """What both get right does not matter: with b and c examples that one alone gets right, (b - c) / n."""
+    right = np.repeat([True, True, False, False], [50, 13, 4, 33])
+    baseline = np.repeat([True, False, True, False], [50, 13, 4, 33])
+    order = rng.permutation(100)
+    value, low, high = accuracy_gain(right[order], baseline[order])
+    half = 1.96 * math.sqrt((13 + 4 - (13 - 4) ** 2 / 100) / 99 / 100)
+    assert (value, low, high) == pytest.approx((0.09, 0.09 - half, 0.09 + half), rel=1e-9)
+    assert accuracy_gain(torch.from_numpy(right), baseline).value == pytest.approx(0.09)
+    for wrong in (baseline[:99], baseline.astype(int)):
+        with pytest.raises(ValueError, match="bools"):
+            accuracy_gain(right, wrong)
+
+
+# Linear probes
+
+
+def slow_probe(x, y, x_test, y_test, penalty):
+    """Newton's method on the same objective, dense."""
+    scale = x.std(0)
+    x, x_test = ((part - x.mean(0)) / np.where(scale == 0, 1, scale) for part in (x, x_test))
+    x, x_test = (torch.from_numpy(np.hstack([part, np.ones((len(part), 1))])) for part in (x, x_test))
+    target, shape = torch.from_numpy(y), (int(y.max()) + 1, x.shape[1])
+
+    def objective(flat):
+        weights = flat.reshape(shape)
+        entropy = torch.nn.functional.cross_entropy(x @ weights.T, target)
+        return entropy + penalty / 2 * weights[:, :-1].square().sum()
+
+    flat = torch.zeros(shape).double().flatten()
+    for _ in range(10):
+        gradient = torch.autograd.functional.jacobian(objective, flat)
+        flat = flat - torch.linalg.pinv(torch.autograd.functional.hessian(objective, flat)) @ gradient
+    assert torch.autograd.functional.jacobian(objective, flat).abs().max() < 1e-8
+    return (x_test @ flat.reshape(shape).T).argmax(1).numpy() == y_test
+
+
+def three_classes(rng, count):
+    """Two features of very different size, one constant; overlapping classes."""
+    y = rng.integers(3, size=count)
+    x = np.stack([y + rng.normal(size=count), 1e-3 * (y == 1) + 5e-4 * rng.normal(size=count), np.full(count, 7.0)], 1)
+    return x, y
+
+
+def test_the_probe_is_newtons(rng):
+    train, test = three_classes(rng, 200), three_classes(rng, 2000)
+    right = linear_probe(*train, *test)
+    assert right.dtype == bool and right.shape == (2000,)
+    assert (right == slow_probe(*train, *test, 0.01)).mean() > 0.998
+    assert (right == slow_probe(*train, *test, 0.1)).mean() < 0.995  # so the penalty is seen
+    np.testing.assert_array_equal(linear_probe(*map(torch.from_numpy, (*train, *test))), right)
+
+
+def test_the_probe_finds_what_is_linear_and_nothing_else(rng):
+    x = rng.normal(size=(3000, 4))
+    line, ring = (x[:, 0] > x[:, 1]).astype(int), (np.abs(x[:, 0]) > 0.67).astype(int)
+    given = x.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        assert linear_probe(x[:2000], line[:2000], x[2000:], line[2000:]).mean() > 0.97
+        assert linear_probe(x[:2000], ring[:2000], x[2000:], ring[2000:]).mean() < 0.6
+    np.testing.assert_array_equal(x, given)
+
+
+def test_features_that_are_refused(rng):
+    x, y = three_classes(rng, 20)
+    for wrong in ((x[0], y), (x, y[:19]), (x, y[:, None])):
+        with pytest.raises(ValueError, match=r"\(n, d\)"):
+            linear_probe(*wrong, x, y)
+    with pytest.raises(ValueError, match="to test on"):
+        linear_probe(x, y, x[:, :2], y)
+    with pytest.raises(ValueError, match="finite"):
+        linear_probe(x, y, x * math.nan, y)
+    with pytest.raises(ValueError, match="class"):
+        linear_probe(x, 0 * y, x, y)
