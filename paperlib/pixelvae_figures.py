@@ -23,7 +23,10 @@ def _show(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: st
 def chain(arrays: Arrays) -> Any:
     """P4: 60 states of one chain in reading order, 4 rows of 15, without the KL and under the ELBO."""
     figure, axes = figures.new(rows=2, height=4.4)
-    titles = {"none": "without the KL: z is used, the chain moves", "elbo": "the ELBO: z is not used, every state is new"}
+    titles = {
+        "none": "without the KL: z is used, the chain moves",
+        "elbo": "the ELBO: z is not used, every state is new",
+    }
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
         _show(axis, arrays, arrays[f"chain_{model}"][:60], 15, title)
     return figure
@@ -102,7 +105,9 @@ def distances(arrays: Arrays) -> Any:
             axis.plot(value, place, "o", color=colour, markersize=4)
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set_xscale("symlog", linthresh=float(np.abs(arrays[f"kernel_{kind}"][0]).max()) or 1.0)
-        axis.set(xlabel=f"squared kernel distance, {'a classifier' if kind == 'classifier' else 'a random network'}'s features")
+        axis.set(
+            xlabel=f"squared kernel distance, {'a classifier' if kind == 'classifier' else 'a random network'}'s features"
+        )
     axes[0].set_yticks(places, SETS)
     return figure
 
@@ -113,11 +118,15 @@ def memory(arrays: Arrays) -> Any:
     for axis, view in zip(axes, ("pixels", "classifier"), strict=True):
         for model, colour in (("none", BLUE), ("elbo", RED)):
             values, lows, highs = arrays[f"similarity_{model}_{view}"].T
-            axis.errorbar(LAGS, values, [values - lows, highs - values], fmt="o-", ms=3, color=colour, label=model, lw=1)
+            axis.errorbar(
+                LAGS, values, [values - lows, highs - values], fmt="o-", ms=3, color=colour, label=model, lw=1
+            )
             value = arrays[f"decodes_{model}_{view}"][0]
             axis.axhline(value, color=colour, linestyle=":", linewidth=1, label=f"{model}: two decodes of one z")
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(xscale="log", xlabel="lag (steps)", title=f"by {view if view == 'pixels' else 'features of a classifier'}")
+        axis.set(
+            xscale="log", xlabel="lag (steps)", title=f"by {view if view == 'pixels' else 'features of a classifier'}"
+        )
         axis.set_xticks(LAGS, LAGS)
         axis.minorticks_off()
     axes[0].set_ylabel("autocorrelation")
@@ -131,7 +140,9 @@ def many(arrays: Arrays) -> Any:
     for (top, bottom), model, title in zip(axes.T, ("none", "elbo"), ("without the KL", "ELBO"), strict=True):
         _show(top, arrays, arrays[f"many_{model}"], 9, f"{title}: 36 chains")
         pairs = arrays[f"shown_decodes_{model}"]
-        _show(bottom, arrays, pairs.reshape(-1, *pairs.shape[2:]), pairs.shape[1], "two decodes (rows) of one z (columns)")
+        _show(
+            bottom, arrays, pairs.reshape(-1, *pairs.shape[2:]), pairs.shape[1], "two decodes (rows) of one z (columns)"
+        )
     return figure
 
 

@@ -19,6 +19,7 @@ trained without regulariser, and each *branch* of `VARIANTS` starts from its wei
 or encoder, so that all have had the same amount of training.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,11 +92,6 @@ class PixelVAE(nn.Module):
             self.encoder = _convolutions(channels, side, settings.encoder_channels, settings.encoder_units, outputs)
         if self.code_dim:
             self.expand = _deconvolutions(self.code_dim, side, settings.code_channels)
-        if (
-            self.learns_code
-        ):  # precise from the start: a decoder that first learns to ignore a noisy z is slow to use it
-            with torch.no_grad():
-                self.encoder[-1].bias[self.code_dim :].fill_(-3)
         self.decoder = PixelCNN(
             PixelCNNSettings(
                 channels=channels,
@@ -107,6 +103,7 @@ class PixelVAE(nn.Module):
                 conditioning=settings.code_channels if self.code_dim else 0,
             )
         )
+        _make_z_heard(self)
 
     @property
     def learns_code(self) -> bool:
@@ -165,6 +162,27 @@ def _deconvolutions(code_dim: int, side: int, channels: int) -> nn.Sequential:
         nn.ELU(),
         nn.ConvTranspose2d(wide, channels, 4, stride=2, padding=1),
     )
+
+
+@torch.no_grad()
+def _make_z_heard(vae: PixelVAE) -> None:
+    """Initial weights that keep deviations: about 1 for the means over images and for the map, std(x) near its floor.
+
+    torch's own shrink them at every layer: the means to a tenth of the noise. The decoder then begins by learning to
+    ignore z, and takes thousands of steps to come back to it.
+    """
+    layers = [*vae.expand] if vae.code_dim else []
+    layers += [*vae.encoder] if vae.learns_code else []
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            heard = layer.weight[0].numel()  # inputs of an output
+            if isinstance(layer, nn.ConvTranspose2d):
+                heard = layer.weight[:, 0].numel() // math.prod(layer.stride)
+            nn.init.normal_(layer.weight, std=1.25 / math.sqrt(heard))  # 1.25: what an ELU takes away
+            nn.init.zeros_(layer.bias)
+    if vae.learns_code:
+        vae.encoder[-1].weight[vae.code_dim :].mul_(0.1)
+        vae.encoder[-1].bias[vae.code_dim :].fill_(-3)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from paperlib import aggregate, distances, features, likelihoods, results, train
 from paperlib.pixelcnn_sampler import Sampler, draw_by_full_passes
@@ -37,14 +38,15 @@ def extractors(run: results.Run, images: Images) -> dict[str, features.Extractor
         run.directory / "classifier",
         width=settings.classifier_width,
         steps=settings.classifier_steps,
+        batch_size=64,
         seed=run.seed,
         device=run.device,
         provenance=results.describe_code(),
     ).model
-    channels = images.shape[0]
+    random = features.RandomNetwork(0, images.shape[0]).to(run.device)
     return {
         "classifier": features.extractor(classifier, dataset.train.images, dataset.levels),
-        "random": features.extractor(features.RandomNetwork(channels, seed=0), dataset.train.images, dataset.levels),
+        "random": features.extractor(random, dataset.train.images, dataset.levels),
     }
 
 
@@ -176,8 +178,8 @@ def samples(
 
     drawn = {
         "photographs": spread.cpu(),
-        "blurred": features.blurred(sources.cpu()),
-        "patches shuffled": features.patches_shuffled(sources.cpu(), _generator(run, 7)),
+        "blurred": blurred(sources.cpu()),
+        "patches shuffled": patches_shuffled(sources.cpu(), _generator(run, 7)),
     }
     found: dict[str, Any] = {}
     for name, vae in (("none", none), ("elbo", elbo), ("mmd", mmd)):
@@ -232,6 +234,23 @@ SETS = (
 
 def _pixels(pictures: Tensor) -> Tensor:
     return pictures.flatten(1).double()
+
+
+def blurred(pictures: Tensor) -> Tensor:
+    """uint8 (N, S, S, C), every pixel the mean of the 3 x 3 around it."""
+    x = F.avg_pool2d(pictures.permute(0, 3, 1, 2).double(), 3, stride=1, padding=1, count_include_pad=False)
+    return x.round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def patches_shuffled(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 (N, S, S, C), each image cut into 4 x 4 squares that are put together in another order."""
+    count, side, _, channels = pictures.shape
+    patches = pictures.unflatten(1, (4, side // 4)).unflatten(3, (4, side // 4)).permute(0, 1, 3, 2, 4, 5)
+    patches = patches.reshape(count, 16, side // 4, side // 4, channels)
+    order = torch.rand(count, 16, generator=generator).argsort(1)
+    patches = torch.stack([own[rows] for own, rows in zip(patches, order, strict=True)])
+    patches = patches.unflatten(1, (4, 4)).permute(0, 1, 3, 2, 4, 5)
+    return patches.reshape(pictures.shape)
 
 
 def fitted(run: results.Run, z: Tensor, count: int) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ paths
 checkpoints distances figures finite image_arrays likelihoods machine measures originals presets results
 aggregate chain data elbo_figures fuzziness_figures gaussian pixelcnn
 elbo_examples fuzziness_explorer pixelcnn_sampler train
-features fuzziness_vae
-elbo fuzziness
+features fuzziness_vae pixelvae_model
+pixelvae_samples
+elbo fuzziness pixelvae pixelvae_figures
 reproduce
 report
 """
