@@ -340,8 +340,9 @@ def test_accuracy_gain_is_mcnemars(rng):
     assert (value, low, high) == pytest.approx((0.09, 0.09 - half, 0.09 + half), rel=1e-9)
     assert accuracy_gain(torch.from_numpy(right), baseline).value == pytest.approx(0.09)
     for wrong in (baseline[:99], baseline.astype(int)):
-        with pytest.raises(ValueError, match="bools"):
-            accuracy_gain(right, wrong)
+        for pair in ((right, wrong), (wrong, right)):
+            with pytest.raises(ValueError, match="bools"):
+                accuracy_gain(*pair)
 
 
 # Linear probes
@@ -381,10 +382,12 @@ def test_the_probe_is_newtons(rng):
     assert (right == slow_probe(*train, *test, 0.01)).mean() > 0.998
     assert (right == slow_probe(*train, *test, 0.1)).mean() < 0.995  # so the penalty is seen
     np.testing.assert_array_equal(linear_probe(*map(torch.from_numpy, (*train, *test))), right)
+    some = test[1] == 2  # the scale is that of the training features, whatever is tested
+    np.testing.assert_array_equal(linear_probe(*train, test[0][some], test[1][some]), right[some])
 
 
 def test_the_probe_finds_what_is_linear_and_nothing_else(rng):
-    x = rng.normal(size=(3000, 4))
+    x = rng.normal(size=(3000, 4)).astype(np.float32)
     line, ring = (x[:, 0] > x[:, 1]).astype(int), (np.abs(x[:, 0]) > 0.67).astype(int)
     given = x.copy()
     with warnings.catch_warnings():
