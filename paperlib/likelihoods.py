@@ -39,7 +39,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor | float) 
 
 
 def discretized_gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, *, levels: int = 256) -> Tensor:
-    """log P(x) of grey levels x = 0 .. levels - 1 under independent Gaussians in units of grey levels: (B, ...) to (B,).
+    """log P(x) in nats of grey levels x, 0 .. levels - 1, under independent Gaussians in the same unit: `(B,)`.
 
     The mass of the bin from x - 1/2 to x + 1/2; the first and the last bin reach to infinity.
     """

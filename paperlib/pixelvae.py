@@ -51,9 +51,12 @@ class Settings:
     dropout: float = option(0.0, "within its blocks")
     kl_weight: float = option(1.0, "of the KL in the objective elbo; 1 is the ELBO")
     mmd_weight: float = option(1e4, "of the MMD in the objective mmd, in nats an image")
-    trunk_steps: int = option(300, "optimiser steps without regulariser that the branches share; 0 for no trunk")
-    branch_steps: int = option(150, "of each branch: none, elbo, mmd, and elbo-scratch, which has no trunk")
-    control_steps: int = option(150, "of the branches unconditional, label and linear")
+    trunk_steps: int = option(150, "optimiser steps without regulariser that the branches share; 0 for no trunk")
+    branch_steps: int = option(50, "of each branch: none, elbo, mmd, and elbo-scratch, which has no trunk")
+    control_steps: int = option(40, "of the branches unconditional, label and linear")
+    input_dropout: float = option(
+        0.5, "share of images of which the trunk's decoder sees no pixel, falling to 0 at half its steps"
+    )
     start_from: str = option("", "start the trunk from the weights of another run's model: a folder below runs")
     batch_size: int = option(32, "images per step")
     learning_rate: float = option(2e-3, "of Adam")
@@ -64,16 +67,16 @@ class Settings:
     precision: str = option("float32", "float32 or bfloat16 (training only)")
     clip_norm: float = option(0.0, "greatest norm of the gradient, 0 for no limit")
     compile: bool = option(False, "train through torch.compile")
-    evaluations: int = option(5, "evaluations within a training")
+    evaluations: int = option(4, "evaluations within a training")
     evaluation_images: int = option(200, "held-out images of each")
-    measured_images: int = option(297, "held-out images on which terms and kernel distances are measured at last")
-    classifier_steps: int = option(300, "optimiser steps of the classifier whose features the kernel distance uses")
+    measured_images: int = option(297, "held-out images on which terms and probes are measured at last")
+    classifier_steps: int = option(200, "optimiser steps of the classifier whose features the kernel distance uses")
     classifier_width: int = option(32, "channels of its last layers")
     chain_steps: int = option(60, "of the Markov chain")
     chains: int = option(40, "chains, and images of each set that the kernel distance compares")
 
     def __post_init__(self) -> None:
-        may_be_zero = {"dropout", "kl_weight", "mmd_weight", "trunk_steps", "clip_norm", "ema"}
+        may_be_zero = {"dropout", "input_dropout", "kl_weight", "mmd_weight", "trunk_steps", "clip_norm", "ema"}
         for name, value in asdict(self).items():
             for number in value if isinstance(value, tuple) else [value]:
                 if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -95,14 +98,15 @@ _cpu = Settings(
     dataset="cifar10",
     code_dim=16,
     encoder_channels=(64, 128, 256),
-    encoder_units=512,
+    encoder_units=256,
     code_channels=16,
     filters=24,
     mixtures=5,
-    trunk_steps=8000,
-    branch_steps=2500,
-    control_steps=2000,
+    trunk_steps=6000,
+    branch_steps=2000,
+    control_steps=1500,
     batch_size=16,
+    learning_rate=1e-3,
     ema=0.999,
     compile=True,
     evaluations=20,
@@ -115,7 +119,7 @@ _cpu = Settings(
 _gpu = replace(
     _cpu,
     blocks=3,
-    filters=80,
+    filters=72,
     mixtures=10,
     code_channels=32,
     dropout=0.05,
@@ -133,6 +137,7 @@ PRESETS = {
     "gpu": _gpu,
     "paper": replace(
         _gpu,
+        encoder_units=512,
         code_dim=2,
         floor=0.01,
         blocks=5,
@@ -141,10 +146,10 @@ PRESETS = {
         dropout=0.5,
         mmd_weight=1e5,
         trunk_steps=0,
+        input_dropout=0.0,
         branch_steps=200_000,
         control_steps=200_000,
         batch_size=64,
-        learning_rate=1e-3,
         schedule="exponential",
         decay=0.999995,
         betas=(0.95, 0.9995),

@@ -23,10 +23,7 @@ def _show(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: st
 def chain(arrays: Arrays) -> Any:
     """P4: 60 states of one chain in reading order, 4 rows of 15, without the KL and under the ELBO."""
     figure, axes = figures.new(rows=2, height=4.4)
-    titles = {
-        "none": "without the KL: z is used, the chain moves",
-        "elbo": "the ELBO: z is not used, every state is new",
-    }
+    titles = {"none": "without the KL", "elbo": "under the ELBO"}
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
         _show(axis, arrays, arrays[f"chain_{model}"][:60], 15, title)
     return figure
@@ -104,10 +101,8 @@ def distances(arrays: Arrays) -> Any:
             axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
             axis.plot(value, place, "o", color=colour, markersize=4)
         axis.axvline(0, color="black", linewidth=0.6)
-        axis.set_xscale("symlog", linthresh=float(np.abs(arrays[f"kernel_{kind}"][0]).max()) or 1.0)
-        axis.set(
-            xlabel=f"squared kernel distance, {'a classifier' if kind == 'classifier' else 'a random network'}'s features"
-        )
+        axis.set_xscale("symlog", linthresh=1.0)
+        axis.set(xlabel="squared kernel distance", title=f"features of a {kind}{' network' * (kind == 'random')}")
     axes[0].set_yticks(places, SETS)
     return figure
 

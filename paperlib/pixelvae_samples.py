@@ -169,15 +169,15 @@ def samples(
       `decodes_*` (3,): correlation of two decodes of one z; `shown_decodes_<model>` (2, 10, S, S, C).
     """
     n, steps = run.settings.chains, run.settings.chain_steps
-    half = min(run.settings.measured_images, len(images.held_out)) // 2
-    reference, sources = images.held_out[:half], images.held_out[half : half + n]
+    mixed = torch.randperm(len(images.held_out), generator=_generator(run, 12)).to(run.device)
+    reference, sources = images.held_out[mixed[n:]], images.held_out[mixed[:n]]
     generator = _generator(run, 5, True)
     none, elbo, mmd = (models[name] for name in ("none", "elbo", "mmd"))
-    spread = images.train[torch.linspace(0, len(images.train) - 1, n).long()]
+    photographs = images.train[torch.randperm(len(images.train), generator=_generator(run, 13))[:n].to(run.device)]
     noise = noise_images(images, n, _generator(run, 6))
 
     drawn = {
-        "photographs": spread.cpu(),
+        "photographs": photographs.cpu(),
         "blurred": blurred(sources.cpu()),
         "patches shuffled": patches_shuffled(sources.cpu(), _generator(run, 7)),
     }

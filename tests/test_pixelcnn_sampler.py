@@ -9,7 +9,7 @@ import torch
 from test_pixelcnn import images, network
 
 from paperlib import pixelcnn_sampler
-from paperlib.likelihoods import mix_logistic_noise
+from paperlib.likelihoods import mix_logistic_noise, sample_discretized_mix_logistic
 from paperlib.pixelcnn_sampler import Sampler, draw_by_full_passes
 
 # channels, height, width, batch, settings, shape of h
