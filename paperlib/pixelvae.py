@@ -52,7 +52,9 @@ class Settings:
     kl_weight: float = option(1.0, "of the KL in the objective elbo; 1 is the ELBO")
     mmd_weight: float = option(1e4, "of the MMD in the objective mmd, in nats an image")
     trunk_steps: int = option(150, "optimiser steps without regulariser that the branches share; 0 for no trunk")
-    branch_steps: int = option(50, "of each branch: none, elbo, mmd, and elbo-scratch, which has no trunk")
+    branch_steps: int = option(
+        50, "of each branch: none, elbo, mmd, and of none-scratch and elbo-scratch, which have no trunk"
+    )
     control_steps: int = option(40, "of the branches unconditional, label and linear")
     input_dropout: float = option(
         0.5, "share of images of which the trunk's decoder sees no pixel, falling to 0 at half its steps"
@@ -305,7 +307,11 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
             "negative_elbo": mean(bits[of["elbo"]] + kl["elbo"] / in_nats, "bits/dim"),
             "unconditional": mean(bits[of["unconditional"]], "bits/dim"),
         },
-        "P2": {"shuffle_gap": mean(gap["none"]), "kl": mean(kl["none"])},
+        "P2": {
+            "shuffle_gap": mean(gap["none"]),
+            "shuffle_gap_scratch": mean(gap["none-scratch"]),
+            "kl": mean(kl["none"]),
+        },
         "P3": {
             "prior": _quantity(kernel["none: prior"]),
             "chain": _quantity(kernel["none: chain"]),

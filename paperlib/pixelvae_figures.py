@@ -34,20 +34,25 @@ def training(arrays: Arrays) -> Any:
     figure, (left, right) = figures.new(2, height=3.0, width_ratios=[3, 2])
     offset = arrays["trunk_history"][-1, 0] if "trunk_history" in arrays else 0
     styles = {"trunk": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
-    styles |= {"elbo-scratch": (RED, ":"), "unconditional": ("black", "--"), "label": (ORANGE, "--")}
+    styles |= {
+        "none-scratch": (BLUE, ":"),
+        "elbo-scratch": (RED, ":"),
+        "unconditional": ("black", "--"),
+        "label": (ORANGE, "--"),
+    }
     styles |= {"linear": (figures.PALETTE[9], "-")}
     for name, (colour, line) in styles.items():
         if f"{name}_history" not in arrays:
             continue
         steps, _, held_out = arrays[f"{name}_history"].T
-        begins = 0 if name in ("trunk", "elbo-scratch") else offset
+        begins = 0 if name == "trunk" or VARIANTS[name].scratch else offset
         left.plot(begins + steps, held_out, line, color=colour, label=name, linewidth=1.2)
     final = [rows[-1, 2] for name, rows in arrays.items() if name.endswith("_history")]
     left.set_ylim(min(final) - 0.05, max(final) + 0.6)
     left.set(xlabel="steps", ylabel=r"$-E \log p(x|z)$ (bits/dim, held out)")
     left.legend(frameon=False, ncols=2, fontsize=7)
     rows = [k for k, name in enumerate(VARIANTS) if name in CODED]
-    gap, kl = (np.nanmean(arrays[term], 1)[rows] for term in ("shuffle_gap", "kl"))
+    gap, kl = (arrays[term][rows].mean(1) for term in ("shuffle_gap", "kl"))
     places = np.arange(len(rows))
     right.bar(places - 0.2, gap, 0.38, color=BLUE, label="shuffle gap")
     right.bar(places + 0.2, kl, 0.38, color=GREY, label="KL(q(z|x) ‖ p(z))")

@@ -17,6 +17,12 @@ nothing**: z may carry the image past the decoder, and -E log p(x|z) can fall be
 The settings of a run (`pixelvae.Settings`) say how large all this is. Trainings share their beginning: the *trunk* is
 trained without regulariser, and each *branch* of `VARIANTS` starts from its weights and goes on with its own objective
 or encoder, so that all have had the same amount of training.
+
+The trunk needs help. The neighbours of a pixel tell a decoder thousands of nats and a code tens, so for thousands of
+steps a code is a nuisance to it, and the encoder is rid of it by making the codes of all images alike. So in the first
+half of the trunk the decoder sees no pixel of a falling share of the images (Bowman et al. 2016, arXiv 1511.06349, do
+so with words): for these, all must come from z. The branches train on what (2) says and nothing else. "none-scratch"
+and "elbo-scratch" start without the trunk and are their controls.
 """
 
 import math
@@ -59,6 +65,7 @@ VARIANTS = {
     "none": Variant(),
     "elbo": Variant("elbo"),
     "mmd": Variant("mmd"),
+    "none-scratch": Variant(scratch=True),
     "elbo-scratch": Variant("elbo", scratch=True),
     "unconditional": Variant(encoder="nothing"),
     "label": Variant(encoder="label"),
@@ -344,9 +351,15 @@ def fit_variant(
 
 
 def inherit(vae: PixelVAE, parent: Mapping[str, Tensor]) -> list[str]:
-    """Take over the weights of `parent` whose name and shape agree, and return the names of those that stay new."""
+    """Take over the weights of `parent` whose name and shape agree, and return the names of those that stay new.
+
+    An encoder is taken over whole or not at all.
+    """
     own = vae.state_dict()
     fits = {k: v for k, v in parent.items() if k in own and own[k].shape == v.shape}
+    encoder = {k for k in [*own, *parent] if k.startswith("encoder.")}
+    if not encoder <= set(fits):
+        fits = {k: v for k, v in fits.items() if k not in encoder}
     vae.load_state_dict(own | fits)
     return [k for k in own if k not in fits]
 

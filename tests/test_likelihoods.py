@@ -348,3 +348,48 @@ def test_sampling_refuses_what_does_not_fit():
         likelihoods.mix_logistic_size(5, 4)
     with pytest.raises(ValueError, match="0 mixtures"):
         likelihoods.mix_logistic_size(0, 3)
+
+
+# The Gaussian in bins
+
+
+def test_discretized_gaussian_is_a_distribution_over_the_levels():
+    mean = torch.tensor([-40.0, 0.0, 3.3, 8.0, 16.0, 55.0], dtype=torch.float64)
+    log_std = torch.tensor([-1.0, 0.5, 2.0, -3.0, 0.0, 1.0], dtype=torch.float64)
+    levels = torch.arange(17.0, dtype=torch.float64)[:, None].expand(-1, 6)
+    log_p = torch.stack(
+        [
+            likelihoods.discretized_gaussian_log_prob(levels[:, k : k + 1], mean[k], log_std[k], levels=17)
+            for k in range(6)
+        ]
+    )
+    torch.testing.assert_close(log_p.exp().sum(1), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert log_p.isfinite().all()
+
+
+def test_discretized_gaussian_by_scipy():
+    from scipy.stats import norm
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (5, 2, 3), generator=generator).double()
+    x[0, 0, 0], x[1, 0, 0] = 0, 255
+    mean = 128 + 40 * torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    log_std = 3 + torch.randn(2, 3, generator=generator, dtype=torch.float64) / 2
+    low, high = x - 0.5, x + 0.5
+    low[0, 0, 0], high[1, 0, 0] = -math.inf, math.inf
+    mass = norm.cdf(high, mean, log_std.exp()) - norm.cdf(low, mean, log_std.exp())
+    expected = torch.from_numpy(mass).log().flatten(1).sum(1)
+    actual = likelihoods.discretized_gaussian_log_prob(x, mean, log_std)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_discretized_gaussian_keeps_its_digits_in_the_tails():
+    """Twenty deviations out, on either side, where a difference of probabilities near 1 is 0."""
+    for x, mean in ((100.0, 80.0), (100.0, 120.0)):
+        actual = likelihoods.discretized_gaussian_log_prob(
+            torch.tensor([[x]], dtype=torch.float64), torch.tensor([mean]).double(), torch.zeros(1).double()
+        )
+        grid = torch.linspace(19.5, 20.5, 20_001, dtype=torch.float64)
+        density = torch.exp(-(grid.square() - 19.5**2) / 2) / math.sqrt(2 * math.pi)
+        expected = torch.trapezoid(density, grid).log() - 19.5**2 / 2
+        torch.testing.assert_close(actual[0], expected, rtol=1e-6, atol=0)

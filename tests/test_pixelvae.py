@@ -71,7 +71,7 @@ def test_fitted_laws_are_those_of_the_codes(finished):
 
 
 def test_codes_tell_what_they_tell(finished):
-    run, images, trained, arrays = finished
+    _run, images, trained, arrays = finished
     vae = trained["none"].model
     mean, log_std = pixelvae_model.encode(vae, images, images.train)
     told = aggregate.mutual_information(aggregate.Codes(mean, log_std), generator=torch.Generator().manual_seed(9))
@@ -115,7 +115,7 @@ def test_terms_are_held_out_and_equal_for_equal_models(finished):
 
 
 def test_the_best_gaussian_of_each_class_by_scipy(finished):
-    run, images, trained, arrays = finished
+    _run, images, _trained, arrays = finished
     x, labels = images.train.numpy().astype(float), images.labels.numpy()
     for n in (0, 57, 296):
         own = x[labels == int(images.held_out_labels[n])]
@@ -152,7 +152,7 @@ def test_exactness_notices_a_sampler_that_is_not_exact(finished, monkeypatch):
 
 
 def test_what_is_drawn(finished):
-    run, images, _, arrays = finished
+    run, _images, _, arrays = finished
     steps = run.settings.chain_steps
     for model in ("none", "elbo"):
         assert arrays[f"chain_{model}"].shape == (steps + 1, 8, 8, 1)
@@ -173,22 +173,20 @@ def test_what_is_drawn(finished):
 def test_reference_photographs_made_nothing(finished, monkeypatch):
     """The held-out images that codes come from are not those that kernel distances are taken to."""
     run, images, trained, _ = finished
-    seen = {}
-    monkeypatch.setattr(
-        pixelvae_samples,
-        "sampled",
-        lambda vae, images, pictures, generator: (
-            seen.setdefault(len(pictures), pictures) * 0 and None or torch.zeros(len(pictures), run.settings.code_dim)
-        ),
-    )
-    monkeypatch.setattr(
-        pixelvae_samples, "markov_chain", lambda vae, images, start, *rest: start[None].expand(61, *start.shape).clone()
-    )
-    monkeypatch.setattr(
-        pixelvae_samples,
-        "fitted",
-        lambda run, z, count: {law: torch.zeros(count, run.settings.code_dim) for law in ("Gaussian", "mixture")},
-    )
+    seen, code_dim = {}, run.settings.code_dim
+
+    def sampled(vae, images, pictures, generator):
+        seen.setdefault(len(pictures), pictures)
+        return torch.zeros(len(pictures), code_dim)
+
+    def standing(vae, images, start, steps, *rest):
+        noise = torch.randint(17, (steps, *start.shape), dtype=torch.uint8)
+        return torch.cat([start[None], noise])
+
+    laws = {law: torch.zeros(run.settings.chains, code_dim) for law in ("Gaussian", "mixture")}
+    monkeypatch.setattr(pixelvae_samples, "sampled", sampled)
+    monkeypatch.setattr(pixelvae_samples, "markov_chain", standing)
+    monkeypatch.setattr(pixelvae_samples, "fitted", lambda *rest: laws)
     references = []
     true = distances.kernel_distance
     monkeypatch.setattr(distances, "kernel_distance", lambda a, b: references.append(b) or true(a, b))
@@ -308,7 +306,7 @@ def test_verdicts_and_recorded_weights_that_draw(finished, monkeypatch):
 
 
 def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
-    run, images, _, _ = finished
+    run, _images, _, _ = finished
     arrays = results.load_arrays(run.directory)
     names = ("chain", "training", "ways_to_draw", "regularised", "distances", "memory", "many", "probe", "glasses")
     for name in names:
