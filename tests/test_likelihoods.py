@@ -372,7 +372,7 @@ def test_discretized_gaussian_by_scipy():
     from scipy.stats import norm
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(256, (5, 2, 3), generator=generator).double()
+    x = torch.randint(1, 255, (5, 2, 3), generator=generator).double()
     x[0, 0, 0], x[1, 0, 0] = 0, 255
     mean = 128 + 40 * torch.randn(2, 3, generator=generator, dtype=torch.float64)
     log_std = 3 + torch.randn(2, 3, generator=generator, dtype=torch.float64) / 2
