@@ -58,6 +58,13 @@ class Estimate(NamedTuple):
     high: float
 
 
+def ratio(a: Estimate, b: Estimate) -> Estimate:
+    """a / b, with relative errors added as of independent estimates."""
+    value = a.value / b.value
+    half = math.hypot(a.high - a.value, value * (b.high - b.value)) / abs(b.value)
+    return Estimate(value, value - half, value + half)
+
+
 # Two samples
 
 

@@ -123,13 +123,14 @@ def fit_classifier(
     )
 
 
-def augmented(x: Tensor, *, mirror: bool) -> Tensor:
-    """Images (B, C, H, W), each moved by up to 1/8 of its height and width, and half of them mirrored if `mirror`.
+def augmented(x: Tensor, *, mirror: bool, reach: int | None = None) -> Tensor:
+    """Images (B, C, H, W), each moved by up to `reach` pixels, and half of them mirrored if `mirror`.
 
-    Whole pixels; what comes in at a border repeats it. The moves come from torch's global generator.
+    Without a `reach`, by up to 1/8 of its height and width. Whole pixels; what comes in at a border repeats it. The
+    moves come from torch's global generator.
     """
     count, _, height, width = x.shape
-    down, right = height // 8, width // 8
+    down, right = (height // 8, width // 8) if reach is None else (reach, reach)
     windows = F.pad(x, (right, right, down, down), mode="replicate").unfold(2, height, 1).unfold(3, width, 1)
     top, left = (torch.randint(2 * reach + 1, (count,), device=x.device) for reach in (down, right))
     x = windows[torch.arange(count, device=x.device), :, top, left]

@@ -14,7 +14,7 @@ is a Markov chain that leaves p(x) as it is wherever p(x|z) = q(x|z) (claim E6),
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,12 +79,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         may_be_zero = {"dropout", "input_dropout", "kl_weight", "mmd_weight", "trunk_steps", "clip_norm", "ema"}
-        for name, value in asdict(self).items():
-            for number in value if isinstance(value, tuple) else [value]:
-                if isinstance(number, bool) or not isinstance(number, (int, float)):
-                    continue
-                if not math.isfinite(number) or number < 0 or (number == 0 and name not in may_be_zero):
-                    raise ValueError(f"{name} is {value}, but must be above 0 and finite")
+        presets.check_numbers(self, may_be_zero)
         if not self.floor < 1:
             raise ValueError(f"floor is {self.floor}, but must be below 1, the greatest deviation")
         if len(self.betas) != 2:
@@ -289,13 +284,13 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
     kl, gap = ({name: arrays[term][k] for name, k in of.items()} for term in ("kl", "shuffle_gap"))
 
     def mean(values: np.ndarray, unit: str = "nats") -> Quantity:
-        return _quantity(distances.mean_interval(values.astype(np.float64)), unit)
+        return Quantity.of(distances.mean_interval(values.astype(np.float64)), unit)
 
     lost = arrays["gaussian_nats"] - in_nats * bits[of["label"]]
     gained = in_nats * (bits[of["unconditional"]] - bits[of["label"]])
     scale = Estimate(*arrays["decodes_none_pixels"])
     similarity = {
-        model: _ratio(Estimate(*arrays[f"similarity_{model}_pixels"][LAGS.index(1)]), scale)
+        model: distances.ratio(Estimate(*arrays[f"similarity_{model}_pixels"][LAGS.index(1)]), scale)
         for model in ("none", "elbo")
     }
     return {
@@ -313,18 +308,18 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
             "kl": mean(kl["none"]),
         },
         "P3": {
-            "prior": _quantity(kernel["none: prior"]),
-            "chain": _quantity(kernel["none: chain"]),
-            "aggregate": _quantity(kernel["none: q(z)"]),
-            "noise_to_data": _quantity(Estimate(*arrays["noise_to_data_classifier"])),
-            "fitted_gaussian": _quantity(kernel["none: Gaussian"]),
-            "fitted_mixture": _quantity(kernel["none: mixture"]),
-            "photographs": _quantity(kernel["photographs"]),
+            "prior": Quantity.of(kernel["none: prior"]),
+            "chain": Quantity.of(kernel["none: chain"]),
+            "aggregate": Quantity.of(kernel["none: q(z)"]),
+            "noise_to_data": Quantity.of(Estimate(*arrays["noise_to_data_classifier"])),
+            "fitted_gaussian": Quantity.of(kernel["none: Gaussian"]),
+            "fitted_mixture": Quantity.of(kernel["none: mixture"]),
+            "photographs": Quantity.of(kernel["photographs"]),
         },
-        "P4": {"similarity": _quantity(similarity["none"]), "similarity_elbo": _quantity(similarity["elbo"])},
+        "P4": {"similarity": Quantity.of(similarity["none"]), "similarity_elbo": Quantity.of(similarity["elbo"])},
         "P5": {
-            "above_random": _quantity(distances.accuracy_gain(right["none"], right["random encoder"])),
-            "above_components": _quantity(distances.accuracy_gain(right["none"], right["components"])),
+            "above_random": Quantity.of(distances.accuracy_gain(right["none"], right["random encoder"])),
+            "above_components": Quantity.of(distances.accuracy_gain(right["none"], right["components"])),
             **{
                 name.replace("-", "_"): Quantity(float(right[name].mean()))
                 for name in ("none", "elbo", "mmd", "pixels")
@@ -333,10 +328,10 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
         "P6": {
             "shuffle_gap": mean(gap["mmd"]),
             "shuffle_gap_none": mean(gap["none"]),
-            "prior": _quantity(kernel["mmd: prior"]),
-            "aggregate": _quantity(kernel["mmd: q(z)"]),
-            "energy": _quantity(energy["mmd"]),
-            "energy_none": _quantity(energy["none"]),
+            "prior": Quantity.of(kernel["mmd: prior"]),
+            "aggregate": Quantity.of(kernel["mmd: q(z)"]),
+            "energy": Quantity.of(energy["mmd"]),
+            "energy_none": Quantity.of(energy["none"]),
         },
         "P7": {
             "pixels_that_differ": Quantity(float(arrays["pixels_that_differ"])),
@@ -345,7 +340,7 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
         "D1": {
             "shuffle_gap": mean(gap["linear"]),
             "shuffle_gap_conv": mean(gap["none"]),
-            "probe_gain": _quantity(distances.accuracy_gain(right["linear"], right["none"])),
+            "probe_gain": Quantity.of(distances.accuracy_gain(right["linear"], right["none"])),
         },
         "G1": {
             "nats_lost": mean(lost),
@@ -354,17 +349,6 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
             "pixelcnn": mean(bits[of["label"]], "bits/dim"),
         },
     }
-
-
-def _quantity(estimate: Estimate, unit: str = "") -> Quantity:
-    return Quantity(*map(float, estimate), unit)
-
-
-def _ratio(a: Estimate, b: Estimate) -> Estimate:
-    """a / b, with relative errors added as of independent estimates."""
-    value = a.value / b.value
-    half = math.hypot(a.high - a.value, value * (b.high - b.value)) / abs(b.value)
-    return Estimate(value, value - half, value + half)
 
 
 def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

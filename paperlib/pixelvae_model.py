@@ -27,19 +27,18 @@ and "elbo-scratch" start without the trunk and are their controls.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from paperlib import data, likelihoods, paths, pixelcnn, results, train
+from paperlib import data, likelihoods, paths, pixelcnn, resident, results, train
 from paperlib.distances import gaussian_mmd
 from paperlib.pixelcnn import PixelCNN, PixelCNNSettings
 from paperlib.pixelcnn_sampler import Sampler
+from paperlib.resident import Images
 
 # What each objective adds to the reconstruction term, equation (2): nats an image, from mean, log_std and z, (B, D).
 OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
@@ -201,50 +200,8 @@ def _make_z_heard(vae: PixelVAE) -> None:
         vae.encoder[-1].bias[vae.code_dim :].fill_(-3)
 
 
-@dataclass(frozen=True)
-class Images:
-    """A data set on the run's device: images uint8 (N, S, S, C), scaled batch by batch, and labels (N,)."""
-
-    dataset: data.Dataset
-    train: Tensor
-    labels: Tensor
-    held_out: Tensor
-    held_out_labels: Tensor
-
-    @property
-    def classes(self) -> int:
-        return int(self.labels.max()) + 1
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, S, S)."""
-        side, _, channels = self.train.shape[1:]
-        return channels, side, side
-
-    def signed(self, images: Tensor) -> Tensor:
-        """(B, C, S, S) in [-1, 1] of uint8 (B, S, S, C)."""
-        return data.to_signed(images, self.dataset.levels)
-
-    def bytes(self, x: Tensor) -> Tensor:
-        """The inverse of `signed`, on the CPU."""
-        return torch.from_numpy(data.from_signed(x, self.dataset.levels))
-
-    def __repr__(self) -> str:
-        channels, side, _ = self.shape
-        return (
-            f"{self.dataset.name}: {len(self.train):,} training and {len(self.held_out):,} held-out images, "
-            f"{side} x {side} pixels, {channels} channels, {self.dataset.levels} levels"
-        )
-
-
 def load_images(run: results.Run) -> Images:
-    dataset = data.load(run.settings.dataset)
-    parts = [
-        torch.from_numpy(np.array(array)).to(run.device)
-        for split in (dataset.train, dataset.held_out)
-        for array in (split.images, split.labels)
-    ]
-    return Images(dataset, *parts)
+    return resident.load(data.load(run.settings.dataset), run.device)
 
 
 def build(run: results.Run, images: Images, encoder: str = "conv") -> PixelVAE:

@@ -68,16 +68,11 @@ def terms(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> d
     pictures, labels = images.held_out[:n], images.held_out_labels[:n]
     rows: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
     for vae in models.values():
-        with torch.random.fork_rng(devices=_cuda(run)):
-            torch.manual_seed(run.seed)
+        with run.seeded():
             measured = evaluate(vae, images, pictures, labels)
         for name, row in rows.items():
             row.append(measured[name].numpy(force=True) if name in measured else np.full(len(pictures), np.nan))
     return {name: np.stack(row).astype(np.float32) for name, row in rows.items()}
-
-
-def _cuda(run: results.Run) -> list[str]:
-    return [run.device] if run.device.startswith("cuda") else []
 
 
 def codes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
@@ -87,15 +82,15 @@ def codes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> d
     distance of q(z) on held-out images to N(0, I) and, in the last row, of N(0, I) to itself from as many draws;
     `mean_spread` and `deviation`, root mean squares of the means' deviation over images and of std(x).
     """
-    n, generator = run.settings.measured_images, _generator(run, 1)
+    n, generator = run.settings.measured_images, run.generator(1)
     found: dict[str, list] = {"information": [], "energy": [], "mean_spread": [], "deviation": []}
     prior = torch.randn(2, min(n, len(images.held_out)), run.settings.code_dim, generator=generator)
     for name in CODED:
         vae = models[name]
         mean, log_std = encode(vae, images, images.train)
         table = aggregate.Codes(mean, log_std)
-        told = aggregate.mutual_information(table, points=min(len(table), 2000), generator=_generator(run, 2, True))
-        z = sampled(vae, images, images.held_out[:n], _generator(run, 3, True))
+        told = aggregate.mutual_information(table, points=min(len(table), 2000), generator=run.generator(2, True))
+        z = sampled(vae, images, images.held_out[:n], run.generator(3, True))
         found["information"].append(told.nats)
         found["energy"].append(distances.energy_distance(z.cpu(), prior[0]))
         found["mean_spread"].append(mean.var(0).mean().sqrt().item())
@@ -113,11 +108,6 @@ def sampled(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Ge
     return likelihoods.sample_gaussian(*encode(vae, images, pictures), generator=generator)
 
 
-def _generator(run: results.Run, stream: int, on_device: bool = False) -> torch.Generator:
-    """A stream of random numbers of its own for each purpose."""
-    return torch.Generator(run.device if on_device else "cpu").manual_seed(1000 * run.seed + stream)
-
-
 def probes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
     """`probe_right` (probes, n), bool: which held-out images a linear classifier of each of PROBES gets right.
 
@@ -126,14 +116,13 @@ def probes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> 
     n = run.settings.measured_images
     parts = images.train, images.held_out[:n]
     pixels = [part.flatten(1).float().cpu() for part in parts]
-    with torch.random.fork_rng(devices=_cuda(run)):
-        torch.manual_seed(run.seed)
+    with run.seeded():
         untrained = build(run, images)
     inputs = {
         "pixels": pixels,
         "components": _components(*pixels, run.settings.code_dim),
         "random encoder": [encode(untrained, images, part)[0] for part in parts],
-        **{name: [sampled(models[name], images, part, _generator(run, 4, True)) for part in parts] for name in CODED},
+        **{name: [sampled(models[name], images, part, run.generator(4, True)) for part in parts] for name in CODED},
     }
     labels = [images.labels.cpu(), images.held_out_labels[:n].cpu()]
     right = [
@@ -169,17 +158,17 @@ def samples(
       `decodes_*` (3,): correlation of two decodes of one z; `shown_decodes_<model>` (2, 10, S, S, C).
     """
     n, steps = run.settings.chains, run.settings.chain_steps
-    mixed = torch.randperm(len(images.held_out), generator=_generator(run, 12)).to(run.device)
+    mixed = torch.randperm(len(images.held_out), generator=run.generator(12)).to(run.device)
     reference, sources = images.held_out[mixed[n:]], images.held_out[mixed[:n]]
-    generator = _generator(run, 5, True)
+    generator = run.generator(5, True)
     none, elbo, mmd = (models[name] for name in ("none", "elbo", "mmd"))
-    photographs = images.train[torch.randperm(len(images.train), generator=_generator(run, 13))[:n].to(run.device)]
-    noise = noise_images(images, n, _generator(run, 6))
+    photographs = images.train[torch.randperm(len(images.train), generator=run.generator(13))[:n].to(run.device)]
+    noise = noise_images(images, n, run.generator(6))
 
     drawn = {
         "photographs": photographs.cpu(),
         "blurred": blurred(sources.cpu()),
-        "patches shuffled": patches_shuffled(sources.cpu(), _generator(run, 7)),
+        "patches shuffled": patches_shuffled(sources.cpu(), run.generator(7)),
     }
     found: dict[str, Any] = {}
     for name, vae in (("none", none), ("elbo", elbo), ("mmd", mmd)):
@@ -283,7 +272,7 @@ def glasses(run: results.Run, images: Images, label: PixelVAE) -> dict[str, np.n
         likelihoods.discretized_gaussian_log_prob(part.double(), means[k], stds[k].log(), levels=top + 1)
         for part, k in zip(pictures.split(512), own.split(512), strict=True)
     ]
-    generator = _generator(run, 8, True)
+    generator = run.generator(8, True)
     drawn = means + stds * torch.randn(means.shape, generator=generator, device=means.device, dtype=means.dtype)
     codes = torch.eye(images.classes, device=pictures.device).repeat_interleave(4, 0)
     made = Decoder(label, images, len(codes))(codes, generator)
@@ -302,7 +291,7 @@ def exactness(run: results.Run, images: Images, vae: PixelVAE) -> dict[str, np.n
     one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32.
     """
     x = images.signed(images.held_out[:2])
-    z = sampled(vae, images, images.held_out[:2], _generator(run, 9, True))
+    z = sampled(vae, images, images.held_out[:2], run.generator(9, True))
     with torch.no_grad():
         h = vae.h(z)
         expected = vae.decoder(x, h)
@@ -312,7 +301,7 @@ def exactness(run: results.Run, images: Images, vae: PixelVAE) -> dict[str, np.n
 
     network, h = copy.deepcopy(vae.decoder).double(), h.double()
     channels, mixtures = network.settings.channels, network.settings.mixtures
-    generator = _generator(run, 10, True)
+    generator = run.generator(10, True)
     noise = likelihoods.mix_logistic_noise(
         shape, mixtures, channels, generator=generator, dtype=torch.float64, device=x.device
     )
@@ -325,5 +314,5 @@ def continue_chain(
     run: results.Run, images: Images, trained: Mapping[str, train.Trained], steps: int = 3, chains: int = 5
 ) -> np.ndarray:
     """A few more states of the chain of `none` from held-out photographs: uint8 (steps + 1, chains, S, S, C)."""
-    generator = _generator(run, 11, True)
+    generator = run.generator(11, True)
     return markov_chain(trained["none"].model, images, images.held_out[-chains:], steps, generator).numpy()

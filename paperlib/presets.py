@@ -13,6 +13,7 @@ so that a preset shows only what differs from the one it derives from.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -66,6 +67,16 @@ def parse(settings: Any, assignments: Iterable[str]) -> dict[str, Any]:
             value = text
         overrides[name] = _checked(name, value, hints[name])
     return overrides
+
+
+def check_numbers(settings: Any, may_be_zero: Iterable[str]) -> None:
+    """Raise `ValueError` for a number of `settings`, alone or in a tuple, that is not finite or not above 0."""
+    for name, value in dataclasses.asdict(settings).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if not math.isfinite(number) or number < 0 or (number == 0 and name not in may_be_zero):
+                raise ValueError(f"{name} is {value}, but must be above 0 and finite")
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

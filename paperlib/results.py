@@ -12,6 +12,7 @@ A run writes to `runs/<notebook>/<preset>-<hash of settings and seed>/`:
 | `weights.safetensors` | the headline model in half precision |
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -23,7 +24,7 @@ import shutil
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ class Quantity:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", math.nan if self.value is None else self.value)  # JSON has null for nan
+
+    @classmethod
+    def of(cls, estimate: Sequence[float], unit: str = "") -> "Quantity":
+        """Of value, low and high."""
+        return cls(*map(float, estimate), unit)
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"
@@ -96,6 +102,17 @@ class Run:
     @property
     def directory(self) -> Path:
         return paths.runs_root() / self.name
+
+    def generator(self, stream: int, on_device: bool = False) -> torch.Generator:
+        """A stream of random numbers of its own for each purpose, so that one measurement does not change another."""
+        return torch.Generator(self.device if on_device else "cpu").manual_seed(1000 * self.seed + stream)
+
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Within, torch's global generators start from the seed; their states from before come back."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.startswith("cuda") else []):
+            torch.manual_seed(self.seed)
+            yield
 
 
 def run_name(notebook: str, preset: str, settings: Any, seed: int, weights: str = "train") -> str:

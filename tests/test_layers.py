@@ -11,7 +11,7 @@ errors
 paths
 checkpoints distances figures finite image_arrays likelihoods machine measures originals presets results
 aggregate chain data elbo_figures fuzziness_figures gaussian pixelcnn
-elbo_examples fuzziness_explorer pixelcnn_sampler train
+elbo_examples fuzziness_explorer pixelcnn_sampler resident train
 features fuzziness_vae pixelvae_model
 pixelvae_samples
 elbo fuzziness pixelvae pixelvae_figures

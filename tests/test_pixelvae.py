@@ -264,7 +264,7 @@ def test_a_criterion_refuses_what_its_words_refuse(key, name, value):
 def test_a_ratio_of_estimates():
     generator = np.random.default_rng(0)
     a, b = generator.normal(2.0, 0.05, 100_000), generator.normal(5.0, 0.1, 100_000)
-    found = pixelvae._ratio(
+    found = distances.ratio(
         distances.Estimate(2.0, 2.0 - 1.96 * 0.05, 2.0 + 1.96 * 0.05),
         distances.Estimate(5.0, 5.0 - 1.96 * 0.1, 5.0 + 1.96 * 0.1),
     )
