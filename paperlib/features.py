@@ -165,6 +165,21 @@ class RandomNetwork(nn.Module):
     forward = features
 
 
+class Thumbnails(nn.Module):
+    """Nothing learned and nothing drawn: means over a grid of `cells` x `cells`, which see colour and layout alone."""
+
+    def __init__(self, cells: int = 8) -> None:
+        super().__init__()
+        self.cells = cells
+        self.register_buffer("where", torch.zeros(0), persistent=False)  # on the device that this is moved to
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C cells^2)."""
+        return F.adaptive_avg_pool2d(x, self.cells).flatten(1)
+
+    forward = features
+
+
 @torch.no_grad()
 def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int = 256) -> Tensor:
     """`network.features` of images, uint8 (N, H, W, C) of `levels` grey levels, some at a time: (N, d) float64, CPU.

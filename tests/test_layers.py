@@ -12,9 +12,11 @@ paths
 checkpoints distances figures finite image_arrays likelihoods machine measures originals presets results
 aggregate chain data elbo_figures fuzziness_figures gaussian pixelcnn
 elbo_examples fuzziness_explorer pixelcnn_sampler resident train
-features fuzziness_vae pixelvae_model
-pixelvae_samples
-elbo fuzziness pixelvae pixelvae_figures
+features fuzziness_vae pixelvae_model sequential_networks
+pixelvae_samples sequential_chain
+sequential_model
+sequential_samples
+elbo fuzziness pixelvae pixelvae_figures sequential sequential_figures
 reproduce
 report
 """

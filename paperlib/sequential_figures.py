@@ -1,0 +1,180 @@
+"""The figures of notebook 03, drawn from the arrays of a run alone (`sequential_samples` says what they are)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib import figures
+from paperlib.sequential_samples import KINDS, SETS
+
+Arrays = Mapping[str, np.ndarray]
+
+BLUE, ORANGE, GREEN, RED, GREY = (figures.PALETTE[k] for k in (0, 1, 2, 3, 7))
+
+
+def _show(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: str = "") -> None:
+    """A grid of uint8 images (N, S, S, C), on the data set's own grey scale."""
+    figures.show_images(axis, images, columns, high=float(arrays["levels"]) - 1)
+    axis.set_title(title)
+
+
+def _rows(states: np.ndarray) -> np.ndarray:
+    """(T, N, S, S, C) so that a grid of T columns shows one of N to a row."""
+    return states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+
+
+def _label_columns(axis: Any, names: list[str], side: int) -> None:
+    axis.set_xticks([(side + 1) * (k + 0.5) for k in range(len(names))], names)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+
+
+def samples(arrays: Arrays) -> Any:
+    """S4: ten samples of the chain, one to a row: noise, then x(1) .. x(T); of the larger model where there is one."""
+    states = arrays["chain_picture"] if "chain_picture" in arrays else arrays["chain"]
+    count, rows, side = states.shape[:3]
+    figure, axis = figures.new(height=figures.WIDTH * rows / count)
+    _show(axis, arrays, _rows(states), count)
+    _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count))], side)
+    return figure
+
+
+def reconstructions(arrays: Arrays) -> Any:
+    """S1: held-out photographs rebuilt step by step with their own codes; below, error and KL of each step."""
+    rebuilt = arrays["rebuilt"]
+    count, _, side = rebuilt.shape[:3]
+    figure, (top, bottom) = figures.new(rows=2, height=9.4, height_ratios=[3, 1])
+    sheet = np.concatenate([arrays["targets"][None], rebuilt])
+    _show(top, arrays, _rows(sheet), count + 1)
+    _label_columns(top, ["photograph", *(f"x({t})" for t in range(1, count + 1))], side)
+    steps = np.arange(1, count + 1)
+    bottom.plot(steps, arrays["sequential_error"].mean(0), "o-", color=BLUE, markersize=3, label="with its code")
+    bottom.plot(steps, arrays["swapped_error"].mean(0), "s", color=RED, markersize=4, label="code of another image")
+    bottom.plot(steps[1:], arrays["depth_error"].mean(0), "^", color=GREY, markersize=4, label="trained without code")
+    single = arrays["single_error"].mean()
+    bottom.axhline(single, color=ORANGE, linestyle=":", linewidth=1.2, label="single step")
+    bottom.set_yscale("log")
+    bottom.set(xlabel="step t", ylabel="held-out squared error\nper dimension")
+    bottom.set_xticks(steps)
+    bottom.legend(frameon=False, fontsize=7, ncols=2)
+    other = bottom.twinx()
+    other.bar(steps, arrays["sequential_kl"].mean(0), 0.4, color=GREEN, alpha=0.3)
+    other.set_ylabel("KL of the step (nats, bars)", color=GREEN)
+    return figure
+
+
+def swapped(arrays: Arrays) -> Any:
+    """S1: x(t) where the code of step t alone is that of the photograph in the next row; its own codes before."""
+    images = arrays["swapped"]
+    count, _, side = images.shape[:3]
+    figure, (left, right) = figures.new(2, height=4.2)
+    names = [f"x({t})" for t in range(1, count + 1)]
+    for axis, states, title in ((left, arrays["rebuilt"], "own codes"), (right, images, "code t from the row below")):
+        _show(axis, arrays, _rows(np.concatenate([arrays["targets"][None], states])), count + 1)
+        _label_columns(axis, ["", *names], side)
+        axis.tick_params(axis="x", labelsize=6)
+        axis.set_xlabel(title)
+    return figure
+
+
+def models(arrays: Arrays) -> Any:
+    """S2 to S4: samples of the three models (means of the last step) beside photographs, and infusion's chains."""
+    figure, axes = figures.new(2, 2, height=7.0)
+    titles = {
+        "training photographs": "photographs",
+        "sequential": "sequential",
+        "single": "single step",
+        "infusion": "infusion (last mean)",
+    }
+    for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
+        _show(axis, arrays, arrays[f"shown_{name}"][:24], 6, title)
+    return figure
+
+
+def infusion(arrays: Arrays) -> Any:
+    """S3: the chain of infusion training, its transitions drawn, one to a row; last, the mean of the last step."""
+    states = np.concatenate([arrays["chain_infusion"], arrays["chain_infusion_means"][None]])
+    count, rows, side = states.shape[:3]
+    figure, axis = figures.new(height=figures.WIDTH * rows / count)
+    _show(axis, arrays, _rows(states), count)
+    _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count - 1)), "mean"], side)
+    return figure
+
+
+def spectra(arrays: Arrays) -> Any:
+    """S2: power spectra of samples along the chain, and their distance to the photographs' at each step."""
+    figure, (left, right) = figures.new(2, height=3.2, width_ratios=[3, 2])
+    frequencies, photographs = arrays["frequencies"], arrays["power_photographs"] + 1 / 12
+    count = len(arrays["power_sequential"])
+    for t, power in enumerate(arrays["power_sequential"]):
+        label = f"x({t + 1})" if t in (0, count - 1) else None
+        left.plot(frequencies, (power + 1 / 12) / photographs, color=BLUE, alpha=0.25 + 0.75 * t / count, label=label)
+    for name, colour in (("single", ORANGE), ("infusion", GREEN), ("training", "black")):
+        label = "training photographs" if name == "training" else name
+        left.plot(frequencies, (arrays[f"power_{name}"] + 1 / 12) / photographs, "--", color=colour, label=label)
+    left.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
+    left.legend(frameon=False, fontsize=7)
+    steps = np.arange(1, count + 1)
+    values, lows, highs = arrays["spectral_sequential"].T
+    right.errorbar(steps, values, [values - lows, highs - values], fmt="o-", markersize=3, color=BLUE, linewidth=1)
+    for name, colour in (("single", ORANGE), ("infusion", GREEN), ("training", "black")):
+        value, low, high = arrays[f"spectral_{name}"]
+        right.axhline(value, color=colour, linestyle="--", linewidth=1)
+        right.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
+    right.set(xlabel="step t", ylabel="distance of log spectra (nats)")
+    right.set_xticks(steps)
+    return figure
+
+
+def nearest(arrays: Arrays) -> Any:
+    """S4: samples with the nearest training photographs, and how near samples and held-out photographs come."""
+    figure, axes = figures.new(2, 2, height=5.0, height_ratios=[3, 2])
+    side, grid = arrays["near"].shape[1], axes[0, 0].get_gridspec()
+    for axis in axes[0]:
+        axis.remove()
+    top = figure.add_subplot(grid[0, :])
+    sheet = np.stack([arrays["near"], arrays["neighbours_pixels"], arrays["neighbours_thumbnails"]])
+    _show(top, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    top.set_yticks([(side + 1) * (k + 0.5) for k in range(3)], ["sample", "nearest by pixels", "by 8 x 8 means"])
+    top.tick_params(length=0)
+    for axis, view in zip(axes[1], ("pixels", "thumbnails"), strict=True):
+        for name, colour in (("sequential", BLUE), ("single", ORANGE), ("infusion", GREEN), ("held_out", "black")):
+            values = np.sort(arrays[f"nearest_{view}_{name}"])
+            label = name.replace("_", " ") + " photographs" * (name == "held_out")
+            axis.plot(values, np.linspace(0, 1, len(values)), color=colour, linewidth=1.2, label=label)
+        axis.set(xlabel=f"distance to the nearest, {view}", ylabel="share of images")
+    axes[1, 0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def distances(arrays: Arrays) -> Any:
+    """S4: squared kernel distance of each set to held-out photographs, on two kinds of features."""
+    figure, axes = figures.new(2, height=2.6, sharey=True)
+    places = np.arange(len(SETS))[::-1]
+    for axis, kind in zip(axes, KINDS, strict=True):
+        for place, (value, low, high) in zip(places, arrays[f"kernel_{kind}"], strict=True):
+            axis.plot([low, high], [place, place], color=BLUE, linewidth=1.5)
+            axis.plot(value, place, "o", color=BLUE, markersize=4)
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set(xlabel="squared kernel distance", title=f"features: {kind}{' network' * (kind == 'random')}")
+    axes[0].set_yticks(places, SETS)
+    return figure
+
+
+def training(arrays: Arrays) -> Any:
+    """What each training watched on held-out images, and the rate of the single step steered to that of the chain."""
+    figure, (left, right) = figures.new(2, height=2.8)
+    colours = {"sequential": BLUE, "single": ORANGE, "infusion": GREEN, "depth": GREY}
+    for name, colour in colours.items():
+        if f"{name}_history" not in arrays:
+            continue
+        steps, _, watched, kl = arrays[f"{name}_history"].T
+        left.plot(steps, watched, color=colour, label=name, linewidth=1.2)
+        if name in ("sequential", "single"):
+            right.plot(steps, kl, color=colour, label=name, linewidth=1.2)
+    left.set(xlabel="updates", ylabel="watched (nats per dimension, held out)")
+    right.set(xlabel="updates", ylabel="rate: KL (nats an image, held out)")
+    left.legend(frameon=False, fontsize=7)
+    return figure
