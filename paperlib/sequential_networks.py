@@ -19,7 +19,8 @@ inputs, four, which leaves no checkerboard of the kind that uneven overlap makes
 
 Layers are normalised image by image (GroupNorm), so that training and sampling, one image or many, are the same.
 Where several steps share a network, each has a bias of its own in every normalised layer: a learned embedding of the
-step. They are addressed by `index`, a whole number in a tensor without dimensions, so that compiled code serves all.
+step. They are addressed by `index`, a whole number in a tensor without dimensions, so that compiled code serves all
+steps.
 """
 
 import math
@@ -79,7 +80,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, index: Tensor, skip: Tensor | None = None) -> Tensor:
         x = self.norm(self.layer(x))
         if self.embedding is not None:
-            x = x + self.embedding[index].view(-1, *[1] * (x.ndim - 2))
+            x = x + self.embedding.index_select(0, index.view(1)).view(1, -1, *[1] * (x.ndim - 2))
         return F.leaky_relu(x if skip is None else x + skip, SLOPE)
 
 
