@@ -124,7 +124,6 @@ _cpu = Settings(
     batch_size=32,
     learning_rate=1e-3,
     ema=0.999,
-    compile=True,
     patience=6,
     evaluations=20,
     evaluation_images=250,
@@ -147,6 +146,7 @@ _gpu = replace(
     picture_side=0,
     batch_size=256,
     precision="bfloat16",
+    compile=True,
     evaluation_images=498,
     shift=4,
 )

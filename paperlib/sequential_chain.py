@@ -146,6 +146,7 @@ def chain(
     from a step to those before. `noise` is added to what the networks see of x(t-1). `call` stands in for `vae`, which
     may be compiled. `codes` are those of infusion, drawn unless given.
     """
+    call = vae if call is None else call
     if vae.infusion and codes is None:
         codes = pixel_codes(vae, x)
     state = codes.noise[0] if vae.infusion else None
@@ -154,7 +155,7 @@ def chain(
         if vae.infusion:
             state = codes.masks[t - 1] * x + (1 - codes.masks[t - 1]) * state
         with torch.set_grad_enabled(torch.is_grad_enabled() and (chosen is None or t in chosen)):
-            step = (call or vae)(x, state, *vae.place(t), noise)
+            step = call(x, state, *vae.place(t), noise)
             links.append(_link(vae, t, x, step))
         state = step.image.detach() if own_terms else step.image
         if vae.infusion and t < vae.steps:
@@ -178,12 +179,12 @@ def depth_links(
     call: Callable[..., Step] | None = None,
 ) -> list[Link]:
     """The control's steps 2 .. T, or those `chosen`, each from the image x(t-1) of the `parent`'s chain."""
-    chosen = chosen or range(2, vae.steps + 1)
+    call, chosen = vae if call is None else call, chosen or range(2, vae.steps + 1)
     with torch.no_grad():
         before = chain(parent, x, chosen=[max(chosen) - 1])
     links = []
     for t in chosen:
-        step = (call or vae)(x, before[t - 2].step.image, *vae.place(t), noise)
+        step = call(x, before[t - 2].step.image, *vae.place(t), noise)
         links.append(_link(vae, t, x, step))
     return links
 
