@@ -10,6 +10,7 @@ from paperlib.sequential_samples import KINDS, SETS
 
 Arrays = Mapping[str, np.ndarray]
 
+CELL = 0.78  # inches that an image of a chain takes
 BLUE, ORANGE, GREEN, RED, GREY = (figures.PALETTE[k] for k in (0, 1, 2, 3, 7))
 
 
@@ -34,7 +35,7 @@ def samples(arrays: Arrays) -> Any:
     """S4: ten samples of the chain, one to a row: noise, then x(1) .. x(T); of the larger model where there is one."""
     states = arrays["chain_picture"] if "chain_picture" in arrays else arrays["chain"]
     count, rows, side = states.shape[:3]
-    figure, axis = figures.new(height=figures.WIDTH * rows / count)
+    figure, axis = figures.new(width=CELL * count, height=CELL * rows)
     _show(axis, arrays, _rows(states), count)
     _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count))], side)
     return figure
@@ -96,7 +97,7 @@ def infusion(arrays: Arrays) -> Any:
     """S3: the chain of infusion training, its transitions drawn, one to a row; last, the mean of the last step."""
     states = np.concatenate([arrays["chain_infusion"], arrays["chain_infusion_means"][None]])
     count, rows, side = states.shape[:3]
-    figure, axis = figures.new(height=figures.WIDTH * rows / count)
+    figure, axis = figures.new(width=CELL * count, height=CELL * rows)
     _show(axis, arrays, _rows(states), count)
     _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count - 1)), "mean"], side)
     return figure

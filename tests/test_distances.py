@@ -142,6 +142,44 @@ def test_a_bootstrap_is_too_far(rng):
     assert np.mean(again) - kernel_distance(a, b).value == pytest.approx(excess, rel=0.2)
 
 
+def test_a_ratio_leaves_the_same_groups_out_of_all_three(rng):
+    a, b, reference = rng.normal(0.5, 1, (60, 3)), rng.normal(1, 1, (50, 3)), rng.normal(0, 1, (70, 3))
+    found = distances.kernel_distance_ratio(a, b, reference, groups=5)
+    whole = [kernel_distance(points, reference, groups=5).value for points in (a, b)]
+    assert found.value == pytest.approx(whole[0] / whole[1])
+    without = []
+    for g in range(5):
+        left = [
+            np.concatenate([part for k, part in enumerate(np.array_split(p, 5)) if k != g]) for p in (a, b, reference)
+        ]
+        values = [kernel_distance(points, left[2], groups=2).value for points in left[:2]]
+        without.append(values[0] / values[1])
+    half = stats.t.ppf(0.975, 4) * math.sqrt(4 / 5 * np.square(np.array(without) - np.mean(without)).sum())
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
+    equal = distances.kernel_distance_ratio(a, a, reference)
+    assert equal == pytest.approx((1, 1, 1)), "what the reference does to both cancels"
+
+
+def test_spectral_distance_by_hand(rng):
+    a, b = rng.exponential(2.0, (30, 6)), rng.exponential(1.0, (25, 6))
+    found = distances.spectral_distance(a, b, least=0.1, groups=5)
+
+    def value(a, b):
+        return math.sqrt(np.mean((np.log(a.mean(0) + 0.1) - np.log(b.mean(0) + 0.1)) ** 2))
+
+    assert found.value == pytest.approx(value(a, b))
+    groups = [np.array_split(points, 5) for points in (a, b)]
+    without = [value(*(np.concatenate(part[:g] + part[g + 1 :]) for part in groups)) for g in range(5)]
+    half = stats.t.ppf(0.975, 4) * math.sqrt(4 / 5 * np.square(np.array(without) - np.mean(without)).sum())
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
+    assert distances.spectral_distance(3 * a, a).value == pytest.approx(math.log(3))
+    assert distances.spectral_distance(a, a).value == 0
+    with pytest.raises(ValueError, match="frequencies"):
+        distances.spectral_distance(a, b[:, :5])
+    with pytest.raises(ValueError, match="groups"):
+        distances.spectral_distance(a, b, groups=26)
+
+
 def test_energy_distance_does_not_know_where_the_origin_is(rng):
     a, b = rng.normal(size=(2, 100, 16))
     assert energy_distance(a + 1e6, b + 1e6) == pytest.approx(energy_distance(a, b), abs=1e-7)

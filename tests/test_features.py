@@ -110,6 +110,23 @@ def test_each_image_keeps_its_place():
     torch.testing.assert_close(augmented(x, mirror=True), x)
 
 
+def test_images_are_moved_as_far_as_asked():
+    x = torch.arange(64.0).reshape(1, 1, 8, 8).expand(200, -1, -1, -1)
+    assert torch.equal(augmented(x, mirror=False, reach=0), x)
+    torch.manual_seed(0)
+    moved = augmented(x, mirror=False, reach=2)[:, 0, 4, 4]
+    assert set(moved.tolist()) == {8.0 * row + column for row in range(2, 7) for column in range(2, 7)}
+
+
+def test_thumbnails_are_means_over_a_grid():
+    x = torch.randn(2, 3, 16, 16)
+    found = features.Thumbnails(4)(x)
+    assert found.shape == (2, 48)
+    torch.testing.assert_close(found[1, 16 + 4 + 2], x[1, 1, 4:8, 8:12].mean())
+    pictures = torch.randint(256, (30, 16, 16, 3), dtype=torch.uint8)
+    assert extractor(features.Thumbnails(), pictures)(pictures).shape == (30, 192)
+
+
 def test_images_without_labels_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no labels"):
         fit_classifier(data.load("photos", 8), tmp_path, width=16, steps=1, batch_size=1, seed=0, device="cpu")
