@@ -8,6 +8,7 @@
 | `depth` | the steps 2 .. T without codes, from the images of the trained `sequential` | log p alone |
 
 On a data set that memory cannot hold (`resident` off) training images stay on disk and are read a batch at a time.
+Training by several processes wants `steps_per_batch` 0: with random steps some weights have no gradient in a batch.
 """
 
 import math
