@@ -46,16 +46,16 @@ class Settings:
     encoder_units: int = option(64, "of its dense layer")
     code_channels: int = option(8, "of the map that z becomes for the decoder")
     blocks: int = option(1, "gated blocks per stage of the PixelCNN++")
-    filters: int = option(16, "its features")
+    filters: int = option(12, "its features")
     mixtures: int = option(4, "logistics per pixel")
     dropout: float = option(0.0, "within its blocks")
     kl_weight: float = option(1.0, "of the KL in the objective elbo; 1 is the ELBO")
     mmd_weight: float = option(1e4, "of the MMD in the objective mmd, in nats an image")
-    trunk_steps: int = option(150, "optimiser steps without regulariser that the branches share; 0 for no trunk")
+    trunk_steps: int = option(120, "optimiser steps without regulariser that the branches share; 0 for no trunk")
     branch_steps: int = option(
         50, "of each branch: none, elbo, mmd, and of none-scratch and elbo-scratch, which have no trunk"
     )
-    control_steps: int = option(40, "of the branches unconditional, label and linear")
+    control_steps: int = option(25, "of the branches unconditional, label and linear")
     input_dropout: float = option(
         0.5, "share of images of which the trunk's decoder sees no pixel, falling to 0 at half its steps"
     )
@@ -69,8 +69,8 @@ class Settings:
     precision: str = option("float32", "float32 or bfloat16 (training only)")
     clip_norm: float = option(0.0, "greatest norm of the gradient, 0 for no limit")
     compile: bool = option(False, "train through torch.compile")
-    evaluations: int = option(4, "evaluations within a training")
-    evaluation_images: int = option(200, "held-out images of each")
+    evaluations: int = option(3, "evaluations within a training")
+    evaluation_images: int = option(100, "held-out images of each")
     measured_images: int = option(297, "held-out images on which terms and probes are measured at last")
     classifier_steps: int = option(200, "optimiser steps of the classifier whose features the kernel distance uses")
     classifier_width: int = option(32, "channels of its last layers")
