@@ -116,7 +116,7 @@ _cpu = Settings(
     measured_images=5000,
     classifier_steps=4500,
     classifier_width=128,
-    chains=256,
+    chains=200,
 )
 _gpu = replace(
     _cpu,

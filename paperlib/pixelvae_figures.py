@@ -179,8 +179,11 @@ def glasses(arrays: Arrays) -> Any:
 
 
 def continued(states: np.ndarray, levels: int) -> Any:
-    """States (T, N, S, S, C) of a few chains, one to a row, the photograph first."""
+    """States (T, N, S, S, C) of a few chains, one to a row, the photograph first; closed, so that it shows once."""
+    from matplotlib import pyplot
+
     figure, axis = figures.new(width=3.6, height=3.6)
     by_chain = states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
     _show(axis, {"levels": np.array(levels)}, by_chain, len(states), "from photographs (left), step by step")
+    pyplot.close(figure)
     return figure
