@@ -67,7 +67,7 @@ def training(arrays: Arrays) -> Any:
 def ways_to_draw(arrays: Arrays) -> Any:
     """P3: images decoded from codes of several laws, the same model; photographs beside them."""
     names = {
-        "photographs": "photographs",
+        "held-out photographs": "photographs",
         "none: q(z)": "z ~ q(z), from photographs",
         "none: prior": "z ~ N(0, I)",
         "none: Gaussian": "z ~ Gaussian fitted to q(z)",

@@ -16,7 +16,7 @@ nothing**: z may carry the image past the decoder, and -E log p(x|z) can fall be
 
 The settings of a run (`pixelvae.Settings`) say how large all this is. Trainings share their beginning: the *trunk* is
 trained without regulariser, and each *branch* of `VARIANTS` starts from its weights and goes on with its own objective
-or encoder, so that all have had the same amount of training.
+or encoder.
 
 The trunk needs help. The neighbours of a pixel tell a decoder thousands of nats and a code tens, so for thousands of
 steps a code is a nuisance to it, and the encoder is rid of it by making the codes of all images alike. So in the first
@@ -268,12 +268,15 @@ def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
         trained["trunk"] = fit_variant(run, images, "trunk", Variant(), settings.trunk_steps, parent)
         parent = trained["trunk"].model.state_dict()
     for name, variant in VARIANTS.items():
+        if variant.scratch and parent is None:  # nothing to do without
+            trained[name] = trained[name.removesuffix("-scratch")]
+            continue
         steps = settings.control_steps if name in CONTROLS else settings.branch_steps
         trained[name] = fit_variant(run, images, name, variant, steps, parent)
     return trained
 
 
-CONTROLS = ("unconditional", "label", "linear")
+CONTROLS = ("label", "linear")
 
 
 def fit_variant(
