@@ -13,7 +13,11 @@
 writes these files once:
 
     python -m paperlib.data prepare lsun_bedroom --source FOLDER
+    python -m paperlib.data prepare lsun_bedroom --source bedroom_train_lmdb --subset
     python -m paperlib.data list
+
+The first writes all images of a folder, of LSUN's LMDB or of an .npy file, the second those 10,000 of LSUN on which
+recorded runs trained. These runs had re-encodings of them at 256 pixels, so the pixels may differ from theirs a little.
 """
 
 import argparse
@@ -151,11 +155,12 @@ def from_signed(images: torch.Tensor, levels: int = 256) -> np.ndarray:
     return from_unit((images.detach().to(torch.float32) + 1) / 2, levels)
 
 
-def prepare(name: str, source: str | Path | None = None, side: int = 64) -> Path:
+def prepare(name: str, source: str | Path | None = None, side: int = 64, subset: bool = False) -> Path:
     """Write the arrays of `name` into `data_root()/prepared/<name>` and return that folder.
 
     `mnist` and `cifar10` come from the original archives below `data_root()`, or by download;
-    `lsun_bedroom` from `source`, a folder of images or an .npy file, see `image_arrays.write`.
+    `lsun_bedroom` from `source`, a folder of images, an LMDB or an .npy file, see `image_arrays.write`. `subset` takes
+    from LSUN's `bedroom_train_lmdb` the images of `lsun.subset_keys` only.
 
     Arrays that are there already are replaced, each whole or not at all. Raises `UserError`.
     """
@@ -164,11 +169,13 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64) -> Path
         raise UserError(f"data set {name!r} comes with scikit-learn: there is nothing to prepare")
     if name in originals.NAMES and source is not None:
         raise UserError(f"{name!r} takes no --source: its archives belong below {data_root()}")
+    if name in originals.NAMES and subset:
+        raise UserError(f"{name!r} takes no --subset: it is for lsun_bedroom")
     if name not in originals.NAMES and source is None:
         raise UserError(f"say where the images are: {_command(name)}")
     folder = make_folder(_folder(name))
     if source is not None:
-        image_arrays.write(Path(source).expanduser(), folder / "train-images.npy", side)
+        image_arrays.write(Path(source).expanduser(), folder / "train-images.npy", side, subset)
     else:
         with _one_process_at_a_time(folder):
             _prepare_original(name, folder)
@@ -221,7 +228,7 @@ def _folder(name: str) -> Path:
 
 
 def _command(name: str) -> str:
-    source = "" if name in originals.NAMES else " --source FOLDER (of images, or FILE.npy)"
+    source = "" if name in originals.NAMES else " --source FOLDER (of images or an LMDB, or FILE.npy)"
     return f"python -m paperlib.data prepare {name}{source}"
 
 
@@ -370,13 +377,15 @@ def main() -> None:
     commands.add_parser("list", help="the data sets, and which of them are there")
     command = commands.add_parser("prepare", help="write a data set's arrays below the data root")
     command.add_argument("name", metavar="NAME", help=", ".join(_SHAPES))
-    source = "lsun_bedroom: a folder of images, or an .npy file"
+    source = "lsun_bedroom: a folder of images, LSUN's LMDB or an .npy file"
     command.add_argument("--source", type=Path, metavar="PATH", help=source)
     side = "lsun_bedroom: pixels a side (default 64)"
     command.add_argument("--side", type=int, default=64, metavar="N", help=side)
+    subset = "lsun_bedroom from bedroom_train_lmdb: only the 10,000 images of recorded runs"
+    command.add_argument("--subset", action="store_true", help=subset)
     arguments = parser.parse_args()
     if arguments.command == "prepare":
-        print(prepare(arguments.name, arguments.source, arguments.side))
+        print(prepare(arguments.name, arguments.source, arguments.side, arguments.subset))
         return
     for name, source in SETS.items():
         there = "with scikit-learn" if name not in _SHAPES else f"in {_folder(name)}"

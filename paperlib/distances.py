@@ -68,18 +68,20 @@ def ratio(a: Estimate, b: Estimate) -> Estimate:
 # Two samples
 
 
-def kernel_distance(a: Points, b: Points, *, groups: int = 20) -> Estimate:
+def kernel_distance(a: Points, b: Points, *, groups: int = 20, together: tuple[int, int] = (1, 1)) -> Estimate:
     """The squared distance (1) of two sets of features under the polynomial kernel (2): (n, d) and (m, d).
 
     In float64, time O((n + m)^2 d), memory bounded. The kernel wants entries of order 1 (see `features.Extractor`); in
     which unit decides how much the third moments count.
 
     The interval (4) takes consecutive rows as a group: the rows of each set must be in random order, or, where some
-    depend on each other, such as states of one chain, lie in one group. The sets must be independent of one another.
-    Raises `ValueError` for shapes that do not fit, fewer than two groups, fewer than two rows a group, and values that
-    are not finite.
+    depend on each other, lie in one group. `together` says how many consecutive rows of either set belong together,
+    such as late states of one chain: pairs among them are left out as a row's pair with itself is, so that the value
+    stays unbiased. The sets must be independent of one another.
+    Raises `ValueError` for shapes that do not fit, fewer than two groups, fewer than two rows a group, rows that belong
+    together in two groups, and values that are not finite.
     """
-    return _two_samples(a, b, _cubic, groups)
+    return _two_samples(a, b, _cubic, groups, together=together)
 
 
 def energy_distance(a: Points, b: Points, *, groups: int = 20) -> Estimate:
@@ -128,16 +130,26 @@ def _cubic(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _two_samples(
-    a: Points, b: Points, kernel: Callable[[Tensor, Tensor], Tensor], groups: int, centre: bool = False
+    a: Points,
+    b: Points,
+    kernel: Callable[[Tensor, Tensor], Tensor],
+    groups: int,
+    centre: bool = False,
+    together: tuple[int, int] = (1, 1),
 ) -> Estimate:
     """Equations (1) and (4)."""
-    every = _every(a, b, kernel, groups, centre)
+    every = _every(a, b, kernel, groups, centre, together)
     return Estimate(*map(float, _jackknife(every[0], every[1:])))
 
 
 @torch.no_grad()
 def _every(
-    a: Points, b: Points, kernel: Callable[[Tensor, Tensor], Tensor], groups: int, centre: bool = False
+    a: Points,
+    b: Points,
+    kernel: Callable[[Tensor, Tensor], Tensor],
+    groups: int,
+    centre: bool = False,
+    together: tuple[int, int] = (1, 1),
 ) -> np.ndarray:
     """Equation (1) of all points, then without each group: (1 + G,).
 
@@ -148,22 +160,27 @@ def _every(
         raise ValueError(f"points of {a.shape[1]} and of {b.shape[1]} dimensions have no distance")
     if groups < 2 or min(len(a), len(b)) < 2 * groups:
         raise ValueError(f"{groups} groups of {len(a)} and {len(b)} points: it takes 2 groups, and 2 points in each")
+    for points, unit in zip((a, b), together, strict=True):
+        if unit > 1 and (len(points) % (groups * unit) or len(points) == groups * unit):
+            raise ValueError(f"{len(points)} points, {unit} of which belong together, do not make {groups} groups")
     if centre:
         mean = torch.cat([a, b]).mean(0)
         a, b = a - mean, b - mean
-    (aa, n), (bb, m) = (_all_and_without(_sums(x, x, kernel, groups), x) for x in (a, b))
+    own = [_all_and_without(_sums(x, x, kernel, groups, unit), x) for x, unit in zip((a, b), together, strict=True)]
+    (aa, n), (bb, m) = own
     ab, _ = _all_and_without(_sums(a, b, kernel, groups), a)
-    return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * ab / (n * m)
+    return aa / (n * (n - together[0])) + bb / (m * (m - together[1])) - 2 * ab / (n * m)
 
 
-def _sums(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], groups: int) -> np.ndarray:
-    """Sums of the kernel over pairs of groups, (G, G); where `b` is `a`, without those of a point and itself."""
+def _sums(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], groups: int, unit: int = 1) -> np.ndarray:
+    """Sums of the kernel over pairs of groups, (G, G); where `b` is `a`, without those among `unit` points in a row."""
+    which = torch.arange(len(b), device=b.device) // unit
     columns, start = a.new_zeros(groups, len(b)), 0
     for g, group in enumerate(a.tensor_split(groups)):
         for rows in group.split(max(1, PAIRS // len(b))):
             values = kernel(rows, b)
             if b is a:
-                values.diagonal(start).zero_()
+                values[which[start : start + len(rows), None] == which] = 0
             columns[g] += values.sum(0)
             start += len(rows)
     return torch.stack([part.sum(1) for part in columns.tensor_split(groups, 1)], 1).cpu().numpy()

@@ -1,11 +1,15 @@
-"""Many images in one .npy file: written from a folder or another array, searched for near-copies.
+"""Many images in one .npy file: written from a folder, an LMDB or another array, searched for near-copies.
 
 All works through memory maps and in chunks, so that three million images need little memory.
 """
 
+import collections
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from PIL import Image, ImageOps
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 from tqdm import tqdm
 
+from paperlib import lsun
 from paperlib.errors import UserError
 from paperlib.paths import replacing
 
@@ -23,30 +28,44 @@ NEAR = 0.9
 _CHUNK = 2048
 
 
-def write(source: Path, path: Path, side: int) -> None:
+def write(source: Path, path: Path, side: int, subset: bool = False) -> None:
     """Write `source` to `path` as uint8 (N, side, side, 3), whole or not at all.
 
-    `source` is a folder, read with its subfolders in the order of their names: each image is turned
-    as its EXIF orientation says, cropped to the central square and resized (Lanczos). Images that
-    cannot be read are left out, and one line on stderr says which. Or `source` is an .npy file of
-    uint8 (N, side, side, 3), which is checked and copied.
+    `source` is one of three:
 
-    Raises `UserError` where `source` is neither, has no good image, or `path` cannot be written.
+    - A folder, read with its subfolders in the order of their names: each image is turned as its EXIF orientation
+      says, cropped to the central square and resized (Lanczos). Images that cannot be read are left out, and one line
+      on stderr says which.
+    - An LMDB of LSUN, or a folder that holds just one: the same, in the order of keys. With `subset` only the images
+      that `lsun.subset_keys` names, and an error where one of them cannot be read.
+    - An .npy file of uint8 (N, side, side, 3), which is checked and copied.
+
+    Raises `UserError` where `source` is none of them, has no good image, or `path` cannot be written.
     """
     if side < 1:
         raise UserError(f"--side is {side}, but takes a number of pixels, 1 or more")
-    if source.suffix == ".npy" and source.is_file():
-        _copy(source, path, side)
-    elif not source.is_dir():
+    array = source.suffix == ".npy" and source.is_file()
+    if not array and not source.is_dir():
         what = "is no .npy file" if source.exists() else "does not exist"
-        raise UserError(f"{source} {what}: --source takes a folder of images or an .npy file")
-    elif (source / "data.mdb").exists():
         raise UserError(
-            f"{source} holds an LMDB, which cannot be read: export its images, "
-            f"since --source takes a folder of images or an .npy file"
+            f"{source} {what}: --source takes a folder of images, the folder of LSUN's LMDB or an .npy file"
         )
-    else:
+    folder = None if array else lsun.find(source)
+    if subset and not folder:
+        raise UserError(f"{source} is no LMDB: --subset takes LSUN's bedroom_train_lmdb as --source")
+    if array:
+        _copy(source, path, side)
+    elif not folder:
         _write_folder(source, path, side)
+    elif folder != source and _image_files(source):
+        raise UserError(f"{source} holds images and an LMDB: name {folder}, or a folder of images alone")
+    else:
+        total, images = lsun.read(folder, lsun.subset_keys() if subset else ())
+        with contextlib.closing(images):
+            encoded = ((key, io.BytesIO(value)) for key, value in images)
+            _write_squares(
+                encoded, total, folder, path, side, all_of_them=subset, advice=f"; {lsun.AGAIN} to have them"
+            )
 
 
 def open_array(path: Path) -> np.memmap:
@@ -111,34 +130,67 @@ def _write_folder(source: Path, path: Path, side: int) -> None:
     files = _image_files(source)
     if not files:
         raise UserError(f"{source} holds no images ({' '.join(ENDINGS)}): name a folder that does")
+    _write_squares(((file, source / file) for file in files), len(files), source, path, side)
+
+
+def _write_squares(
+    images: Iterable[tuple[str, Path | io.BytesIO]],
+    total: int,
+    source: Path,
+    path: Path,
+    side: int,
+    all_of_them: bool = False,
+    advice: str = "",
+) -> None:
+    """Write the squares of `total` images, which come with their names, to `path`.
+
+    Those that cannot be read are left out, with `advice`, or are an error if `all_of_them` are wanted.
+    """
     bad = []
     with replacing(path) as partial:
-        images = _new_array(partial, (len(files), side, side, 3))
+        array = _new_array(partial, (total, side, side, 3))
         count = 0
-        for file in tqdm(files, desc="resizing", unit="image", delay=2):
-            try:
-                images[count] = _central_square(source / file, side)
+        for name, square in tqdm(_squares(images, side), desc="resizing", unit="image", total=total, delay=2):
+            if isinstance(square, np.ndarray):
+                array[count] = square
                 count += 1
-            except (
-                OSError,
-                ValueError,
-                SyntaxError,
-                Image.DecompressionBombError,
-            ) as error:  # what Pillow raises
-                bad.append(f"{file} ({type(error).__name__})")
-        images.flush()
+                continue
+            bad.append(f"{name} ({type(square).__name__})")
+            if all_of_them:
+                raise UserError(f"the image {bad[0]} in {source} cannot be read: {lsun.AGAIN}")
+        array.flush()
         if not count:
             raise UserError(
-                f"none of the {len(files)} images in {source} can be read, {bad[0]} the first: name another folder"
+                f"none of the {total} images in {source} can be read, {bad[0]} the first: name another folder"
             )
         if bad:
             _shorten(partial, count)
     if bad:
         more = "" if len(bad) <= 3 else f" and {len(bad) - 3} more"
-        print(
-            f"left out {len(bad)} of {len(files)} images: {', '.join(bad[:3])}{more}",
-            file=sys.stderr,
-        )
+        print(f"left out {len(bad)} of {total} images: {', '.join(bad[:3])}{more}{advice}", file=sys.stderr)
+
+
+def _squares(
+    images: Iterable[tuple[str, Path | io.BytesIO]], side: int, threads: int = min(8, os.cpu_count() or 1)
+) -> Iterator[tuple[str, np.ndarray | Exception]]:
+    """The square of each image in turn, or why it cannot be read. Pillow works in several threads at once."""
+    Image.init()  # where two threads open a first image together, one may not find its format
+    waiting = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for name, image in images:
+            waiting.append((name, pool.submit(_square_or_error, image, side)))
+            if len(waiting) > 4 * threads:
+                name, square = waiting.popleft()
+                yield name, square.result()
+        for name, square in waiting:
+            yield name, square.result()
+
+
+def _square_or_error(image: Path | io.BytesIO, side: int) -> np.ndarray | Exception:
+    try:
+        return _central_square(image, side)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+        return error
 
 
 def _image_files(folder: Path) -> list[str]:
@@ -151,7 +203,7 @@ def _image_files(folder: Path) -> list[str]:
     return found
 
 
-def _central_square(file: Path, side: int) -> np.ndarray:
+def _central_square(file: Path | io.BytesIO, side: int) -> np.ndarray:
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     square = min(image.size)

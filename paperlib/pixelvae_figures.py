@@ -67,7 +67,7 @@ def training(arrays: Arrays) -> Any:
 def ways_to_draw(arrays: Arrays) -> Any:
     """P3: images decoded from codes of several laws, the same model; photographs beside them."""
     names = {
-        "photographs": "photographs",
+        "held-out photographs": "photographs",
         "none: q(z)": "z ~ q(z), from photographs",
         "none: prior": "z ~ N(0, I)",
         "none: Gaussian": "z ~ Gaussian fitted to q(z)",
@@ -179,8 +179,11 @@ def glasses(arrays: Arrays) -> Any:
 
 
 def continued(states: np.ndarray, levels: int) -> Any:
-    """States (T, N, S, S, C) of a few chains, one to a row, the photograph first."""
+    """States (T, N, S, S, C) of a few chains, one to a row, the photograph first; closed, so that it shows once."""
+    from matplotlib import pyplot
+
     figure, axis = figures.new(width=3.6, height=3.6)
     by_chain = states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
     _show(axis, {"levels": np.array(levels)}, by_chain, len(states), "from photographs (left), step by step")
+    pyplot.close(figure)
     return figure

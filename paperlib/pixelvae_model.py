@@ -16,13 +16,13 @@ nothing**: z may carry the image past the decoder, and -E log p(x|z) can fall be
 
 The settings of a run (`pixelvae.Settings`) say how large all this is. Trainings share their beginning: the *trunk* is
 trained without regulariser, and each *branch* of `VARIANTS` starts from its weights and goes on with its own objective
-or encoder, so that all have had the same amount of training.
+or encoder.
 
 The trunk needs help. The neighbours of a pixel tell a decoder thousands of nats and a code tens, so for thousands of
 steps a code is a nuisance to it, and the encoder is rid of it by making the codes of all images alike. So in the first
 half of the trunk the decoder sees no pixel of a falling share of the images (Bowman et al. 2016, arXiv 1511.06349, do
-so with words): for these, all must come from z. The branches train on what (2) says and nothing else. "none-scratch"
-and "elbo-scratch" start without the trunk and are their controls.
+so with words): for these, all must come from z. It also begins with std(x) near its floor. The branches train on what
+(2) says and nothing else. "none-scratch" and "elbo-scratch" start without trunk and help, and are their controls.
 """
 
 import math
@@ -109,7 +109,7 @@ class PixelVAE(nn.Module):
                 conditioning=settings.code_channels if self.code_dim else 0,
             )
         )
-        _make_z_heard(self)
+        _keep_deviations(self)
 
     @property
     def learns_code(self) -> bool:
@@ -180,11 +180,10 @@ def _deconvolutions(code_dim: int, side: int, channels: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _make_z_heard(vae: PixelVAE) -> None:
-    """Initial weights that keep deviations: about 1 for the means over images and for the map, std(x) near its floor.
+def _keep_deviations(vae: PixelVAE) -> None:
+    """Initial weights that keep deviations from layer to layer: about 1 for the means over images and for the map.
 
-    torch's own shrink them at every layer: the means to a tenth of the noise. The decoder then begins by learning to
-    ignore z, and takes thousands of steps to come back to it.
+    torch's own shrink them at every layer, the means to a tenth of the noise.
     """
     layers = [*vae.expand] if vae.code_dim else []
     layers += [*vae.encoder] if vae.learns_code else []
@@ -196,8 +195,7 @@ def _make_z_heard(vae: PixelVAE) -> None:
             nn.init.normal_(layer.weight, std=1.25 / math.sqrt(heard))  # 1.25: what an ELU takes away
             nn.init.zeros_(layer.bias)
     if vae.learns_code:
-        vae.encoder[-1].weight[vae.code_dim :].mul_(0.1)
-        vae.encoder[-1].bias[vae.code_dim :].fill_(-3)
+        vae.encoder[-1].weight[vae.code_dim :].mul_(0.1)  # std(x) alike for all images
 
 
 def load_images(run: results.Run) -> Images:
@@ -227,12 +225,15 @@ def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
         trained["trunk"] = fit_variant(run, images, "trunk", Variant(), settings.trunk_steps, parent)
         parent = trained["trunk"].model.state_dict()
     for name, variant in VARIANTS.items():
+        if variant.scratch and parent is None:  # nothing to do without
+            trained[name] = trained[name.removesuffix("-scratch")]
+            continue
         steps = settings.control_steps if name in CONTROLS else settings.branch_steps
         trained[name] = fit_variant(run, images, name, variant, steps, parent)
     return trained
 
 
-CONTROLS = ("unconditional", "label", "linear")
+CONTROLS = ("label", "linear")
 
 
 def fit_variant(
@@ -250,6 +251,9 @@ def fit_variant(
     settings, device = run.settings, run.device
     torch.manual_seed(run.seed)
     vae = build(run, images, variant.encoder)
+    if vae.learns_code and not variant.scratch:
+        with torch.no_grad():
+            vae.encoder[-1].bias[vae.code_dim :].fill_(-3)  # std(x) near its floor
     if parent is not None and not variant.scratch:
         inherit(vae, parent)
     else:

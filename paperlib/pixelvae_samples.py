@@ -28,6 +28,7 @@ from paperlib.pixelvae_model import (
 )
 
 LAGS = (1, 5, 20, 60)  # of the chain's autocorrelation
+LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where sets of images are compared
 
 
 def extractors(run: results.Run, images: Images) -> dict[str, features.Extractor]:
@@ -152,38 +153,42 @@ def samples(
 
     - `kernel_classifier`, `kernel_random` (SETS, 3): squared kernel distance of each of SETS to held-out photographs
       that had no part in making it; `noise_to_data_*` (3,): between the chain's states from noise and from photographs.
-    - `shown_<set>` (40, S, S, C): its first images.
-    - `chain_none`, `chain_elbo` (steps + 1, S, S, C): the first chain, from noise; `shown_many` the last states of 36.
+      A set is `draws` images; of a chain it is the LATE states of `chains`.
+    - `shown_<set>` (40, S, S, C): its first images, of chains the last states.
+    - `chain_none`, `chain_elbo` (steps + 1, S, S, C): the first chain, from noise; `many_*` the last states of 36.
     - `similarity_<none or elbo>_<pixels or classifier>` (LAGS, 3): autocorrelation of chains from photographs;
       `decodes_*` (3,): correlation of two decodes of one z; `shown_decodes_<model>` (2, 10, S, S, C).
     """
-    n, steps = run.settings.chains, run.settings.chain_steps
+    chains, draws, steps = run.settings.chains, run.settings.draws, run.settings.chain_steps
     mixed = torch.randperm(len(images.held_out), generator=run.generator(12)).to(run.device)
-    reference, sources = images.held_out[mixed[n:]], images.held_out[mixed[:n]]
+    sources, reference = images.held_out[mixed[:draws]], images.held_out[mixed[draws:]]
     generator = run.generator(5, True)
-    none, elbo, mmd = (models[name] for name in ("none", "elbo", "mmd"))
-    photographs = images.train[torch.randperm(len(images.train), generator=run.generator(13))[:n].to(run.device)]
-    noise = noise_images(images, n, run.generator(6))
+    noise = noise_images(images, chains, run.generator(6))
+    known = torch.randperm(len(images.train), generator=run.generator(13))[:draws].to(run.device)
 
     drawn = {
-        "photographs": photographs.cpu(),
+        "training photographs": images.train[known].cpu(),
+        "held-out photographs": sources.cpu(),
         "blurred": blurred(sources.cpu()),
         "patches shuffled": patches_shuffled(sources.cpu(), run.generator(7)),
     }
     found: dict[str, Any] = {}
-    for name, vae in (("none", none), ("elbo", elbo), ("mmd", mmd)):
+    for name in ("none", "elbo", "mmd"):
+        vae = models[name]
         z = sampled(vae, images, sources, generator)
-        decode = Decoder(vae, images, n)
+        decode = Decoder(vae, images, min(draws, 250))
         drawn[f"{name}: q(z)"] = decode(z, generator)
         drawn[f"{name}: prior"] = decode(torch.randn(z.shape, generator=generator, device=z.device), generator)
         if name == "none":
-            for law, drawn_z in fitted(run, sampled(vae, images, images.train, generator), n).items():
-                drawn[f"none: {law}"] = decode(drawn_z, generator)
+            for law, fitted_z in fitted(run, sampled(vae, images, images.train, generator), draws).items():
+                drawn[f"none: {law}"] = decode(fitted_z, generator)
         if name == "mmd":
             continue
         from_noise = markov_chain(vae, images, noise, steps, generator, f"{name} from noise")
-        from_data = markov_chain(vae, images, sources, steps, generator, f"{name} from data")
-        drawn[f"{name}: chain"], drawn[f"{name}: chain from data"] = from_noise[-1], from_data[-1]
+        from_data = markov_chain(vae, images, sources[:chains], steps, generator, f"{name} from data")
+        drawn[f"{name}: chain"], drawn[f"{name}: chain from data"] = (
+            _late(states) for states in (from_noise, from_data)
+        )
         again = decode(z, generator)
         for view, look in (("pixels", _pixels), ("classifier", describe["classifier"])):
             states = torch.stack([look(state) for state in from_data])
@@ -194,16 +199,25 @@ def samples(
         found[f"many_{name}"] = from_noise[-1, :36]
         found[f"shown_decodes_{name}"] = torch.stack([drawn[f"{name}: q(z)"][:10], again[:10]])
 
+    unit = {name: len(LATE) if "chain" in name else 1 for name in SETS}
     for kind, look in describe.items():
         seen, kept = {name: look(drawn[name]) for name in SETS}, look(reference)
-        found[f"kernel_{kind}"] = np.array([distances.kernel_distance(seen[name], kept) for name in SETS])
+        found[f"kernel_{kind}"] = np.array(
+            [distances.kernel_distance(seen[name], kept, together=(unit[name], 1)) for name in SETS]
+        )
         ends = seen["none: chain"], seen["none: chain from data"]
-        found[f"noise_to_data_{kind}"] = distances.kernel_distance(*ends)
-    return found | {f"shown_{name}": drawn[name][:40] for name in SETS}
+        found[f"noise_to_data_{kind}"] = distances.kernel_distance(*ends, together=(len(LATE), len(LATE)))
+    return found | {f"shown_{name}": drawn[name][unit[name] - 1 :: unit[name]][:40] for name in SETS}
+
+
+def _late(states: Tensor) -> Tensor:
+    """The LATE states of chains (steps + 1, N, S, S, C), those of one chain in a row: (N len(LATE), S, S, C)."""
+    return states[list(LATE)].transpose(0, 1).flatten(0, 1)
 
 
 SETS = (
-    "photographs",
+    "training photographs",
+    "held-out photographs",
     "blurred",
     "patches shuffled",
     "none: q(z)",
@@ -288,11 +302,12 @@ def glasses(run: results.Run, images: Images, label: PixelVAE) -> dict[str, np.n
 
 def exactness(run: results.Run, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]:
     """Claim P7 on the trained decoder, two codes: `pixels_that_differ` between images of the incremental sampler and of
-    one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32.
+    one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32, relative where
+    a parameter is above 1.
     """
     x = images.signed(images.held_out[:2])
     z = sampled(vae, images, images.held_out[:2], run.generator(9, True))
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # TF32 has ten bits, also of float32
         h = vae.h(z)
         expected = vae.decoder(x, h)
     shape = x.shape[0], *x.shape[2:]

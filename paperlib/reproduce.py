@@ -32,7 +32,11 @@ from paperlib import paths, presets, results
 from paperlib.errors import UserError, run_command
 from paperlib.machine import pick_device
 
-EXPERIMENTS = {"01_elbo_derivation": "elbo", "02_mnist_fuzziness": "fuzziness"}
+EXPERIMENTS = {
+    "01_elbo_derivation": "elbo",
+    "02_mnist_fuzziness": "fuzziness",
+    "04_cifar_pixelvae": "pixelvae",
+}
 PARAMETERS = ("preset", "seed", "device", "weights", "overrides")
 
 

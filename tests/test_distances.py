@@ -446,3 +446,43 @@ def test_features_that_are_refused(rng):
         linear_probe(x, y, x * math.nan, y)
     with pytest.raises(ValueError, match="class"):
         linear_probe(x, 0 * y, x, y)
+
+
+# Rows that belong together
+
+
+def test_pairs_that_belong_together_are_left_out():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (12, 8))
+
+    def mean(u, v, unit=0):
+        pairs = [(i, j) for i in range(len(u)) for j in range(len(v)) if not unit or i // unit != j // unit]
+        return sum((u[i] @ v[j] / 3 + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    expected = mean(a, a, 3) + mean(b, b, 1) - 2 * mean(a, b)
+    found = distances.kernel_distance(a, b, groups=2, together=(3, 1))
+    assert found.value == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_states_of_one_chain_do_not_bias_the_distance():
+    """Copies of each point in a row: as unbiased as the points themselves, where the plain statistic is not."""
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(60):
+        a, b = (torch.randn(40, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+        copies = a.repeat_interleave(4, 0)
+        values.append(
+            [
+                distances.kernel_distance(copies, b, groups=10, together=(4, 1)).value,
+                distances.kernel_distance(copies, b, groups=10).value,
+                distances.kernel_distance(a, b, groups=10).value,
+            ]
+        )
+    apart, plain, single = np.mean(values, 0)
+    assert apart == pytest.approx(single, abs=1e-9) and plain > apart + 0.1
+
+
+def test_rows_that_belong_together_stay_in_one_group():
+    a = torch.randn(40, 2)
+    with pytest.raises(ValueError, match="belong together"):
+        distances.kernel_distance(a, a[:30], groups=10, together=(3, 1))

@@ -142,8 +142,6 @@ def test_other_sources(folder, tmp_path):
     assert "does not exist" in complaint(tmp_path / "nowhere", tmp_path)
     assert "is no .npy file" in complaint(source / "a.png", tmp_path)
     assert "--side is 0" in complaint(source, tmp_path, side=0)
-    (source / "data.mdb").touch()
-    assert "holds an LMDB" in complaint(source, tmp_path)
 
 
 def test_an_array_is_copied(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import paperlib
 # Lowest first; a module imports from the lines above its own.
 LAYERS = """
 errors
-paths
+lsun paths
 checkpoints distances figures finite image_arrays likelihoods machine measures originals presets results
 aggregate chain data elbo_figures fuzziness_figures gaussian pixelcnn
 elbo_examples fuzziness_explorer pixelcnn_sampler resident train

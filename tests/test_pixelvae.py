@@ -167,7 +167,8 @@ def test_what_is_drawn(finished):
     assert all(one.shape == (40, 8, 8, 1) and one.dtype == np.uint8 and one.max() <= 16 for one in shown)
     assert len({one.tobytes() for one in shown}) == len(SETS), "no set is another's copy"
     kernel = dict(zip(SETS, arrays["kernel_random"][:, 0], strict=True))
-    assert kernel["photographs"] < min(kernel["blurred"], kernel["patches shuffled"])
+    photographs = kernel["training photographs"], kernel["held-out photographs"]
+    assert max(photographs) < min(kernel["blurred"], kernel["patches shuffled"])
     assert (arrays["shown_decodes_none"][0] == arrays["shown_none: q(z)"][:10]).all()
 
 
@@ -188,14 +189,37 @@ def test_reference_photographs_made_nothing(finished, monkeypatch):
     monkeypatch.setattr(pixelvae_samples, "sampled", sampled)
     monkeypatch.setattr(pixelvae_samples, "markov_chain", standing)
     monkeypatch.setattr(pixelvae_samples, "fitted", lambda *rest: laws)
-    references = []
+    references, starts, pairs = [], [], []
     true = distances.kernel_distance
-    monkeypatch.setattr(distances, "kernel_distance", lambda a, b: references.append(b) or true(a, b))
+    true_memory, true_pair = distances.autocorrelation, distances.pair_correlation
+
+    def kernel_distance(a, b, together):
+        references.append((a, b, together))
+        return true(a, b, together=together)
+
+    monkeypatch.setattr(distances, "kernel_distance", kernel_distance)
+    monkeypatch.setattr(distances, "autocorrelation", lambda s, lags: starts.append(s) or true_memory(s, lags))
+    monkeypatch.setattr(distances, "pair_correlation", lambda a, b: pairs.append((a, b)) or true_pair(a, b))
     describe = {kind: lambda pictures: pictures.flatten(1).double() for kind in ("classifier", "random")}
-    pixelvae_samples.samples(run, images, {name: trained[name].model for name in VARIANTS}, describe)
-    sources, reference = seen[run.settings.chains].flatten(1).double(), references[0]
+    found = pixelvae_samples.samples(run, images, {name: trained[name].model for name in VARIANTS}, describe)
+    sources, reference = seen[run.settings.draws].flatten(1).double(), references[0][1]
     assert len(reference) + len(sources) == len(images.held_out)
     assert torch.cdist(sources, reference).min() > 0
+    chains = run.settings.chains
+    starts = [states for states in starts if len(states) > 2]  # the others are of pair_correlation
+    assert len(starts) == 4
+    for states in starts:
+        assert torch.equal(states[0], sources[:chains]), "memory is that of chains from photographs"
+    shown = [
+        torch.from_numpy(np.asarray(found[f"shown_decodes_{name}"])).flatten(2).double() for name in ("none", "elbo")
+    ]
+    for k, (a, b) in enumerate(pairs):
+        assert torch.equal(a[:10], shown[k // 2][0]) and torch.equal(b[:10], shown[k // 2][1])
+        assert len(a) == run.settings.draws and not torch.equal(a, b)
+    pooled = references[SETS.index("none: chain from data")]
+    assert pooled[2] == (5, 1) and len(pooled[0]) == 5 * chains
+    assert torch.equal(pooled[0][::5], starts[0][-21]) and torch.equal(pooled[0][4::5], starts[0][-1])
+    assert references[len(SETS)][2] == (5, 5)
 
 
 def test_walking_on(finished):
@@ -219,14 +243,14 @@ def test_every_claim_is_judged_by_what_is_measured(finished):
 GOOD = {
     "P1": {"kl": 0.4, "shuffle_gap": 0.05, "kl_scratch": 0.1, "shuffle_gap_scratch": 0.0},
     "P2": {"shuffle_gap": 6.0},
-    "P3": {"prior": 3.0, "chain": 1.1, "aggregate": 1.0, "noise_to_data": 0.05},
-    "P4": {"similarity": 0.6, "similarity_elbo": 0.01},
+    "P3": {"prior": 3.0, "chain": 1.1, "q_z": 1.0, "noise_to_data": 0.05},
+    "P4": {"neighbours": 0.2, "similarity": 0.6, "after_60_steps": 0.05, "similarity_elbo": 0.01},
     "P5": {"above_random": 0.04, "above_components": 0.05},
     "P6": {
         "shuffle_gap": 3.1,
         "shuffle_gap_none": 6.0,
         "prior": 1.1,
-        "aggregate": 1.0,
+        "q_z": 1.0,
         "energy": 0.01,
         "energy_none": 1.0,
     },
@@ -237,8 +261,9 @@ GOOD = {
 BAD = [
     ("P1", "kl", 0.6), ("P1", "shuffle_gap", 0.2), ("P1", "kl_scratch", 0.6), ("P1", "shuffle_gap_scratch", 0.2),
     ("P2", "shuffle_gap", 4.0),
-    ("P3", "prior", 1.15), ("P3", "chain", 1.4), ("P3", "aggregate", 0.5), ("P3", "noise_to_data", 0.2),
-    ("P4", "similarity", 0.4), ("P4", "similarity_elbo", 0.1),
+    ("P3", "prior", 1.15), ("P3", "chain", 1.4), ("P3", "q_z", 0.5), ("P3", "noise_to_data", 0.2),
+    ("P4", "neighbours", 0.04), ("P4", "similarity", 0.4), ("P4", "after_60_steps", 0.15),
+    ("P4", "similarity_elbo", 0.1),
     ("P5", "above_random", 0.02), ("P5", "above_components", 0.02),
     ("P6", "shuffle_gap", 2.0), ("P6", "prior", 1.3), ("P6", "energy", 0.2),
     ("P7", "pixels_that_differ", 1.0), ("P7", "worst_parameter", 1e-4),
@@ -259,6 +284,114 @@ def test_a_criterion_accepts_what_its_words_accept(key):
 @pytest.mark.parametrize(("key", "name", "value"), BAD)
 def test_a_criterion_refuses_what_its_words_refuse(key, name, value):
     assert not CLAIMS[key].criterion(**around(GOOD[key] | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "quantity"),
+    [
+        ("P2", "shuffle_gap", Quantity(6.0, -0.1, 12.1)),
+        ("P3", "prior", Quantity(3.0, 1.15, 4.85)),
+        ("P4", "neighbours", Quantity(0.2, 0.04, 0.36)),
+        ("P5", "above_random", Quantity(0.04, -0.01, 0.09)),
+        ("P5", "above_components", Quantity(0.04, -0.01, 0.09)),
+        ("G1", "nats_lost", Quantity(2000.0, 900.0, 3100.0)),
+    ],
+)
+def test_a_criterion_asks_for_the_interval_too(key, name, quantity):
+    assert not CLAIMS[key].criterion(**around(GOOD[key]) | {name: quantity})
+
+
+def test_each_quantity_is_what_its_name_says():
+    """Arrays in which every entry is a number of its own."""
+    names, at = list(VARIANTS), {name: k for k, name in enumerate(VARIANTS)}
+    rows = np.arange(len(names), dtype=float)[:, None] + np.array([-0.01, 0.0, 0.01])
+    kernel = np.arange(len(SETS))[:, None] + np.array([0.0, -0.1, 0.1])
+    energy = 50.0 + np.arange(len(CODED) + 1)[:, None] + np.array([0.0, -0.1, 0.1])
+    right = np.arange(100) < 5 * np.arange(1, len(PROBES) + 1)[:, None]
+    memory = {
+        f"similarity_{model}_{view}": base + np.array([0.4, 0.3, 0.2, 0.1])[:, None] + np.array([0.0, -0.01, 0.01])
+        for model, view, base in [("none", "pixels", 0.0), ("elbo", "pixels", 1.0)]
+    }
+    arrays = {
+        "chain_none": np.zeros((2, 8, 8, 1)),
+        "bits_per_dim": 1 + rows / 100,
+        "kl": 10 + rows,
+        "shuffle_gap": 20 + rows,
+        "gaussian_nats": np.array([100.0, 101.0, 102.0]),
+        "kernel_classifier": kernel,
+        "noise_to_data_classifier": np.array([0.5, 0.4, 0.6]),
+        "energy": energy,
+        "probe_right": right,
+        "decodes_none_pixels": np.array([0.5, 0.4, 0.6]),
+        "pixels_that_differ": np.array(3),
+        "worst_parameter": np.array(0.25),
+        **memory,
+    }
+    found = {
+        key: {name: quantity.value for name, quantity in measured.items()}
+        for key, measured in pixelvae.quantities(arrays).items()
+    }
+    bits = {name: 1 + k / 100 for name, k in at.items()}
+    in_nats, set_at, coded_at = 64 * np.log(2), SETS.index, CODED.index
+    assert found["P1"] == pytest.approx(
+        {
+            "kl": 10 + at["elbo"],
+            "shuffle_gap": 20 + at["elbo"],
+            "kl_scratch": 10 + at["elbo-scratch"],
+            "shuffle_gap_scratch": 20 + at["elbo-scratch"],
+            "negative_elbo": bits["elbo"] + (10 + at["elbo"]) / in_nats,
+            "unconditional": bits["unconditional"],
+        }
+    )
+    gaps = {"shuffle_gap": 20 + at["none"], "shuffle_gap_scratch": 20 + at["none-scratch"], "kl": 10 + at["none"]}
+    assert found["P2"] == pytest.approx(gaps)
+    sets = {
+        "prior": "none: prior",
+        "chain": "none: chain",
+        "q_z": "none: q(z)",
+        "fitted_gaussian": "none: Gaussian",
+        "fitted_mixture": "none: mixture",
+        "held_out_photographs": "held-out photographs",
+    }
+    assert found["P3"] == {name: set_at(value) for name, value in sets.items()} | {"noise_to_data": 0.5}
+    assert found["P4"] == pytest.approx(
+        {
+            "neighbours": 0.4,
+            "two_decodes": 0.5,
+            "similarity": 0.8,
+            "after_60_steps": 0.1,
+            "similarity_elbo": 2.8,
+        }
+    )
+    share = {name: 0.05 * (k + 1) for k, name in enumerate(PROBES)}
+    assert found["P5"] == pytest.approx(
+        {
+            "above_random": share["none"] - share["random encoder"],
+            "above_components": share["none"] - share["components"],
+            **{name: share[name] for name in ("none", "elbo", "mmd", "pixels")},
+        }
+    )
+    assert found["P6"] == pytest.approx(
+        {
+            "shuffle_gap": 20 + at["mmd"],
+            "shuffle_gap_none": 20 + at["none"],
+            "prior": set_at("mmd: prior"),
+            "q_z": set_at("mmd: q(z)"),
+            "energy": 50 + coded_at("mmd"),
+            "energy_none": 50 + coded_at("none"),
+        }
+    )
+    assert found["P7"] == {"pixels_that_differ": 3, "worst_parameter": 0.25}
+    gaps = {"shuffle_gap": 20 + at["linear"], "shuffle_gap_conv": 20 + at["none"]}
+    assert found["D1"] == pytest.approx(gaps | {"probe_gain": share["linear"] - share["none"]})
+    assert found["G1"] == pytest.approx(
+        {
+            "nats_lost": 101 - in_nats * bits["label"],
+            "gain_by_class": in_nats * (bits["unconditional"] - bits["label"]),
+            "gaussian": 101 / in_nats,
+            "pixelcnn": bits["label"],
+        }
+    )
 
 
 def test_a_ratio_of_estimates():

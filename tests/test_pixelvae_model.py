@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib import checkpoints, data, pixelcnn, pixelvae, pixelvae_model, results, train
+from paperlib import checkpoints, data, likelihoods, pixelcnn, pixelvae, pixelvae_model, results, train
 from paperlib.errors import UserError
 from paperlib.pixelcnn_sampler import Sampler
 from paperlib.pixelvae_model import OBJECTIVES, VARIANTS, Images, PixelVAE, Variant
@@ -116,13 +116,13 @@ def test_terms_of_a_batch(encoder):
 
 
 @pytest.mark.parametrize("encoder", ["conv", "linear"])
-def test_z_is_heard_from_the_start(encoder):
-    """Means vary over images by more than the noise on them, and the map by about 1."""
+def test_initial_weights_keep_deviations(encoder):
+    """Means vary over images, and the map over codes, by about 1; with torch's own weights by a few hundredths."""
     dataset = data.load("digits")
     torch.manual_seed(0)
     vae = PixelVAE(pixelvae.PRESETS["smoke"], 1, 8, 17, 10, encoder)
     mean, log_std = vae.q_z_given_x(data.to_signed(dataset.train.images[:200], 17))
-    assert mean.std(0).median() > 1.5 * log_std.exp().median()
+    assert 0.3 < mean.std(0).median() < 3 and 0.4 < log_std.exp().median() < 0.8
     assert 0.2 < vae.h(mean).std(0).mean() < 3
 
 
@@ -170,6 +170,41 @@ def test_models_without_a_learned_code_have_no_gap_and_no_kl():
         assert set(measured) == {"bits_per_dim"}
 
 
+def test_unseen_pixels_are_scored_but_not_read():
+    vae, images = tiny_vae(), tiny_images(4)
+    x, labels = images.signed(images.train).double(), images.labels
+    read = []
+    vae.decoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    torch.manual_seed(0)
+    all_seen = vae(x, labels).log_p
+    seen = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64).view(4, 1, 1, 1)
+    torch.manual_seed(0)
+    terms = vae(x, labels, seen)
+    assert torch.equal(read[1], x * seen)
+    torch.testing.assert_close(terms.log_p[::2], all_seen[::2])
+    assert (terms.log_p[1::2] != all_seen[1::2]).all()
+    params = vae.decoder(torch.zeros_like(x), vae.h(terms.z))
+    expected = likelihoods.discretized_mix_logistic_log_prob(x, params, levels=5)
+    torch.testing.assert_close(terms.log_p[1::2], expected[1::2])
+
+
+@pytest.mark.parametrize(("name", "variant"), [("trunk", Variant()), ("none", Variant())])
+def test_only_the_first_half_of_the_trunk_hides_pixels(run, monkeypatch, name, variant):
+    images, hidden = tiny_images(), []
+    true = PixelVAE.forward
+
+    def forward(self, x, labels, seen=None):
+        hidden.append(1 - seen.mean().item())
+        return true(self, x, labels, seen)
+
+    monkeypatch.setattr(PixelVAE, "forward", forward)
+    settings = dataclasses.replace(run.settings, input_dropout=1.0, batch_size=24)
+    pixelvae_model.fit_variant(dataclasses.replace(run, settings=settings), images, name, variant, 8)
+    rates = [1, 0.75, 0.5, 0.25, 0, 0, 0, 0] if name == "trunk" else [0] * 8
+    assert hidden == pytest.approx(rates, abs=0.35) and hidden[4:] == [0] * 4
+    assert (hidden[0] == 1) == (name == "trunk")
+
+
 # Trainings
 
 
@@ -178,6 +213,13 @@ def test_branches_start_from_the_trunk_and_scratch_does_not(run):
     trained = pixelvae_model.fit(run, images)
     assert list(trained) == ["trunk", *VARIANTS]
     alone = dataclasses.replace(run, seed=0, preset="alone")
+    deviation = {
+        name: pixelvae_model.encode(trained[name].model, images, images.train)[1].exp()
+        for name in ("none", "linear", "none-scratch")
+    }
+    assert (
+        deviation["none"].max() < 0.35 and deviation["linear"].max() < 0.35 < 0.5 < deviation["none-scratch"].median()
+    )
     for name in ("none", "elbo", "mmd", "none-scratch", "elbo-scratch"):
         without_trunk = pixelvae_model.fit_variant(alone, images, name, VARIANTS[name], 2).model.state_dict()
         same = all(torch.equal(v, without_trunk[k]) for k, v in trained[name].model.state_dict().items())
@@ -196,6 +238,13 @@ def test_inherit_takes_what_fits():
     assert new == ["expand.0.weight"], "only the layer that reads the code differs in shape"
     assert all(torch.equal(own[k], theirs[k]) for k in own if k not in new)
     assert set(pixelvae_model.inherit(tiny_vae("linear", seed=3), theirs)) == {"encoder.1.weight", "encoder.1.bias"}
+
+
+def test_without_a_trunk_nothing_is_trained_twice(run):
+    settings = dataclasses.replace(run.settings, trunk_steps=0, control_steps=1)
+    trained = pixelvae_model.fit(dataclasses.replace(run, settings=settings), tiny_images())
+    assert list(trained) == list(VARIANTS) and trained["none-scratch"] is trained["none"]
+    assert not (run.directory / "elbo-scratch").exists()
 
 
 def test_a_trunk_starts_from_another_runs_weights(run, tmp_path):
@@ -300,7 +349,7 @@ def test_cost_of_the_presets():
         return steps * settings.batch_size * gpu / (0.2 * 790e12) / 60
 
     assert 6 < minutes(settings.trunk_steps + settings.branch_steps) < 11
-    assert minutes(settings.trunk_steps + 5 * settings.branch_steps + 3 * settings.control_steps) < 22
+    assert minutes(settings.trunk_steps + 6 * settings.branch_steps + 2 * settings.control_steps) < 22
 
 
 @pytest.mark.slow
