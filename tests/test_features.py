@@ -237,4 +237,6 @@ def test_spoiled_digits_are_farther_than_training_digits(digits, trained, which,
     extract = extractor(network, digits.train.images, 17)
     images, held_out = map(np.random.default_rng(0).permutation, (digits.train.images, digits.held_out.images))
     near, far = (kernel_distance(extract(some), extract(held_out)) for some in (images, spoiled(images)))
-    assert near.low < 0 < near.high and far.low > 0 and far.value > 3 * near.value
+    assert near.low < 0 < near.high and far.value > near.high + 0.2
+    if which == "random":  # far from what it was trained on a classifier's features, and with them the interval, explode
+        assert far.low > 0
