@@ -238,5 +238,5 @@ def test_spoiled_digits_are_farther_than_training_digits(digits, trained, which,
     images, held_out = map(np.random.default_rng(0).permutation, (digits.train.images, digits.held_out.images))
     near, far = (kernel_distance(extract(some), extract(held_out)) for some in (images, spoiled(images)))
     assert near.low < 0 < near.high and far.value > near.high + 0.2
-    if which == "random":  # far from what it was trained on a classifier's features, and with them the interval, explode
+    if which == "random":  # a classifier's features, and with them the interval, explode far from what it has seen
         assert far.low > 0
