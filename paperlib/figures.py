@@ -4,6 +4,7 @@ Figures are made by functions that take a run's arrays and return a matplotlib f
 and closes it. seaborn and matplotlib are imported on use, since a test or a training needs neither.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,11 @@ def show_images(axis: Any, images: np.ndarray, columns: int, *, low: float = 0.0
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
+
+
+def show_estimates(axis: Any, places: np.ndarray, estimates: np.ndarray, colours: Sequence[str]) -> None:
+    """Draw each row of `estimates` (n, 3), value, low and high, as a dot on a bar at its height in `places`."""
+    for place, (value, low, high), colour in zip(places, estimates, colours, strict=True):
+        axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
+        axis.plot(value, place, "o", color=colour, markersize=4)
+    axis.axvline(0, color="black", linewidth=0.6)

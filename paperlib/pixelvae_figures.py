@@ -99,13 +99,10 @@ def distances(arrays: Arrays) -> Any:
     """P3, P6: squared kernel distance of each way of drawing to held-out photographs, on two kinds of features."""
     figure, axes = figures.new(2, height=4.0, sharey=True)
     places = np.arange(len(SETS))[::-1]
-    colours = {"none": BLUE, "elbo": RED, "mmd": GREEN}
+    models = {"none": BLUE, "elbo": RED, "mmd": GREEN}
+    colours = [models.get(name.split(":")[0], "black") for name in SETS]
     for axis, kind in zip(axes, ("classifier", "random"), strict=True):
-        for place, name, (value, low, high) in zip(places, SETS, arrays[f"kernel_{kind}"], strict=True):
-            colour = colours.get(name.split(":")[0], "black")
-            axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
-            axis.plot(value, place, "o", color=colour, markersize=4)
-        axis.axvline(0, color="black", linewidth=0.6)
+        figures.show_estimates(axis, places, arrays[f"kernel_{kind}"], colours)
         axis.set_xscale("symlog", linthresh=1.0)
         axis.set(xlabel="squared kernel distance", title=f"features of a {kind}{' network' * (kind == 'random')}")
     axes[0].set_yticks(places, SETS)

@@ -154,10 +154,7 @@ def distances(arrays: Arrays) -> Any:
     figure, axes = figures.new(2, height=2.6, sharey=True)
     places = np.arange(len(SETS))[::-1]
     for axis, kind in zip(axes, KINDS, strict=True):
-        for place, (value, low, high) in zip(places, arrays[f"kernel_{kind}"], strict=True):
-            axis.plot([low, high], [place, place], color=BLUE, linewidth=1.5)
-            axis.plot(value, place, "o", color=BLUE, markersize=4)
-        axis.axvline(0, color="black", linewidth=0.6)
+        figures.show_estimates(axis, places, arrays[f"kernel_{kind}"], [BLUE] * len(SETS))
         axis.set_xscale("symlog", linthresh=0.1)
         axis.set(xlabel="squared kernel distance", title=f"features: {kind}{' network' * (kind == 'random')}")
     axes[0].set_yticks(places, SETS)
