@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperlib import data, train
+from paperlib import data, processes, train
 
 BATCH = 250  # images at a time without gradients
 
@@ -132,10 +132,10 @@ def augmented(x: Tensor, *, mirror: bool, reach: int | None = None) -> Tensor:
     count, _, height, width = x.shape
     down, right = (height // 8, width // 8) if reach is None else (reach, reach)
     windows = F.pad(x, (right, right, down, down), mode="replicate").unfold(2, height, 1).unfold(3, width, 1)
-    top, left = (torch.randint(2 * reach + 1, (count,), device=x.device) for reach in (down, right))
+    top, left = (processes.randint(2 * reach + 1, (count,), device=x.device) for reach in (down, right))
     x = windows[torch.arange(count, device=x.device), :, top, left]
     if mirror:
-        x = torch.where(torch.rand(count, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+        x = torch.where(processes.rand((count, 1, 1, 1), device=x.device) < 0.5, x.flip(3), x)
     return x
 
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from paperlib import processes
+
 LOG_2PI = math.log(2 * math.pi)
 MIN_LOG_SCALE = -7.0  # of a logistic, the authors' limit: 1/9 of a grey level of 256
 
@@ -85,7 +87,7 @@ def sample_gaussian(
     is given. Raises `ValueError` when the shapes do not fit, or when both are given.
     """
     if noise is None:
-        noise = torch.randn(mean.shape, generator=generator, dtype=_float_type(mean), device=mean.device)
+        noise = processes.randn(mean.shape, generator=generator, dtype=_float_type(mean), device=mean.device)
     elif generator is not None:
         raise ValueError("give either noise or a generator, not both")
     std = torch.exp(torch.as_tensor(log_std, dtype=_float_type(mean), device=mean.device))

@@ -12,6 +12,7 @@ the working directory, because papermill, nbval and JupyterLab each start a note
 """
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from paperlib.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+
+LOCK = ".lock"  # a file in a folder that is worked in; it says by which process, and may stay when none does
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -72,6 +75,30 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Within, no other process is in a block like this for the same folder. The system ends the lock with the process.
+
+    Raises `UserError` where one is; `doing` says what, such as "training".
+    """
+    make_folder(folder)
+    with explained(folder / LOCK):
+        file = (folder / LOCK).open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"process {file.read().strip() or '?'} is {doing} in {folder}: wait until it is done (running again "
+                f"then uses what it made), or end it"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 @contextmanager

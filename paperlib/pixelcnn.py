@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperlib import processes
 from paperlib.likelihoods import bits_per_dim, discretized_mix_logistic_log_prob, mix_logistic_size
 
 
@@ -203,7 +204,7 @@ class GatedBlock(nn.Module):
         f = settings.filters
         self.inner = ShiftedConv(2 * f, f, kernel)
         self.short_cut = ShiftedConv(2 * short_cut * f, f, (1, 1)) if short_cut else None
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = processes.Dropout(settings.dropout)
         self.gated = ShiftedConv(2 * f, 2 * f, kernel, gain=0.1)
         self.condition = nn.Conv2d(settings.conditioning, 2 * f, 1, bias=False) if settings.conditioning else None
         if self.condition is not None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from paperlib import distances, pixelvae_samples, presets, results, train
+from paperlib import distances, launch, pixelvae_model, pixelvae_samples, presets, results, train
 from paperlib.distances import Estimate
 from paperlib.errors import UserError
 from paperlib.pixelvae_model import VARIANTS, Images
@@ -423,3 +423,7 @@ def table(arrays: Mapping[str, np.ndarray]) -> Any:
             "energy distance": terms.get("energy_distance", [math.nan])[0],
         }
     return pandas.DataFrame(rows).T.round(3)
+
+
+if __name__ == "__main__":
+    launch.main(NOTEBOOK, PRESETS, start, lambda run: pixelvae_model.fit(run, pixelvae_model.load_images(run)))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from paperlib import data, likelihoods, paths, pixelcnn, resident, results, train
+from paperlib import data, likelihoods, paths, pixelcnn, processes, resident, results, train
 from paperlib.distances import gaussian_mmd
 from paperlib.pixelcnn import PixelCNN, PixelCNNSettings
 from paperlib.pixelcnn_sampler import Sampler
@@ -44,7 +44,7 @@ from paperlib.resident import Images
 OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "elbo": lambda settings, mean, log_std, z: settings.kl_weight * likelihoods.gaussian_kl(mean, log_std).mean(),
     "none": lambda settings, mean, log_std, z: z.new_zeros(()),
-    "mmd": lambda settings, mean, log_std, z: settings.mmd_weight * gaussian_mmd(z),
+    "mmd": lambda settings, mean, log_std, z: settings.mmd_weight * gaussian_mmd(processes.gathered(z)),
 }
 
 
@@ -281,7 +281,7 @@ def fit_variant(
     ) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batch
         rate = settings.input_dropout * max(0.0, 1 - 2 * progress.fraction) if name == "trunk" else 0.0
-        seen = torch.rand(len(x), 1, 1, 1, device=x.device) >= rate
+        seen = processes.rand((len(x), 1, 1, 1), device=x.device) >= rate
         terms = vae(x, labels, seen.to(x.dtype))
         reconstruction = -terms.log_p.mean()
         logged = {"bits_per_dim": likelihoods.bits_per_dim(reconstruction.detach(), x[0].numel())}
@@ -289,7 +289,7 @@ def fit_variant(
             return reconstruction, logged
         added = OBJECTIVES[variant.objective](settings, terms.mean, terms.log_std, terms.z)
         logged["kl"] = likelihoods.gaussian_kl(terms.mean, terms.log_std).mean()
-        logged["mmd"] = gaussian_mmd(terms.z)
+        logged["mmd"] = gaussian_mmd(processes.gathered(terms.z))
         return reconstruction + added, logged
 
     held_out = slice(0, settings.evaluation_images)

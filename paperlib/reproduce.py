@@ -35,6 +35,7 @@ from paperlib.machine import pick_device
 EXPERIMENTS = {
     "01_elbo_derivation": "elbo",
     "02_mnist_fuzziness": "fuzziness",
+    "03_lsun_sequential_vae": "sequential",
     "04_cifar_pixelvae": "pixelvae",
 }
 PARAMETERS = ("preset", "seed", "device", "weights", "overrides")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from paperlib import distances, presets, results, sequential_samples, train
+from paperlib import distances, launch, presets, results, sequential_model, sequential_samples, train
 from paperlib.distances import Estimate
 from paperlib.errors import UserError
 from paperlib.presets import option
@@ -114,10 +114,10 @@ _cpu = Settings(
     single_widths=(64, 112, 160, 192),
     single_units=192,
     single_maps=(8, 16, 24),
-    updates=20_000,
-    single_updates=6_000,
+    updates=12_000,
+    single_updates=12_000,
     infusion_updates=7_000,
-    depth_updates=3_000,
+    depth_updates=4_000,
     picture_side=64,
     picture_widths=(16, 32, 64, 96),
     picture_updates=4_000,
@@ -368,8 +368,9 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def table(arrays: Mapping[str, np.ndarray]) -> Any:
     """What each step of the chain adds, on held-out images, as a table (a pandas data frame).
 
-    `error`: squared, per dimension of [-1, 1]; `fall`, `lost` and `without code` in per cent, see `per_step`; `KL` in
-    nats; `sigma_t`; `spectra`: distance of log power spectra of samples to photographs'.
+    `error`: squared, per dimension of [-1, 1], and `in training` that of training images; `fall`, `lost` and `without
+    code` in per cent, see `per_step`; `KL` in nats; `sigma_t`; `spectra`: distance of log power spectra of samples to
+    photographs'.
     """
     import pandas
 
@@ -378,6 +379,7 @@ def table(arrays: Mapping[str, np.ndarray]) -> Any:
     for t, error in enumerate(arrays["sequential_error"].mean(0)):
         rows[t + 1] = {
             "error": error,
+            "in training": arrays["training_error"][:, t].mean(),
             "fall (%)": 100 * steps["fall"][t].value,
             "lost by swap (%)": 100 * steps["lost"][t].value,
             "without code (%)": 100 * steps["without_code"][t - 1].value if t else np.nan,
@@ -388,3 +390,7 @@ def table(arrays: Mapping[str, np.ndarray]) -> Any:
     found = pandas.DataFrame(rows).T.round(4)
     found.index.name = "step"
     return found
+
+
+if __name__ == "__main__":
+    launch.main(NOTEBOOK, PRESETS, start, lambda run: sequential_model.fit(run, sequential_model.load_images(run)))

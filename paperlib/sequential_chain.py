@@ -50,7 +50,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperlib import likelihoods
+from paperlib import likelihoods, processes
 from paperlib.resident import Images
 from paperlib.sequential_networks import Size, Step, StepNetwork
 
@@ -115,9 +115,9 @@ def pixel_codes(vae: SequentialVAE, x: Tensor, generator: torch.Generator | None
     """Equation (7) for a batch (B, C, S, S)."""
     options = {"generator": generator, "dtype": x.dtype, "device": x.device}
     alphas = torch.tensor(vae.alphas, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1, 1)
-    masks = torch.rand(vae.steps, len(x), 1, *x.shape[2:], **options) < alphas
-    noise = torch.randn(vae.steps, *x.shape, **options)
-    noise[0] = 2 * torch.rand(x.shape, **options) - 1
+    masks = processes.rand((len(x), vae.steps, 1, *x.shape[2:]), **options).transpose(0, 1) < alphas
+    noise = processes.randn((len(x), vae.steps, *x.shape[1:]), **options).transpose(0, 1).contiguous()
+    noise[0] = 2 * processes.rand(x.shape, **options) - 1
     return PixelCodes(masks.to(x.dtype), noise)
 
 

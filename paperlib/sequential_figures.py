@@ -11,6 +11,7 @@ from paperlib.sequential_samples import KINDS, SETS
 Arrays = Mapping[str, np.ndarray]
 
 CELL = 0.78  # inches that an image of a chain takes
+ONE_TWO_FIVE = [float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 2, 5)]
 BLUE, ORANGE, GREEN, RED, GREY = (figures.PALETTE[k] for k in (0, 1, 2, 3, 7))
 
 
@@ -23,6 +24,16 @@ def _show(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: st
 def _rows(states: np.ndarray) -> np.ndarray:
     """(T, N, S, S, C) so that a grid of T columns shows one of N to a row."""
     return states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+
+
+def _plain_ticks(axis: Any, which: str, places: list[float]) -> None:
+    """Ticks of a logarithmic axis at round numbers, as such: those of `places` that are within its limits."""
+    from matplotlib.ticker import NullLocator
+
+    ticks = getattr(axis, f"{which}axis")
+    low, high = ticks.get_view_interval()
+    ticks.set_ticks(inside := [place for place in places if low <= place <= high], [f"{place:g}" for place in inside])
+    ticks.set_minor_locator(NullLocator())
 
 
 def _label_columns(axis: Any, names: list[str], side: int) -> None:
@@ -58,6 +69,7 @@ def reconstructions(arrays: Arrays) -> Any:
     bottom.set_yscale("log")
     bottom.set(xlabel="step t", ylabel="held-out squared error\nper dimension")
     bottom.set_xticks(steps)
+    _plain_ticks(bottom, "y", ONE_TWO_FIVE)
     bottom.legend(frameon=False, fontsize=7, ncols=2)
     other = bottom.twinx()
     other.bar(steps, arrays["sequential_kl"].mean(0), 0.4, color=GREEN, alpha=0.3)
@@ -81,7 +93,7 @@ def swapped(arrays: Arrays) -> Any:
 
 def models(arrays: Arrays) -> Any:
     """S2 to S4: samples of the three models (means of the last step) beside photographs, and infusion's chains."""
-    figure, axes = figures.new(2, 2, height=7.0)
+    figure, axes = figures.new(2, 2, height=5.6)
     titles = {
         "training photographs": "photographs",
         "sequential": "sequential",
@@ -115,6 +127,8 @@ def spectra(arrays: Arrays) -> Any:
         label = "training photographs" if name == "training" else name
         left.plot(frequencies, (arrays[f"power_{name}"] + 1 / 12) / photographs, "--", color=colour, label=label)
     left.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
+    _plain_ticks(left, "x", ONE_TWO_FIVE)
+    _plain_ticks(left, "y", ONE_TWO_FIVE)
     left.legend(frameon=False, fontsize=7)
     steps = np.arange(1, count + 1)
     values, lows, highs = arrays["spectral_sequential"].T
@@ -172,7 +186,19 @@ def training(arrays: Arrays) -> Any:
         left.plot(steps, watched, color=colour, label=name, linewidth=1.2)
         if name in ("sequential", "single"):
             right.plot(steps, kl, color=colour, label=name, linewidth=1.2)
-    left.set(xlabel="updates", ylabel="watched (nats per dimension, held out)")
-    right.set(xlabel="updates", ylabel="rate: KL (nats an image, held out)")
+    left.set(xlabel="updates", ylabel="watched, held out\n(nats per dimension)")
+    right.set(xlabel="updates", ylabel="rate, held out\n(KL in nats an image)")
     left.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def drawn(states: np.ndarray, levels: int) -> Any:
+    """States (T + 1, N, S, S, C) of a few samples, one to a row, noise first; closed, so that it shows once."""
+    from matplotlib import pyplot
+
+    count, rows = states.shape[:2]
+    figure, axis = figures.new(width=CELL * count, height=CELL * rows + 0.2)
+    _show(axis, {"levels": np.array(levels)}, _rows(states), count)
+    _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count))], states.shape[2])
+    pyplot.close(figure)
     return figure

@@ -8,7 +8,6 @@
 | `depth` | the steps 2 .. T without codes, from the images of the trained `sequential` | log p alone |
 
 On a data set that memory cannot hold (`resident` off) training images stay on disk and are read a batch at a time.
-Training by several processes wants `steps_per_batch` 0: with random steps some weights have no gradient in a batch.
 """
 
 import math
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paperlib import data, features, resident, results, train
+from paperlib import data, features, processes, resident, results, train
 from paperlib.resident import Images
 from paperlib.sequential_chain import (
     SequentialVAE,
@@ -149,7 +148,7 @@ def fit_model(
         beta = ramp(settings, progress.fraction) * vae.log_weight.exp()
         value, terms = objective(links, len(steps), beta, own_terms)
         if rate is not None:
-            steer(vae, terms["kl"], rate, settings.steering)
+            steer(vae, processes.mean(terms["kl"]), rate, settings.steering)
             terms["kl_weight"] = vae.log_weight.exp()
         return value, terms
 
@@ -172,6 +171,7 @@ def fit_model(
         evaluate=evaluated,
         provenance=results.describe_code(),
         name=name,
+        partial=own_terms and 0 < settings.steps_per_batch < len(steps),
     )
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperlib import likelihoods
+from paperlib import likelihoods, processes
 
 SLOPE = 0.1  # of the leaky ReLU below 0
 GROUPS = 4  # of channels that are normalised together
@@ -231,7 +231,9 @@ class StepNetwork(nn.Module):
 
     def forward(self, x: Tensor, previous: Tensor | None, index: Tensor, noise: float = 0.0) -> Step:
         """`noise` is the deviation of what is added to the previous image before the networks see it."""
-        seen = previous + noise * torch.randn_like(previous) if self.sees and noise else previous
+        seen = previous
+        if self.sees and noise:
+            seen = seen + noise * processes.randn(seen.shape, dtype=seen.dtype, device=seen.device)
         mean = log_std = z = None
         if self.generator.ladder:
             mean, log_std = self.q_z_given_x(x, seen, index)

@@ -52,7 +52,8 @@ def terms(run: results.Run, images: Images, models: Mapping[str, SequentialVAE])
 
     Of the chain also `swapped_error` (n, T), with the code of one step taken from another image; `depth_error`
     (n, T - 1), of the control that makes the steps 2 .. T without codes; `mean_error` (n,), of the mean of the training
-    images, which knows no code at all. All see the same noise, so rows are pairs. `sigma_<model>` (T,).
+    images, which knows no code at all; and `training_error` (n, T), on as many training images. All but the last see
+    the same noise, so rows are pairs. `sigma_<model>` (T,).
     """
     pictures = images.held_out[: run.settings.measured_images]
     found: dict[str, Any] = {}
@@ -66,6 +67,8 @@ def terms(run: results.Run, images: Images, models: Mapping[str, SequentialVAE])
         found["sequential_error"], found["swapped_error"] = swap_errors(models["sequential"], images, pictures)
     with run.seeded():
         found["depth_error"] = evaluate(models["depth"], images, pictures, models["sequential"])["error"]
+        seen = images.batch(_rows(run, len(images.train), len(pictures), 14))
+        found["training_error"] = evaluate(models["sequential"], images, seen)["error"]
     few = images.batch(_spread(len(images.train), 2000))
     mean = images.signed(few).mean(0, keepdim=True)
     x = torch.cat(list(batches(images, pictures)))
@@ -201,6 +204,11 @@ def pictures(run: results.Run, images: Images, models: Mapping[str, SequentialVA
     if "picture" in models:
         found["chain_picture"] = draw(models["picture"], images, ROWS, run.generator(5, on_device=True)).states
     return found
+
+
+def draw_more(run: results.Run, images: Images, trained: Mapping[str, train.Trained], rows: int = 5) -> np.ndarray:
+    """Samples of `sequential` that no figure shows: noise and x(1) .. x(T), uint8 (T + 1, rows, S, S, C)."""
+    return draw(trained["sequential"].model, images, rows, run.generator(8, on_device=True)).states.numpy()
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ best weights alone, where there is patience. See `checkpoints` for how they are 
 
 **Several processes.** Where `torch.distributed` is initialised each process takes its slice of the
 same batch (`batch_size` counts them all), gradients are averaged, and the first process evaluates
-and writes. Noise then also depends on the number of processes.
+and writes. Noise drawn by the functions of `processes` is then the same for any number of them, and
+the result equal but for rounding; a resumed training may have another number.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -47,7 +49,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from paperlib import checkpoints
+from paperlib import checkpoints, processes
 from paperlib.errors import UserError
 from paperlib.machine import (
     autocast,
@@ -57,7 +59,7 @@ from paperlib.machine import (
     pick_device,
     progress_bar,
 )
-from paperlib.paths import make_folder, replacing
+from paperlib.paths import locked, make_folder, replacing
 
 __all__ = ["SCHEDULES", "Progress", "Recipe", "Trained", "batch_indices", "fit", "load_weights", "pick_device"]
 
@@ -178,6 +180,7 @@ def fit(
     evaluate: Evaluate | None = None,
     provenance: Mapping[str, Any] | None = None,
     name: str = "training",
+    partial: bool = False,
 ) -> Trained:
     """Train `model` in place, continuing from the checkpoint in `directory` where there is one.
 
@@ -190,13 +193,14 @@ def fit(
       is better. The model is the moving average where there is one, in evaluation mode, without
       gradients or autocast. The noise is alike at each evaluation: only the weights differ.
     - `provenance`: JSON values that say which revision trains; others are stored as their `str`.
+    - `partial`: there are steps in which some parameters have no part.
 
     The first Ctrl-C ends the step, writes a checkpoint and raises `KeyboardInterrupt`; a second one
     raises it at once.
 
     Raises `UserError` when a loss, a weight or the watched number is not finite (the checkpoint
-    from before it stays), when memory is short, and when the checkpoint in `directory` is damaged
-    in both generations, holds code, or is of another training.
+    from before it stays), when memory is short, when another process trains in `directory`, and
+    when the checkpoint there is damaged in both generations, holds code, or is of another training.
     """
     device = torch.device(device)
     run = _Run(name, model, recipe, make_folder(Path(directory)), seed, count, device)
@@ -206,23 +210,28 @@ def fit(
         raise UserError(f"batch_size {recipe.batch_size} is no multiple of {run.world} processes")
     if recipe.patience and evaluate is None:
         raise UserError(f"{name}: there is no held-out data for patience; set patience to 0")
-    _restore(run)
-    state = run.state
-    if state.stopped:
-        return _trained(run)
-    state.provenance.append(json.dumps(dict(provenance or {}), default=str))
+    with locked(run.directory, "training") if run.rank == 0 else nullcontext():
+        _restore(run)
+        if not run.state.stopped:
+            run.state.provenance.append(json.dumps(dict(provenance or {}), default=str))
+            _go_on(run, loss, batch, evaluate, partial)
+    return _trained(run)
 
+
+def _go_on(run: "_Run", loss: Loss, batch: Callable[[Tensor], Any], evaluate: Evaluate | None, partial: bool) -> None:
+    """Train from where `run` is until it stops."""
+    recipe, state, model, device = run.recipe, run.state, run.model, run.device
     objective: nn.Module = _Objective(compiled(model) if recipe.compile else model, loss)
     if run.world > 1:
         where = None if device.type == "cpu" else [device]
-        objective = nn.parallel.DistributedDataParallel(objective, device_ids=where)
+        objective = nn.parallel.DistributedDataParallel(objective, device_ids=where, find_unused_parameters=partial)
     saved_at = time.monotonic()
     began = saved_at - state.elapsed
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         memory_explained(f"lower batch_size (now {recipe.batch_size})"),
         interrupt_deferred() as interrupted,
-        progress_bar(name, state.step, recipe.steps, recipe.minutes, hidden=run.rank > 0) as show,
+        progress_bar(run.name, state.step, recipe.steps, recipe.minutes, hidden=run.rank > 0) as show,
     ):
         while not state.stopped:
             _step(run, objective, batch)
@@ -244,7 +253,6 @@ def fit(
                 saved_at = time.monotonic()
             if interrupted and not state.stopped:
                 raise KeyboardInterrupt
-    return _trained(run)
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
@@ -317,8 +325,7 @@ class _Run:
     ) -> None:
         self.name, self.recipe, self.directory = name, recipe, directory
         self.seed, self.count, self.device = seed, count, device
-        several = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.rank, self.world = processes.rank_and_world()
         self.model = model.to(device)
         self.average = _averaged(model, recipe.ema) if recipe.ema else None
         learned = [p for p in model.parameters() if p.requires_grad]
@@ -365,10 +372,11 @@ def _step(run: _Run, objective: nn.Module, batch: Callable[[Tensor], Any]) -> No
     indices = indices.chunk(run.world)[run.rank]
 
     run.model.train()
-    _set_seed(run, _NOISE, state.step, run.rank)
-    inputs = batch(indices)
-    with autocast(run.device, recipe.precision):
-        value, terms = objective(inputs, progress)
+    _set_seed(run, _NOISE, state.step, 0)
+    with processes.share(run.rank, run.world):
+        inputs = batch(indices)
+        with autocast(run.device, recipe.precision):
+            value, terms = objective(inputs, progress)
     optimiser.zero_grad(set_to_none=True)
     value.backward()
     _add_to_sums(run, value, terms)

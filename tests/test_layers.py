@@ -8,11 +8,11 @@ import paperlib
 # Lowest first; a module imports from the lines above its own.
 LAYERS = """
 errors
-lsun paths
+lsun paths processes
 checkpoints distances figures finite image_arrays likelihoods machine measures originals presets results
 aggregate chain data elbo_figures fuzziness_figures gaussian pixelcnn
 elbo_examples fuzziness_explorer pixelcnn_sampler resident train
-features fuzziness_vae pixelvae_model sequential_networks
+features fuzziness_vae launch pixelvae_model sequential_networks
 pixelvae_samples sequential_chain
 sequential_model
 sequential_samples

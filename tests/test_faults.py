@@ -1,0 +1,388 @@
+"""Mistakes and accidents, each through the real command: exit code, one line that says what to do, nothing lost.
+
+A fault sets something up below a folder of its own, which holds all roots, and runs one command there. Whatever was
+there before must be there afterwards, byte for byte. Commands run two at a time, before the tests look at them.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paperlib import fuzziness, paths, results
+
+ROOTS = ("data", "runs", "results", "figures")
+TINY = {"steps": 20, "codes": 40, "plane": 4, "hidden": [8], "decoders": [2, 4]}  # notebook 02
+SMALL = {"trunk_steps": 2, "branch_steps": 1, "control_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
+
+
+def words(settings):
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+REPRODUCE = ["-m", "paperlib.reproduce", "--only", "02"]
+NOTEBOOK = [*REPRODUCE, *words(TINY)]
+RECORDED = [*NOTEBOOK, "--weights", "recorded"]
+LAUNCH = ["-m", "paperlib.pixelvae", *words(SMALL)]
+PREPARE = ["-m", "paperlib.data", "prepare"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`set_up` gets the folder of the roots, and returns words to add to the command or a dict of variables."""
+
+    id: str
+    command: list[str]
+    says: str  # a regular expression, in what the command prints
+    code: int = 2
+    set_up: Callable[[Path], object] = lambda home: None
+    limit: str = ""  # of the shell's ulimit
+
+
+# What is set up
+
+
+def file_in_place_of(root):
+    def set_up(home):
+        shutil.rmtree(home / root)
+        (home / root).write_text("a file")
+
+    return set_up
+
+
+def nowhere(root):
+    """A place in which not even the superuser can make a folder."""
+    return lambda home: {f"PAPERLIB_{root.upper()}": "/proc/paperlib"}
+
+
+def not_allowed(root):
+    """A folder in which nobody may write; the superuser may not write into that of the kernel's own."""
+
+    def set_up(home):
+        if os.geteuid() == 0:
+            return {f"PAPERLIB_{root.upper()}": "/sys/paperlib"}
+        (home / root).chmod(0o555)
+
+    return set_up
+
+
+def prepared(name, **arrays):
+    """Arrays of a data set, such as `train_images`, as `prepare` would write them."""
+
+    def set_up(home):
+        folder = home / "data" / "prepared" / name
+        folder.mkdir(parents=True)
+        for key, array in arrays.items():
+            np.save(folder / f"{key.replace('_', '-')}.npy", array)
+        return folder
+
+    return set_up
+
+
+def grey(count, side=28, channels=1):
+    return np.zeros((count, side, side, channels), np.uint8)
+
+
+def mnist(**changed):
+    sound = {"train_images": grey(30), "train_labels": np.arange(30) % 10}
+    sound |= {"test_images": grey(10), "test_labels": np.arange(10)}
+    return prepared("mnist", **(sound | changed))
+
+
+def truncated_mnist(home):
+    file = mnist()(home) / "train-images.npy"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def mnist_without_test(home):
+    (mnist()(home) / "test-labels.npy").unlink()
+
+
+def damaged_archive(home):
+    raw = home / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"half a download")
+
+
+def folder_of(*names, content=b"no image"):
+    def set_up(home):
+        source = home / "source"
+        source.mkdir()
+        for name in names:
+            (source / name).write_bytes(content)
+        return ["--source", str(source)]
+
+    return set_up
+
+
+def large_image(home):
+    source = home / "source"
+    source.mkdir()
+    for k in range(40):
+        Image.new("RGB", (64, 64)).save(source / f"{k}.png")
+    return ["--source", str(source)]
+
+
+def wrong_array(home):
+    np.save(home / "wrong.npy", np.zeros((3, 64, 64, 3), np.float32))
+    return ["--source", str(home / "wrong.npy")]
+
+
+def two_databases(home):
+    for name in ("a", "b"):
+        (home / "source" / name).mkdir(parents=True)
+        (home / "source" / name / "data.mdb").write_bytes(b"")
+    return ["--source", str(home / "source")]
+
+
+def checkpoint(home):
+    """The newest checkpoint of the trunk that the fixture `trained` left."""
+    return next((home / "runs").glob("*/*/trunk/last.pt"))
+
+
+def damaged(*files):
+    """Checkpoints cut short; a later generation is the copy of an earlier one."""
+
+    def set_up(home):
+        last = checkpoint(home)
+        shutil.copyfile(last, last.with_name("previous.pt"))
+        for name in files:
+            file = last.with_name(name)
+            file.write_bytes(file.read_bytes()[:2000])
+
+    return set_up
+
+
+def checkpoint_holding(content):
+    def set_up(home):
+        torch.save(content, checkpoint(home))
+
+    return set_up
+
+
+class Code:
+    """A pickle that would write a file."""
+
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/paperlib-was-run",)
+
+
+def of_other_settings(home):
+    """The trained folder under the name that other settings have."""
+    from paperlib import pixelvae
+
+    settings = dataclasses.replace(pixelvae.PRESETS["smoke"], **(SMALL | {"learning_rate": 0.5}))
+    run = checkpoint(home).parent.parent
+    run.rename(home / "runs" / results.run_name(pixelvae.NOTEBOOK, "smoke", settings, 0))
+    return ["--set", "learning_rate=0.5"]
+
+
+def no_room_for_checkpoints(home):
+    shutil.rmtree(home / "runs")
+
+
+def recorded_file(name, content):
+    def set_up(home):
+        file = home / "results" / "smoke" / fuzziness.NOTEBOOK / name
+        file.unlink() if content is None else file.write_bytes(content)
+
+    return set_up
+
+
+def recorded_otherwise(home):
+    file = home / "results" / "smoke" / fuzziness.NOTEBOOK / "run.json"
+    run = json.loads(file.read_text())
+    run["settings"]["steps"] += 1
+    file.write_text(json.dumps(run))
+
+
+FAULTS = [
+    # The command line
+    Fault("preset", [*REPRODUCE, "--preset", "smokee"], "unknown preset 'smokee': choose from smoke, cpu, gpu, paper"),
+    Fault("notebook", ["-m", "paperlib.reproduce", "--only", "7"], "no notebook '7': choose from 01_elbo"),
+    Fault("setting", [*REPRODUCE, "--set", "stepz=3"], "unknown setting 'stepz': choose from dataset, code_dim"),
+    Fault("no value", [*REPRODUCE, "--set", "steps"], "cannot read 'steps': write name=value"),
+    Fault("word for int", [*REPRODUCE, "--set", "steps=many"], "'steps' is 'many', but takes int"),
+    Fault("float for int", [*REPRODUCE, "--set", "steps=1.5"], "'steps' is 1.5, but takes int"),
+    Fault("number for list", [*REPRODUCE, "--set", "hidden=8"], r"takes a list of int, such as \[1, 2\]"),
+    Fault("word for bool", [*LAUNCH, "--set", "compile=yes"], "'compile' is 'yes', but takes bool"),
+    Fault("zero", [*REPRODUCE, "--set", "steps=0"], "steps is 0, but must be above 0"),
+    Fault("negative", [*LAUNCH, "--set", "learning_rate=-1"], "learning_rate is -1.0, but must be above 0"),
+    Fault("not a number", [*LAUNCH, "--set", "learning_rate=NaN"], "learning_rate is nan, but must be"),
+    Fault("too few chains", [*LAUNCH, "--set", "chains=30"], "chains is 30, but takes a multiple of 20"),
+    Fault("no schedule", [*LAUNCH, "--set", "schedule=linear"], "unknown schedule 'linear': choose from constant"),
+    Fault("no precision", [*LAUNCH, "--set", "precision=half"], "unknown precision 'half': choose from float32"),
+    Fault("ladder", ["-m", "paperlib.sequential", "--set", "ladder=[1]"], r"ladder is \(1,\), but there are 4 scales"),
+    Fault("widths", ["-m", "paperlib.sequential", "--set", "widths=[6,8,8,8]"], r"widths \[6\] are no multiples of 4"),
+    Fault("odd side", ["-m", "paperlib.sequential", "--set", "side=18"], "18 pixels cannot be halved 4 times"),
+    Fault("data set", [*REPRODUCE, "--set", "dataset=mnits"], "unknown data set 'mnits': choose from digits", 1),
+    Fault("seed", [*REPRODUCE, "--seed", "-1"], "seed is -1, but takes a whole number from 0"),
+    Fault("device", [*REPRODUCE, "--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda"),
+    Fault("no such GPU", [*REPRODUCE, "--device", "cuda:99"], "torch sees . CUDA devices; use auto or cpu"),
+    Fault("weights", [*REPRODUCE, "--weights", "recordde"], "unknown weights 'recordde': choose from train, recorded"),
+    Fault("record a change", [*REPRODUCE, "--record", "--set", "steps=9"], "drop --set"),
+    Fault("record recorded", [*REPRODUCE, "--record", "--weights", "recorded"], "drop --weights"),
+    # Folders
+    Fault("runs is a file", LAUNCH, "a file stands where a folder is needed", set_up=file_in_place_of("runs")),
+    Fault("runs nowhere", LAUNCH, "no such folder can be made there; choose another", set_up=nowhere("runs")),
+    Fault("runs not allowed", LAUNCH, "cannot write .*; allow writing there", set_up=not_allowed("runs")),
+    Fault("no room", LAUNCH, "no space left to write .*last.pt", set_up=no_room_for_checkpoints, limit="-f 8"),
+    Fault("no room, notebook", NOTEBOOK, "02_mnist_fuzziness: .*no space left to write", 1, limit="-f 8"),
+    # Data
+    Fault("data unknown", [*PREPARE, "mnits"], "unknown data set 'mnits': choose from digits"),
+    Fault("data embedded", [*PREPARE, "digits"], "comes with scikit-learn: there is nothing to prepare"),
+    Fault("source missing", [*PREPARE, "lsun_bedroom"], "say where the images are: .*--source FOLDER"),
+    Fault("source not there", [*PREPARE, "lsun_bedroom", "--source", "nix"], "nix does not exist: --source takes"),
+    Fault("source empty", [*PREPARE, "lsun_bedroom"], "holds no images", set_up=folder_of("a.txt")),
+    Fault("source no image", [*PREPARE, "lsun_bedroom"], "none of the 2 .*be read", set_up=folder_of("a.png", "b.jpg")),
+    Fault("source wrong type", [*PREPARE, "lsun_bedroom"], r"is float32 .*not uint8", set_up=wrong_array),
+    Fault("source bad LMDB", [*PREPARE, "lsun_bedroom"], "cannot read .*data.mdb", set_up=folder_of("data.mdb")),
+    Fault("source two LMDBs", [*PREPARE, "lsun_bedroom"], r"holds 2 LMDBs \(a, b\): name one", set_up=two_databases),
+    Fault("subset of images", [*PREPARE, "lsun_bedroom", "--subset"], "is no LMDB: --subset", set_up=large_image),
+    Fault("side", [*PREPARE, "lsun_bedroom", "--side", "0"], "--side is 0, but takes", set_up=large_image),
+    Fault("mnist source", [*PREPARE, "mnist", "--source", "x"], "takes no --source: its archives belong below"),
+    Fault("no room for data", [*PREPARE, "lsun_bedroom"], "no space left to write", set_up=large_image, limit="-f 64"),
+    Fault("data is a file", [*PREPARE, "mnist"], "a file stands where a folder", set_up=file_in_place_of("data")),
+    Fault("data not allowed", [*PREPARE, "mnist"], "cannot write .*; allow writing", set_up=not_allowed("data")),
+    Fault("archive damaged", [*PREPARE, "mnist"], "wrong checksum.*put train-images", set_up=damaged_archive),
+    Fault("no CIFAR-10", [*LAUNCH, "--set", "dataset=cifar10"], "data set 'cifar10' cannot be had.*put cifar-10"),
+    Fault(
+        "no LSUN",
+        ["-m", "paperlib.sequential", "--set", "dataset=lsun_bedroom"],
+        "has no train-images.npy; write it with python -m paperlib.data prepare lsun_bedroom",
+    ),
+    Fault("mnist cut short", [*NOTEBOOK, "--set", "dataset=mnist"], "damaged .*: write it again", 1, truncated_mnist),
+    Fault("mnist incomplete", [*NOTEBOOK, "--set", "dataset=mnist"], "'mnist' cannot be had", 1, mnist_without_test),
+    Fault(
+        "mnist of another shape",
+        [*NOTEBOOK, "--set", "dataset=mnist"],
+        "not uint8 images 28 x 28 x 1: write it again",
+        1,
+        mnist(train_images=grey(30, side=27)),
+    ),
+    Fault(
+        "mnist with few labels",
+        [*NOTEBOOK, "--set", "dataset=mnist"],
+        "not the labels of 30 images: write it again",
+        1,
+        mnist(train_labels=np.arange(29) % 10),
+    ),
+    Fault(
+        "mnist with odd labels",
+        [*NOTEBOOK, "--set", "dataset=mnist"],
+        "holds labels from 0 to 29, not 0 to 9",
+        1,
+        mnist(train_labels=np.arange(30)),
+    ),
+    # Checkpoints
+    Fault("both damaged", LAUNCH, "no whole checkpoint in .*--fresh", set_up=damaged("last.pt", "previous.pt")),
+    Fault("of others", [*LAUNCH], "holds another training .learning_rate 0.002 -> 0.5", set_up=of_other_settings),
+    Fault("code inside", LAUNCH, "more than tensors and plain", set_up=checkpoint_holding(Code())),
+    Fault("other format", LAUNCH, "not a checkpoint of this", set_up=checkpoint_holding({"a": 1})),
+    Fault("starts from nothing", [*LAUNCH, "--set", "start_from=nix"], "there is no checkpoint in .*nix to start from"),
+    Fault("diverges", [*LAUNCH, "--set", "learning_rate=1e30"], "not finite at step .*lower learning_rate"),
+    Fault("too little memory", [*LAUNCH, "--set", "batch_size=1000000"], "out of memory: lower", limit="-v 6000000"),
+    # What is recorded
+    Fault("nothing recorded", [*REPRODUCE, "--weights", "recorded"], "was recorded with other settings", 1),
+    Fault("recorded otherwise", RECORDED, "recorded with other settings.*drop overrides", 1, recorded_otherwise),
+    Fault("arrays damaged", RECORDED, "arrays.npz cannot be read.*git", 1, recorded_file("arrays.npz", b"half")),
+    Fault("weights damaged", RECORDED, "cannot be read.*git", 1, recorded_file("weights.safetensors", b"half")),
+    Fault("weights missing", RECORDED, "nothing is recorded at", 1, recorded_file("weights.safetensors", None)),
+    Fault("record damaged", RECORDED, "run.json is damaged", 1, recorded_file("run.json", b"{")),
+]  # fmt: skip
+
+
+# Running
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Roots with a finished tiny PixelVAE under runs/ and a recorded notebook 02 under results/."""
+    home = tmp_path_factory.mktemp("home")
+    for root in ROOTS:
+        (home / root).mkdir()
+    for command in (LAUNCH, NOTEBOOK):
+        said = run(command, home)
+        assert said.returncode == 0, said.stderr
+    (folder,) = (home / "runs" / fuzziness.NOTEBOOK).iterdir()
+    recorded = home / "results" / "smoke" / fuzziness.NOTEBOOK
+    recorded.mkdir(parents=True)
+    for name in ("arrays.npz", "metrics.json", "run.json", "weights.safetensors"):
+        shutil.copy(folder / name, recorded)
+    shutil.rmtree(folder)
+    return home
+
+
+def run(command, home, more=(), variables=None, limit=""):
+    """The command in a Python of its own, with its roots below `home` and no way to the network."""
+    environment = os.environ | {f"PAPERLIB_{root.upper()}": str(home / root) for root in ROOTS}
+    environment |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment |= {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")} | dict(variables or {})
+    line = [sys.executable, *command, *more]
+    if limit:
+        line = ["bash", "-c", f'ulimit {limit}; exec "$@"', "limited", *line]
+    return subprocess.run(line, cwd=paths.ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def files(home):
+    return {path.relative_to(home): path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, trained, tmp_path_factory):
+    """By the id of each fault that is to be tested: a future of what was said, and of the files before and after."""
+    chosen = {item.callspec.params["fault"] for item in request.session.items if getattr(item, "callspec", None)
+              and "fault" in item.callspec.params}  # fmt: skip
+
+    def one(fault):
+        home = tmp_path_factory.mktemp("fault") / "home"
+        shutil.copytree(trained, home)
+        added = fault.set_up(home)
+        before = files(home)
+        more = added if isinstance(added, list) else ()
+        said = run(fault.command, home, more, added if isinstance(added, dict) else None, fault.limit)
+        return said, before, files(home)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {fault.id: pool.submit(one, fault) for fault in FAULTS if fault in chosen}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_is_said_in_one_line_and_nothing_is_lost(fault, outcomes):
+    said, before, after = outcomes[fault.id].result()
+    text = said.stdout + said.stderr
+    assert said.returncode == fault.code, text[-2000:]
+    (line,) = {line for line in text.split("\n") if re.search(fault.says, line)} or {""}
+    assert line, text[-2000:]
+    assert len(line) < 700 and "Traceback" not in text
+    if fault.code == 2:
+        assert said.stderr.startswith("error: ") or f"\nerror: {line.removeprefix('error: ')}" in "\n" + said.stderr
+    lost = [str(path) for path, content in before.items() if after.get(path) != content and path.name != paths.LOCK]
+    assert not lost
+    assert not [path for path in after if ".partial" in path.name], "half a file stays"
+    assert not Path("/tmp/paperlib-was-run").exists()
+
+
+def test_there_are_enough_of_them():
+    assert len({fault.id for fault in FAULTS}) == len(FAULTS) >= 40
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_says_so(trained, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(trained, home)
+    damaged("last.pt")(home)
+    said = run(LAUNCH, home)
+    assert said.returncode == 0
+    assert "is damaged: continuing from previous.pt" in said.stderr

@@ -1,0 +1,60 @@
+"""Training without a notebook: one process, several, and a change of their number come to the same."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from paperlib import paths
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+FEW = {  # steps of every training; a row of the history for each, to compare
+    "pixelvae": {"trunk_steps": 20, "branch_steps": 4, "control_steps": 2, "evaluations": 20, "batch_size": 16}
+    | {"dropout": 0.1, "evaluation_images": 20, "precision": "float32"},
+    "sequential": {"updates": 20, "single_updates": 8, "infusion_updates": 6, "depth_updates": 4, "evaluations": 20}
+    | {"batch_size": 16, "evaluation_images": 20, "measured_images": 40},
+}
+
+
+def launch(name, runs, count, settings, **options):
+    """`python -m paperlib.<name>`, by torchrun where there are several processes."""
+    command = [*TORCHRUN, f"--nproc-per-node={count}"] if count > 1 else [sys.executable]
+    command += ["-m", f"paperlib.{name}", "--device", "cpu"]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    environment = os.environ | {"PAPERLIB_RUNS": str(runs), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return subprocess.Popen(
+        command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish(process, seconds=200):
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def histories(runs):
+    """Of each training in the one run below `runs`, its rows as an array of numbers."""
+    found = {}
+    for file in sorted(runs.glob("*/*/*/last.pt")):
+        rows = torch.load(file, weights_only=True)["state"]["history"]
+        found[file.parent.name] = np.array([list(row.values()) for row in rows])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixelvae", "sequential"])
+def test_two_processes_train_as_one(name, tmp_path):
+    """All objectives: with dropout and moved images, an MMD over the whole batch, a steered rate, random steps."""
+    for count in (1, 2):
+        code, out, err = finish(launch(name, tmp_path / str(count), count, FEW[name]))
+        assert code == 0, err[-2000:]
+        assert "goes on from there" in out
+    one, two = histories(tmp_path / "1"), histories(tmp_path / "2")
+    assert set(one) == set(two) and len(one) >= 4
+    assert max(len(rows) for rows in one.values()) == 20
+    for training, rows in one.items():
+        np.testing.assert_allclose(two[training], rows, rtol=1e-5, atol=1e-5, err_msg=training)
