@@ -24,15 +24,9 @@ def main(
     fit: Callable[[results.Run], Mapping[str, Any]],
 ) -> None:
     """The command line of a notebook's module: its presets, `start` and what trains a run. Ends the program."""
-    parser = argparse.ArgumentParser(description=f"Train the models of notebook {notebook} without it.")
-    add = parser.add_argument
-    add("--preset", default="smoke", help=f"one of {', '.join(choices)} (default smoke)")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
-    add("--set", action="append", metavar="NAME=VALUE", default=[], help="change one setting; may be repeated")
 
     def train() -> int:
-        options = parser.parse_args()
+        options = parser(notebook).parse_args()
         overrides = presets.parse(presets.choose(choices, options.preset), options.set)
         device = str(pick_device(options.device))
         with processes.joined(device):
@@ -45,3 +39,12 @@ def main(
         return 0
 
     run_command(train)
+
+
+def parser(notebook: str) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=f"Train the models of notebook {notebook} without it.")
+    found.add_argument("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
+    found.add_argument("--set", action="append", metavar="NAME=VALUE", default=[], help="change one setting")
+    return found

@@ -31,7 +31,10 @@ def joined(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    backend = "gloo"
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))  # others wait while the first one evaluates
     try:
         yield

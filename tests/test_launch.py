@@ -1,8 +1,11 @@
 """Training without a notebook: one process, several, and a change of their number come to the same."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,3 +61,32 @@ def test_two_processes_train_as_one(name, tmp_path):
     assert max(len(rows) for rows in one.values()) == 20
     for training, rows in one.items():
         np.testing.assert_allclose(two[training], rows, rtol=1e-5, atol=1e-5, err_msg=training)
+
+
+def begun(name, runs, count, settings, training):
+    """Started, and left alone until the first checkpoint of `training` is there."""
+    process = launch(name, runs, count, settings, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(runs.glob(f"*/*/{training}/last.pt")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.1)
+    return process
+
+
+def workers(process):
+    """Processes that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_ends_the_job_and_what_was_finished_stays(tmp_path):
+    settings = FEW["pixelvae"] | {"branch_steps": 400}
+    process = begun("pixelvae", tmp_path / "killed", 2, settings, "trunk")
+    time.sleep(1)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code != 0
+    assert "SIGKILL" in err
+    (last,) = tmp_path.rglob("trunk/last.pt")
+    assert torch.load(last, weights_only=True)["state"]["stopped"] == "finished"

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from paperlib import checkpoints, machine, paths, train
+from paperlib import checkpoints, machine, paths, processes, train
 from paperlib.errors import UserError
 from paperlib.train import Progress, Recipe, batch_indices, fit, pick_device
 
@@ -675,40 +676,45 @@ def test_a_progress_file_that_cannot_be_written_does_not_stop_training(tmp_path,
 
 WORKER = """
     import pathlib, sys, torch
-    sys.path[:0] = sys.argv[2:]
+    folder, doing = pathlib.Path(sys.argv[1]), sys.argv[2]
+    sys.path[:0] = sys.argv[3:]
     import test_train
     torch.distributed.init_process_group("gloo")
-    folder = pathlib.Path(sys.argv[1])
-    try:
-        test_train.run_quietly(folder, batch=test_train.killed_at(9))
-        raise SystemExit("was not killed")
-    except test_train.Killed:
-        torch.distributed.barrier()
-    assert torch.load(folder / "last.pt", weights_only=True)["state"]["step"] == 9
-    assert test_train.run_quietly(folder).steps == 20
+    if doing == "go on":
+        assert test_train.run_noisily(folder).steps == 20
+    else:
+        try:
+            test_train.run_noisily(folder, batch=test_train.killed_at(9))
+            raise SystemExit("was not killed")
+        except test_train.Killed:
+            torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 """
 
 
-def run_quietly(folder, **changes):
-    """A training without noise or batch norm, which any number of processes should do alike."""
+def run_noisily(folder, **changes):
+    """A training with noise and dropout that belong to samples, and a term over the whole batch."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)).double()
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), processes.Dropout(0.2), nn.Linear(9, 6)).double()
 
-    def quiet(model, x, progress):
-        error = (model(x) - x).square().sum(1)
-        return error.mean(), {"pixel": x.mean()}
+    def loss(model, x, progress):
+        noise = processes.randn(x.shape, dtype=x.dtype)
+        moved = processes.randint(3, (len(x), 1)) + processes.rand((len(x), 1), dtype=x.dtype)
+        y = model(x + 0.1 * noise * moved)
+        every = processes.gathered(y)
+        return (y - x).square().sum(1).mean() + (every.T @ every / len(every)).square().mean(), {
+            "pixel": x.mean(),
+            "all": processes.mean(y.mean()),
+        }
 
-    return run(folder, OFTEN, model, loss=quiet, **changes)
+    return run(folder, OFTEN, model, loss=loss, **changes)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+def by_two(folder, tmp_path, doing):
     (tmp_path / "worker.py").write_text(textwrap.dedent(WORKER))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "worker.py"), str(tmp_path / "two")]
-    command += [str(paths.ROOT), str(paths.ROOT / "tests")]
+    command += [str(tmp_path / "worker.py"), str(folder), doing, str(paths.ROOT), str(paths.ROOT / "tests")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -717,9 +723,39 @@ def test_two_processes_train_as_one(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said[-2000:]
-    run_quietly(tmp_path / "one")
-    one, two = load(tmp_path / "one"), load(tmp_path / "two")
-    for key, tensor in leaves(one["average"]).items():
-        torch.testing.assert_close(tensor, leaves(two["average"])[key], rtol=0, atol=1e-9)
-    for a, b in zip(one["state"]["history"], two["state"]["history"], strict=True):
-        assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_two_processes_train_as_one_and_another_number_of_them_goes_on(tmp_path):
+    by_two(tmp_path / "two", tmp_path, "stop at 9")
+    assert load(tmp_path / "two")["state"]["step"] == 9
+    shutil.copytree(tmp_path / "two", tmp_path / "two then one")
+    by_two(tmp_path / "two", tmp_path, "go on")
+    run_noisily(tmp_path / "two then one")
+    run_noisily(tmp_path / "one")
+    one = load(tmp_path / "one")
+    for other in ("two", "two then one"):
+        two = load(tmp_path / other)
+        for key, tensor in leaves(one["average"]).items():
+            torch.testing.assert_close(tensor, leaves(two["average"])[key], rtol=0, atol=1e-9)
+        for a, b in zip(one["state"]["history"], two["state"]["history"], strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+    quiet = run_noisily(tmp_path / "another", batch=lambda rows: DATA[rows] + processes.randn((len(rows), 6)))
+    assert quiet.history != one["state"]["history"], "noise has an effect"
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    holder = (
+        "from paperlib.paths import *; import sys, time\nwith locked(Path(sys.argv[1]), 'training'): time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / paths.LOCK).exists() or not (tmp_path / paths.LOCK).read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=f"process {other.pid} is training in {tmp_path}: wait until it is done"):
+            run(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    assert run(tmp_path).steps == 20, "the lock ends with its process"

@@ -1,0 +1,107 @@
+"""What the scripts of this folder share: times side by side, the machine's limit, and a table with its origin.
+
+Alternatives are timed in turn, round after round in one process, so that what else the machine does meets all of them;
+the numbers are medians over rounds and the ratios medians of the ratios within a round. Run them on an idle machine.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from paperlib import paths, results
+from paperlib.machine import pick_device
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """`--device`, `--rounds` and `--quick`, which takes the smallest cases only, to see that a script works."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default 5)")
+    parser.add_argument("--quick", action="store_true", help="the smallest cases, once; nothing is written")
+    found = parser.parse_args()
+    found.device = pick_device(found.device)
+    found.rounds = 1 if found.quick else found.rounds
+    return found
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """How long one call takes; on a GPU by events around it."""
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+        torch.cuda.synchronize(device)
+        return began.elapsed_time(ended) / 1000
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def side_by_side(works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each of `works`, by name, for each round; each is called once beforehand."""
+    for work in works.values():
+        work()
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            found[name].append(seconds(work, device))
+    return found
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, rounds: int = 5) -> float:
+    """FLOP/s of a large matrix product, the limit that arithmetic is held against: the best of several."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = side_by_side({"product": lambda: a @ b}, device, 2 * rounds)["product"]
+    return 2 * side**3 / min(times)
+
+
+def flops(work: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peak_memory() -> float:
+    """GiB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write(name: str, columns: list[str], rows: list[list[Any]], notes: list[str], asked: argparse.Namespace) -> None:
+    """Print the table, and write it to `results/benchmarks/<name>-<cpu or cuda>.json` unless it was a quick one."""
+    content = {
+        "columns": columns,
+        "rows": rows,
+        "notes": notes,
+        "rounds": asked.rounds,
+        "device": results.describe_device(str(asked.device)),
+        "versions": results.versions(),
+        **results.describe_code(),
+    }
+    cells = [columns, *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(*notes, content["device"], sep="\n")
+    if asked.quick:
+        return
+    path = paths.results_root() / "benchmarks" / f"{name}-{asked.device.type}.json"
+    with paths.replacing(path) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
