@@ -413,6 +413,12 @@ def conclude(run: results.Run, *parts: Part) -> results.Verdicts:
     return results.finish(run, CLAIMS, {part.claim: part.measured for part in parts})
 
 
+def recomputed(run: results.Run) -> dict[str, dict[str, Quantity]]:
+    """What each claim is judged by, all of it computed again, which takes a minute."""
+    parts = (part(run) for part in (two_views, gaussian_views, best_decoder, factored_gaussians, indifference))
+    return {part.claim: part.measured for part in (*parts, markov_chain(run))}
+
+
 def _generator(run: results.Run, stream: int) -> torch.Generator:
     """A stream of random numbers of its own for each experiment, so that one does not move another."""
     return torch.Generator().manual_seed(1000 * run.seed + stream)

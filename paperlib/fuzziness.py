@@ -452,6 +452,22 @@ class Controls(dict):
 
 def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> results.Verdicts:
     """Judge the claims and write what the run found."""
+    numbers = {
+        "controls": dict(controls(arrays)),
+    } | {name: arrays[name] for name in ("floor", "frozen_error", *_SWEPT)}
+    if run.weights == "train":
+        results.save_weights(run, models.main.state_dict())
+    trainings = {
+        f"{getattr(key, 'name', f'decoder-{key}')}-seed{run.seed + k}": results.describe_training(trained)
+        for k in range(len(models.vaes))
+        for key, trained in (models.vaes[k] | models.decoders[k]).items()
+        if trained.history
+    }
+    return results.finish(run, CLAIMS, quantities(arrays), numbers, images.dataset.describe(), trainings)
+
+
+def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity]]:
+    """What each claim is judged by."""
     seeds = range(len(arrays["variance"]))
     entropy = [label_entropy(labels) for labels in arrays["labels"]]
     left, right = zip(*([entropy[k][codes].mean() for codes in ends(arrays, k)] for k in seeds), strict=True)
@@ -460,7 +476,7 @@ def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models,
         name: np.min([spearmanr(arrays["kl_weights"], of_seed).statistic for of_seed in arrays[name]])
         for name in ("swept_error", "swept_width")
     }
-    measured = {
+    return {
         "F1": {
             "share": _over_seeds(arrays["gap"].mean(1) / arrays["between"]),
             "residual": Quantity(residual),
@@ -476,18 +492,11 @@ def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models,
             "worst_width_trend": Quantity(trends["swept_width"]),
         },
     }
-    numbers = {
-        "controls": dict(controls(arrays)),
-    } | {name: arrays[name] for name in ("floor", "frozen_error", *_SWEPT)}
-    if run.weights == "train":
-        results.save_weights(run, models.main.state_dict())
-    trainings = {
-        f"{getattr(key, 'name', f'decoder-{key}')}-seed{run.seed + k}": results.describe_training(trained)
-        for k in range(len(models.vaes))
-        for key, trained in (models.vaes[k] | models.decoders[k]).items()
-        if trained.history
-    }
-    return results.finish(run, CLAIMS, measured, numbers, images.dataset.describe(), trainings)
+
+
+def recomputed(run: results.Run) -> dict[str, dict[str, Quantity]]:
+    """`quantities` of the recorded arrays."""
+    return quantities(results.load_recorded_arrays(run))
 
 
 def _over_seeds(values: Any, unit: str = "") -> Quantity:

@@ -8,49 +8,21 @@ their own, the README one table of all claims.
 """
 
 import argparse
-import importlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from paperlib import paths, results
+from paperlib import claims, paths, results
 from paperlib.errors import UserError, run_command
 from paperlib.reproduce import EXPERIMENTS
 
 BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
-BEST_FIRST = ("paper", "gpu", "cpu", "smoke")
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What is recorded of one notebook under one preset."""
-
-    preset: str
-    provenance: dict[str, Any]
-    claims: results.Verdicts
-
-    def origin(self) -> str:
-        """Machine, time, seed and revision in one line."""
-        run = self.provenance
-        trained = sum(training["seconds"] for training in run["trainings"].values())
-        time = f"{run['seconds'] / 60:.1f} minutes" if trained == 0 else f"{trained / 60:.1f} minutes of training"
-        return (
-            f"preset `{self.preset}`, seed {run['seed']}, {run['device']}, {time}, "
-            f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`"
-        )
-
-
-def best(notebook: str) -> Recorded | None:
+def best(notebook: str) -> claims.Recorded | None:
     """The best recorded run of a notebook, or None where there is none yet."""
-    for preset in BEST_FIRST:
-        folder = paths.results_root() / preset / notebook
-        if (folder / "run.json").exists():
-            claims = results.load_json(folder / "metrics.json")["claims"]
-            return Recorded(preset, results.load_json(folder / "run.json"), results.Verdicts(claims))
-    return None
+    return next((one for one in claims.recorded() if one.notebook == notebook), None)
 
 
 def notebook_block(notebook: str) -> str:
@@ -58,7 +30,7 @@ def notebook_block(notebook: str) -> str:
     recorded = best(notebook)
     if recorded is None:
         return "Nothing is recorded for this notebook yet."
-    headline, caption = importlib.import_module(f"paperlib.{EXPERIMENTS[notebook]}").HEADLINE
+    headline, caption = recorded.experiment.HEADLINE
     picture = os.path.relpath(paths.figures_root() / recorded.preset / f"{headline}.png", paths.NOTEBOOKS)
     return "\n\n".join(
         [

@@ -274,8 +274,10 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
         return Job(notebook, parameters, paths.runs_root() / notebook.stem / options.preset)
     try:
         settings = presets.choose(experiment.PRESETS, options.preset)
-        parameters["overrides"] = presets.parse(settings, options.set)
-        settings = presets.choose(experiment.PRESETS, options.preset, parameters["overrides"])
+        overrides = presets.parse(settings, options.set)
+        settings = presets.choose(experiment.PRESETS, options.preset, overrides)
+        # papermill writes a tuple as text
+        parameters["overrides"] = {name: list(v) if isinstance(v, tuple) else v for name, v in overrides.items()}
         pick_device(options.device)
         name = results.run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
     except UserError as error:

@@ -24,7 +24,7 @@ from PIL import Image
 from paperlib import fuzziness, paths, results
 
 ROOTS = ("data", "runs", "results", "figures")
-TINY = {"steps": 20, "codes": 40, "plane": 4, "hidden": [8], "decoders": [2, 4]}  # notebook 02
+TINY = {"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]}  # notebook 02
 SMALL = {"trunk_steps": 2, "branch_steps": 1, "control_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
 
 

@@ -18,6 +18,7 @@ sequential_model
 sequential_samples
 elbo fuzziness pixelvae pixelvae_figures sequential sequential_figures
 reproduce
+claims
 report
 """
 LAYER = {module: k for k, layer in enumerate(LAYERS.split("\n")) for module in layer.split()}

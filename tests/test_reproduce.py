@@ -202,6 +202,17 @@ def test_mistakes_on_the_command_line_are_said_before_anything_runs(arguments, m
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_of_every_type_reach_the_notebook(notebooks, monkeypatch):
+    overrides = {"hidden": [8, 4], "sigma": None, "steps": 3, "dataset": "mnist", "min_samples": 2.5}
+    arguments = [word for name, value in overrides.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    arguments[arguments.index('dataset="mnist"')] = "dataset=mnist"
+    notebooks("10_some", "import json; print(json.dumps(overrides))")
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "10_some", "fuzziness")
+    reproduce.main(arguments)
+    (copy,) = paths.runs_root().glob("*/*/notebook*.ipynb")
+    assert json.loads(outputs(nbformat.read(copy, as_version=4))) == overrides
+
+
 def test_the_list_shows_notebooks_presets_and_settings_with_help(capsys):
     assert reproduce.main(["--list"]) == 0
     said = capsys.readouterr().out
