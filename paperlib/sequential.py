@@ -4,8 +4,8 @@ Seen from the encoder, p(x|z) approximates q(x|z), and a factored Gaussian makes
 images share a code (notebook 02). For so weak a p only a better q helps. Here q(x | z_1 .. z_t) narrows step by step:
 an image is drawn, then drawn again with a further code that the encoder made while it saw what is still wrong with it.
 If the post is right, each step's code reduces the error (S1), samples sharpen along the chain and beyond a VAE of one
-step that spends as much arithmetic on an image and as many nats (S2, S4), and infusion training is the case of a code
-that is a subset of the pixels (S3).
+step that spends as much arithmetic in training and as many nats on an image (S2, S4), and infusion training is the case
+of a code that is a subset of the pixels (S3).
 
 `sequential_networks`, `sequential_chain` and `sequential_model` have the networks, the equations and the trainings;
 `sequential_samples` measures; `sequential_figures` draws; this module has the settings, the claims with their criteria,
@@ -48,14 +48,14 @@ class Settings:
     kernel: int = option(3, "side of the convolutions of stride 1")
     shared: bool = option(True, "one network for all steps but the first, with a learned embedding of the step")
     own_terms: bool = option(True, "every step has its own reconstruction term, gradients stopped; else only the last")
-    steps_per_batch: int = option(2, "random steps on which a batch is trained, 0 for all; all without own_terms")
+    steps_per_batch: int = option(2, "steps after the first on which a batch is trained; 0, or without own_terms, all")
     kl_weight: float = option(1.0, "of the KL")
     kl_ramp: float = option(0.03, "time constant of its rise, as a share of the training; 0 for none")
     reconstruction_scale: float | None = option(
         None, "weight of the squared error; null for a learned deviation a step"
     )
     min_sigma: float = option(0.02, "least learned deviation of p(x|z)")
-    input_noise: float = option(0.1, "deviation of the noise on the previous image, in training")
+    input_noise: float = option(0.1, "greatest deviation of the noise on the previous image, in training")
     single_ladder: tuple[int, ...] = option((6, 9, 9, 12), "dimensions of the code of `single`")
     single_widths: tuple[int, ...] = option((28, 36, 32, 48), "its channels")
     single_units: int = option(64, "its dense layer")
@@ -114,20 +114,20 @@ _cpu = Settings(
     single_widths=(64, 112, 160, 192),
     single_units=192,
     single_maps=(8, 16, 24),
-    updates=12_000,
+    updates=10_000,
     single_updates=12_000,
-    infusion_updates=7_000,
-    depth_updates=4_000,
+    infusion_updates=6_000,
+    depth_updates=7_000,
     picture_side=64,
     picture_widths=(16, 32, 64, 96),
-    picture_updates=4_000,
+    picture_updates=3_500,
     batch_size=32,
     learning_rate=1e-3,
     ema=0.999,
-    patience=6,
+    patience=20,
     evaluations=20,
     evaluation_images=250,
-    measured_images=498,
+    measured_images=248,
     shift=2,
     samples=500,
 )
@@ -139,15 +139,14 @@ _gpu = replace(
     single_widths=(144, 192, 144, 144),
     single_units=160,
     single_maps=(4, 8, 12),
-    updates=45_000,
+    updates=40_000,
     single_updates=14_000,
-    infusion_updates=14_000,
+    infusion_updates=13_000,
     depth_updates=8_000,
     picture_side=0,
     batch_size=256,
     precision="bfloat16",
     compile=True,
-    evaluation_images=498,
     shift=4,
 )
 PRESETS = {
@@ -189,35 +188,42 @@ PRESETS = {
 CLAIMS = {
     "S1": Claim(
         "Each injected code reduces the variance of q(x|z_1..t).",
-        "held-out error falls by 1 % or more at every step, interval above 0; each step's KL exceeds 1 nat; the code "
-        "of another image loses at least half of the gain; the same step trained without a code has the larger error, "
-        "interval above 0",
-        lambda least_fall, least_kl, least_lost, without_code, **_: (
+        "held-out error falls by 1 % or more at every step, interval above 0; each step's KL exceeds 1 nat; at least "
+        "half of the gain is lost with the code of another image, and as much by the same step trained without a code",
+        lambda least_fall, least_kl, least_lost, least_lost_without, **_: (
             least_fall.value >= 0.01
             and least_fall.low > 0
             and least_kl.value > 1
-            and least_lost.value >= 0.5
-            and without_code.low > 0
+            and min(least_lost.value, least_lost_without.value) >= 0.5
         ),
     ),
     "S2": Claim(
         "Samples sharpen along the chain, beyond a VAE of one step.",
         "distance of log power spectra to held-out photographs: last step below the first and below the single step's, "
-        "intervals apart; rank correlation with the step -0.8 or less",
-        lambda first, last, single, trend, **_: (
-            last.high < first.low and last.high < single.low and trend.value <= -0.8
+        "intervals apart, and below what both reach with the white noise that suits them best; rank correlation with "
+        "the step -0.8 or less; the single step's rate within 10 % of the chain's",
+        lambda first, last, single, noisy_first, noisy_single, trend, rate, rate_of_single, **_: (
+            last.high < min(first.low, single.low, noisy_first.value, noisy_single.value)
+            and trend.value <= -0.8
+            and abs(rate_of_single.value / rate.value - 1) <= 0.1
         ),
     ),
     "S3": Claim(
-        "Infusion training is the special case whose code is a subset of the pixels.",
+        "Infusion training is the special case whose code is a subset of the pixels, and whose KL is left out.",
         "for the same masks and draws, in float64, the two losses agree to 1e-12 of their size",
         lambda residual, **_: residual.value <= 1e-12,
         exact=True,
     ),
     "S4": Claim(
-        "Sharp bedrooms from simple Gaussian VAEs: the chain's samples are nearer to photographs than a single step's.",
-        "kernel distance of sequential over single at most 0.8, interval below 1, on features of a random network",
-        lambda ratio_random, **_: ratio_random.value <= 0.8 and ratio_random.high < 1,
+        "The chain's samples are nearer to photographs than those of a single step.",
+        "kernel distance of sequential over single at most 0.8, interval below 1, on features of a random network, and "
+        "not shown to be above 1 on thumbnails; the single step's rate within 10 % of the chain's",
+        lambda ratio_random, ratio_thumbnails, rate, rate_of_single, **_: (
+            ratio_random.value <= 0.8
+            and ratio_random.high < 1
+            and ratio_thumbnails.low <= 1
+            and abs(rate_of_single.value / rate.value - 1) <= 0.1
+        ),
     ),
 }
 
@@ -283,24 +289,28 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
     chain, single = arrays["spectral_sequential"], Estimate(*arrays["spectral_single"])
     trend = spearmanr(np.arange(len(chain)), chain[:, 0]).statistic
     general, plain = arrays["infusion_losses"]
-    rates = {name: arrays[f"{name}_kl"].sum(1) for name in ("sequential", "single")}
+    rate, rate_of_single = (
+        Quantity.of(distances.mean_interval(arrays[f"{name}_kl"].sum(1)), "nats") for name in ("sequential", "single")
+    )
     kernel = {kind: dict(zip(SETS, arrays[f"kernel_{kind}"], strict=True)) for kind in KINDS}
     return {
         "S1": {
-            "least_fall": Quantity.of(min(steps["fall"])),
-            "least_kl": Quantity.of(min(steps["kl"]), "nats"),
-            "least_lost": Quantity.of(min(steps["lost"])),
-            "without_code": Quantity.of(min(steps["without_code"])),
+            "least_fall": _least(steps["fall"]),
+            "least_kl": _least(steps["kl"], "nats"),
+            "least_lost": _least(steps["lost"]),
+            "least_lost_without": _least(steps["lost_without"]),
         },
         "S2": {
             "first": Quantity.of(chain[0]),
             "last": Quantity.of(chain[-1]),
             "single": Quantity.of(single),
+            "noisy_first": Quantity.of(arrays["spectral_noise_first"]),
+            "noisy_single": Quantity.of(arrays["spectral_noise_single"]),
             "trend": Quantity(float(trend)),
             "infusion": Quantity.of(arrays["spectral_infusion"]),
             "training_photographs": Quantity.of(arrays["spectral_training"]),
-            "rate": Quantity.of(distances.mean_interval(rates["sequential"]), "nats"),
-            "rate_of_single": Quantity.of(distances.mean_interval(rates["single"]), "nats"),
+            "rate": rate,
+            "rate_of_single": rate_of_single,
         },
         "S3": {"residual": Quantity(float(abs(general - plain) / abs(plain)))},
         "S4": {
@@ -309,16 +319,23 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
             "single": Quantity.of(kernel["random"]["single"]),
             "infusion": Quantity.of(kernel["random"]["infusion"]),
             "training_photographs": Quantity.of(kernel["random"]["training photographs"]),
+            "rate": rate,
+            "rate_of_single": rate_of_single,
         },
     }
+
+
+def _least(steps: list[Estimate], unit: str = "") -> Quantity:
+    """The least value, and the least ends of all intervals, whichever steps they are of."""
+    return Quantity.of([min(column) for column in zip(*steps, strict=True)], unit)
 
 
 def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
     """What S1 says of each step t, means over held-out images with intervals of paired differences.
 
-    `fall` of the error, relative to that before (of the first step, to the mean training image's); `kl` in nats;
-    `lost`, the share of that gain lost with another image's code; `without_code`, from the second step on, by how much
-    the error of the control without this step's code is the larger one, relative to the error before.
+    `fall` of the error, relative to that before (of the first step, to the mean training image's); `kl` in nats; the
+    share of that gain that is lost, `lost` with another image's code, `lost_without`, from the second step on, by the
+    control, the same step trained without a code. Where the control is worse than no step at all, that is it.
     """
     before = np.column_stack([arrays["mean_error"], arrays["sequential_error"][:, :-1]])
     error, swapped, depth = arrays["sequential_error"], arrays["swapped_error"], arrays["depth_error"]
@@ -330,11 +347,13 @@ def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
     steps = range(error.shape[1])
     fall = [relative(before[:, t] - error[:, t], t) for t in steps]
     loss = [relative(swapped[:, t] - error[:, t], t) for t in steps]
+    control = [min(depth[:, t - 1], before[:, t], key=np.mean) for t in steps[1:]]
+    without = [relative(control[t - 1] - error[:, t], t) for t in steps[1:]]
     return {
         "fall": fall,
         "kl": [distances.mean_interval(arrays["sequential_kl"][:, t]) for t in steps],
         "lost": [distances.ratio(a, b) for a, b in zip(loss, fall, strict=True)],
-        "without_code": [relative(depth[:, t - 1] - error[:, t], t) for t in steps[1:]],
+        "lost_without": [distances.ratio(a, b) for a, b in zip(without, fall[1:], strict=True)],
     }
 
 
@@ -353,6 +372,7 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             "kl": arrays[f"{name}_kl"].mean(0).tolist(),
             "sigma": arrays[f"sigma_{name}"].tolist(),
             "updates": float(arrays[f"{name}_history"][-1, 0]),
+            "best_after": float(arrays[f"{name}_history"][arrays[f"{name}_history"][:, 2].argmin(), 0]),
         }
         if name != "infusion":
             bound = arrays[f"{name}_log_p"][:, -1] - arrays[f"{name}_kl"].sum(1)
@@ -361,8 +381,10 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             bits = -bound.mean() / dims + np.log((float(arrays["levels"]) - 1) / 2)
             models[name]["bits_per_dim_of_levels"] = float(bits / np.log(2))
     nearest = {name: float(np.median(row)) for name, row in arrays.items() if name.startswith("nearest_")}
+    models["single"]["kl_weight"] = float(arrays["kl_weight_single"])
     return {
         "models": models,
+        "control_over_no_step": (arrays["depth_error"].mean(0) / arrays["sequential_error"][:, :-1].mean(0)).tolist(),
         "steps": {name: [list(one) for one in rows] for name, rows in per_step(arrays).items()},
         "spectral_distance": arrays["spectral_sequential"].tolist(),
         "kernel_distance": {kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in KINDS},
@@ -373,9 +395,9 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def table(arrays: Mapping[str, np.ndarray]) -> Any:
     """What each step of the chain adds, on held-out images, as a table (a pandas data frame).
 
-    `error`: squared, per dimension of [-1, 1], and `in training` that of training images; `fall`, `lost` and `without
-    code` in per cent, see `per_step`; `KL` in nats; `sigma_t`; `spectra`: distance of log power spectra of samples to
-    photographs'.
+    `error`: squared, per dimension of [-1, 1], and `in training` that of training images; `fall`, and the shares of it
+    `lost by swap` and `lost without` a code, in per cent, see `per_step`; `KL` in nats; `sigma_t`; `spectra`: distance
+    of log power spectra of samples to photographs'.
     """
     import pandas
 
@@ -387,7 +409,7 @@ def table(arrays: Mapping[str, np.ndarray]) -> Any:
             "in training": arrays["training_error"][:, t].mean(),
             "fall (%)": 100 * steps["fall"][t].value,
             "lost by swap (%)": 100 * steps["lost"][t].value,
-            "without code (%)": 100 * steps["without_code"][t - 1].value if t else np.nan,
+            "lost without (%)": 100 * steps["lost_without"][t - 1].value if t else np.nan,
             "KL (nats)": steps["kl"][t].value,
             "sigma": arrays["sigma_sequential"][t],
             "spectra": arrays["spectral_sequential"][t, 0],

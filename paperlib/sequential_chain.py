@@ -17,8 +17,9 @@ from a step to those before,
 
     (5)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / ramp))
 
-at the fraction f of training. The sum over t may then be estimated by a few random steps a batch: with k of T, chosen
-alike, (T / k) sum of L_t over those is unbiased, and steps after the last of them need not be taken. Without
+at the fraction f of training. The sum over t may then be estimated from a few steps a batch: the first, which has a
+network of its own and is taken anyway, and k of the T - 1 others, chosen alike and weighted by (T - 1) / k, which is
+unbiased; steps after the last of them need not be taken. Without
 `own_terms` only the last step's log p counts, with all KLs, and gradients go through the whole chain. Either way
 
     (6)  log p(x) >= E log N(x; x(T), sigma_T^2 I) - sum_t E KL(q(z_t | x, x(t-1)) || p(z)).
@@ -26,8 +27,8 @@ alike, (T / k) sum of L_t over those is unbiased, and steps after the last of th
 That is a density of pixels in [-1, 1]; it is no probability of grey levels. (Levels lie 2 / 255 apart, so adding
 log(255 / 2) nats per dimension to -log p makes bits per dimension that compare with those, roughly.)
 
-Samples differ from reconstructions, so in training the networks see x(t-1) with noise of deviation `input_noise`. What
-the gate blends is x(t-1) without it: a later step may then keep what it is given.
+Samples differ from reconstructions, so in training the networks see x(t-1) with noise, of deviations up to
+`input_noise`. What the gate blends is x(t-1) without it: a later step may then keep what it is given.
 
 `single` is (1) with T = 1 and as much arithmetic, and its KL's weight is steered until its rate, E KL, is that of the
 chain. `depth` is the control for what further steps do by themselves: the steps 2 .. T trained again without codes, on
@@ -43,7 +44,7 @@ into x(t-1) is a code that G_t sees, and there is no KL.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,10 +179,13 @@ def depth_links(
     noise: float = 0.0,
     call: Callable[..., Step] | None = None,
 ) -> list[Link]:
-    """The control's steps 2 .. T, or those `chosen`, each from the image x(t-1) of the `parent`'s chain."""
-    call, chosen = vae if call is None else call, chosen or range(2, vae.steps + 1)
+    """The control's steps 2 .. T, or those `chosen`, each from the image x(t-1) of the `parent`'s chain.
+
+    Without `chosen` the parent draws all its codes, so that equal seeds give its own images.
+    """
     with torch.no_grad():
-        before = chain(parent, x, chosen=[max(chosen) - 1])
+        before = chain(parent, x, chosen=[max(chosen) - 1] if chosen else None)
+    call, chosen = vae if call is None else call, chosen or range(2, vae.steps + 1)
     links = []
     for t in chosen:
         step = call(x, before[t - 2].step.image, *vae.place(t), noise)
@@ -189,24 +193,35 @@ def depth_links(
     return links
 
 
-def random_steps(steps: Sequence[int], count: int) -> list[int]:
-    """`count` of `steps`, all subsets alike, in order; all of them where `count` is 0 or more than there are."""
-    if not 0 < count < len(steps):
-        return list(steps)
-    return sorted(steps[k] for k in torch.randperm(len(steps))[:count].tolist())
+def random_steps(steps: Sequence[int], count: int, always: Sequence[int] = ()) -> dict[int, float]:
+    """Steps for a batch, in order, with weights that make a sum over them an unbiased one over all `steps`.
+
+    Those of `always`, and `count` of the others, all subsets alike; all of them where `count` is 0 or more than there
+    are.
+    """
+    others = [t for t in steps if t not in always]
+    if not 0 < count < len(others):
+        return dict.fromkeys(steps, 1.0)
+    drawn = [others[k] for k in torch.randperm(len(others))[:count].tolist()]
+    weights = dict.fromkeys(always, 1.0) | dict.fromkeys(drawn, len(others) / count)
+    return dict(sorted(weights.items()))
 
 
 def objective(
-    links: Sequence[Link], steps: int, beta: Tensor | float, own_terms: bool = True
+    links: Sequence[Link],
+    beta: Tensor | float,
+    *,
+    weights: Mapping[int, float] | None = None,
+    own_terms: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus the sum of (5) over `steps` steps, estimated by the `links` of those chosen, in nats an image: a scalar.
+    """Minus the sum of (5) over the steps of `links`, each times its weight (1 unless told): a scalar, nats an image.
 
     Without `own_terms`, minus log p of the last link plus the weighted KLs of all. Also its terms.
     """
-    weight = steps / len(links)
-    kl = weight * torch.stack([link.kl.mean() for link in links]).sum()
+    weight = [1.0 if weights is None else weights[link.t] for link in links]
+    kl = sum(w * link.kl.mean() for w, link in zip(weight, links, strict=True))
     if own_terms:
-        log_p = weight * torch.stack([link.log_p.mean() for link in links]).sum()
+        log_p = sum(w * link.log_p.mean() for w, link in zip(weight, links, strict=True))
     else:
         log_p = links[-1].log_p.mean()
     return beta * kl - log_p, {"log_p": log_p, "kl": kl}

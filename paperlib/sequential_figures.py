@@ -43,8 +43,16 @@ def _label_columns(axis: Any, names: list[str], side: int) -> None:
 
 
 def samples(arrays: Arrays) -> Any:
-    """S4: ten samples of the chain, one to a row: noise, then x(1) .. x(T); of the larger model where there is one."""
-    states = arrays["chain_picture"] if "chain_picture" in arrays else arrays["chain"]
+    """S4: ten samples of the chain, one to a row: noise, then x(1) .. x(T)."""
+    return _chains(arrays, arrays["chain"])
+
+
+def more_samples(arrays: Arrays) -> Any:
+    """Ten more; of the further model for larger images where there is one."""
+    return _chains(arrays, arrays["chain_more"])
+
+
+def _chains(arrays: Arrays, states: np.ndarray) -> Any:
     count, rows, side = states.shape[:3]
     figure, axis = figures.new(width=CELL * count, height=CELL * rows)
     _show(axis, arrays, _rows(states), count)
@@ -53,7 +61,10 @@ def samples(arrays: Arrays) -> Any:
 
 
 def reconstructions(arrays: Arrays) -> Any:
-    """S1: held-out photographs rebuilt step by step with their own codes; below, error and KL of each step."""
+    """S1: held-out photographs rebuilt step by step with their own codes; below, error and KL of each step.
+
+    A control that is worse than no step at all is drawn as no step.
+    """
     rebuilt = arrays["rebuilt"]
     count, _, side = rebuilt.shape[:3]
     figure, (top, bottom) = figures.new(rows=2, height=9.4, height_ratios=[3, 1])
@@ -63,7 +74,8 @@ def reconstructions(arrays: Arrays) -> Any:
     steps = np.arange(1, count + 1)
     bottom.plot(steps, arrays["sequential_error"].mean(0), "o-", color=BLUE, markersize=3, label="with its code")
     bottom.plot(steps, arrays["swapped_error"].mean(0), "s", color=RED, markersize=4, label="code of another image")
-    bottom.plot(steps[1:], arrays["depth_error"].mean(0), "^", color=GREY, markersize=4, label="trained without code")
+    control = np.minimum(arrays["depth_error"].mean(0), arrays["sequential_error"][:, :-1].mean(0))
+    bottom.plot(steps[1:], control, "^", color=GREY, markersize=4, label="trained without code")
     single = arrays["single_error"].mean()
     bottom.axhline(single, color=ORANGE, linestyle=":", linewidth=1.2, label="single step")
     bottom.set_yscale("log")
@@ -137,6 +149,8 @@ def spectra(arrays: Arrays) -> Any:
         value, low, high = arrays[f"spectral_{name}"]
         right.axhline(value, color=colour, linestyle="--", linewidth=1)
         right.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
+    for name, colour in (("first", BLUE), ("single", ORANGE)):
+        right.axhline(arrays[f"spectral_noise_{name}"][0], color=colour, linestyle=":", linewidth=1.2)
     right.set(xlabel="step t", ylabel="distance of log spectra (nats)")
     right.set_xticks(steps)
     return figure
@@ -196,9 +210,6 @@ def drawn(states: np.ndarray, levels: int) -> Any:
     """States (T + 1, N, S, S, C) of a few samples, one to a row, noise first; closed, so that it shows once."""
     from matplotlib import pyplot
 
-    count, rows = states.shape[:2]
-    figure, axis = figures.new(width=CELL * count, height=CELL * rows + 0.2)
-    _show(axis, {"levels": np.array(levels)}, _rows(states), count)
-    _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count))], states.shape[2])
+    figure = _chains({"levels": np.array(levels)}, states)
     pyplot.close(figure)
     return figure

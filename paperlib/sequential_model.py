@@ -96,7 +96,7 @@ def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
         return {"sequential": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
     trained = {"sequential": fit_model(run, images, "sequential", settings.updates)}
     parent = trained["sequential"].model
-    trained["single"] = fit_model(run, images, "single", settings.single_updates, rate=rate(run, images, parent))
+    trained["single"] = fit_model(run, images, "single", settings.single_updates, rates=rates(run, images, parent))
     trained["infusion"] = fit_model(run, images, "infusion", settings.infusion_updates)
     if settings.steps > 1:
         trained["depth"] = fit_model(run, images, "depth", settings.depth_updates, parent=parent)
@@ -112,11 +112,11 @@ def fit_model(
     name: str,
     updates: int,
     *,
-    rate: float | None = None,
+    rates: tuple[float, float] | None = None,
     parent: SequentialVAE | None = None,
 ) -> train.Trained:
-    """Train one model into the run's folder. `rate`, in nats an image, is what `single` is steered to; `parent` the
-    trained chain from whose images `depth` starts.
+    """Train one model into the run's folder. `rates`, see there, are what `single` is steered to; `parent` the trained
+    chain from whose images `depth` starts.
     """
     settings, device = run.settings, torch.device(run.device)
     torch.manual_seed(run.seed)
@@ -138,17 +138,19 @@ def fit_model(
     steps = list(range(2 if name == "depth" else 1, vae.steps + 1))
 
     def loss(model: nn.Module, x: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = random_steps(steps, settings.steps_per_batch if own_terms else 0)
+        first = [t for t in steps if t == 1]  # has a network of its own
+        chosen = random_steps(steps, settings.steps_per_batch if own_terms else 0, always=first)
         noise = 0.0 if vae.infusion else settings.input_noise
         if parent is not None:
-            links = depth_links(vae, x, parent, chosen=chosen, noise=noise, call=model)
+            links = depth_links(vae, x, parent, chosen=list(chosen), noise=noise, call=model)
         else:
-            links = chain(vae, x, own_terms=own_terms, chosen=chosen, noise=noise, call=model)
+            links = chain(vae, x, own_terms=own_terms, chosen=list(chosen), noise=noise, call=model)
         links = [link for link in links if link.t in chosen]
         beta = ramp(settings, progress.fraction) * vae.log_weight.exp()
-        value, terms = objective(links, len(steps), beta, own_terms)
-        if rate is not None:
-            steer(vae, processes.mean(terms["kl"]), rate, settings.steering)
+        value, terms = objective(links, beta, weights=chosen, own_terms=own_terms)
+        if rates is not None:
+            if progress.fraction > 3 * settings.kl_ramp:  # before, the ramp decides the rate
+                steer(vae, processes.mean(terms["kl"]), rates[0], settings.steering)
             terms["kl_weight"] = vae.log_weight.exp()
         return value, terms
 
@@ -157,7 +159,8 @@ def fit_model(
         return features.augmented(x, mirror=settings.mirror, reach=settings.shift)
 
     def evaluated(vae: nn.Module) -> dict[str, float]:
-        return watched(evaluate(vae, images, images.held_out[: settings.evaluation_images], parent), images, rate)
+        held_out = images.held_out[: settings.evaluation_images]
+        return watched(evaluate(vae, images, held_out, parent), images, rates and rates[1])
 
     return train.fit(
         vae,
@@ -171,29 +174,37 @@ def fit_model(
         evaluate=evaluated,
         provenance=results.describe_code(),
         name=name,
-        partial=own_terms and 0 < settings.steps_per_batch < len(steps),
+        partial=own_terms and 0 < settings.steps_per_batch < len(steps) - 1,
     )
 
 
-def rate(run: results.Run, images: Images, vae: SequentialVAE) -> float:
-    """E KL over all steps on held-out images, in nats an image."""
+def rates(run: results.Run, images: Images, vae: SequentialVAE) -> tuple[float, float]:
+    """E KL over all steps in nats an image: on training images, augmented as in training, by which a batch can be
+    steered, and on the held-out images that a training watches.
+    """
+    settings, found = run.settings, []
+    known = images.batch(torch.linspace(0, len(images.train) - 1, 1000).long())
     with run.seeded():
-        return float(evaluate(vae, images, images.held_out[: run.settings.measured_images])["kl"].sum(1).mean())
+        moved = features.augmented(images.signed(known), mirror=settings.mirror, reach=settings.shift)
+        for pictures in (torch.from_numpy(data.from_signed(moved, images.dataset.levels)), images.held_out):
+            pictures = pictures[: settings.evaluation_images] if pictures is images.held_out else pictures
+            found.append(float(evaluate(vae, images, pictures)["kl"].sum(1).mean()))
+    return found[0], found[1]
 
 
 def watched(measured: dict[str, Tensor], images: Images, rate: float | None = None) -> dict[str, float]:
     """What a training watches on held-out images, the first of which decides where it stops.
 
     Minus the bound (6) in nats per dimension; for chains without codes minus the mean log p. Where the rate is steered,
-    minus log p and ten nats for each nat of rate above 1.1 times its target: what has not yet come down to the rate
-    would have the least error.
+    minus log p and ten nats for each nat of rate that is further than 5 % from its target: what has not yet come down
+    to the rate would have the least error.
     """
     dims = math.prod(images.shape)
     kl = measured["kl"].sum(1).mean().item()
     error = {"error": measured["error"][:, -1].mean().item(), "kl": kl}
     log_p = measured["log_p"][:, -1].mean().item()
     if rate is not None:
-        return {"distortion_at_the_rate": (10 * max(0.0, kl - 1.1 * rate) - log_p) / dims, **error}
+        return {"distortion_at_the_rate": (10 * max(0.0, kl - 1.05 * rate, 0.95 * rate - kl) - log_p) / dims, **error}
     if not kl:
         return {"negative_log_p": -measured["log_p"].mean().item() / dims, **error}
     return {"negative_bound": (kl - log_p) / dims, **error}

@@ -35,6 +35,7 @@ from paperlib import likelihoods, processes
 
 SLOPE = 0.1  # of the leaky ReLU below 0
 GROUPS = 4  # of channels that are normalised together
+OPEN = 2.0  # the gate at first, before the sigmoid: a step starts near doing nothing, which costs nothing to learn
 GREATEST_MEAN = 8.0  # of a code, in absolute value
 LEAST_LOG_STD = -6.0  # of q(z|x); the greatest is 0, where it meets the prior
 
@@ -174,6 +175,8 @@ class Generator(nn.Module):
         self.last = _doubling(size.widths[0], size.channels + sees)
         nn.init.normal_(self.last.weight, std=0.3 / math.sqrt(4 * size.widths[0]))
         nn.init.zeros_(self.last.bias)
+        if sees:
+            nn.init.constant_(self.last.bias[-1], OPEN)
 
     def forward(self, previous: Tensor | None, seen: Tensor | None, z: Tensor | None, index: Tensor) -> Tensor:
         """`seen` is what the U-shaped path reads, `previous` what is blended: the same but for noise in training."""
@@ -230,10 +233,14 @@ class StepNetwork(nn.Module):
         return self.encoder(torch.cat([x, seen], 1) if self.sees else x, index)
 
     def forward(self, x: Tensor, previous: Tensor | None, index: Tensor, noise: float = 0.0) -> Step:
-        """`noise` is the deviation of what is added to the previous image before the networks see it."""
+        """The networks see the previous image with noise, for each image of a deviation drawn uniformly from 0 to
+        `noise`: so training is never far from sampling and measuring, which add none.
+        """
         seen = previous
         if self.sees and noise:
-            seen = seen + noise * processes.randn(seen.shape, dtype=seen.dtype, device=seen.device)
+            options = {"dtype": seen.dtype, "device": seen.device}
+            deviation = noise * processes.rand((len(seen), 1, 1, 1), **options)
+            seen = seen + deviation * processes.randn(seen.shape, **options)
         mean = log_std = z = None
         if self.generator.ladder:
             mean, log_std = self.q_z_given_x(x, seen, index)

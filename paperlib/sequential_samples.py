@@ -48,14 +48,16 @@ def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
 
 
 def terms(run: results.Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
-    """On held-out images: `<model>_error`, squared error per dimension, `_kl` and `_log_p` in nats, each (n, T).
+    """On held-out images that no training watched: `<model>_error`, squared error per dimension, `_kl` and `_log_p` in
+    nats, each (n, T).
 
     Of the chain also `swapped_error` (n, T), with the code of one step taken from another image; `depth_error`
     (n, T - 1), of the control that makes the steps 2 .. T without codes; `mean_error` (n,), of the mean of the training
     images, which knows no code at all; and `training_error` (n, T), on as many training images. All but the last see
-    the same noise, so rows are pairs. `sigma_<model>` (T,).
+    the same noise, so rows are pairs. `sigma_<model>` (T,); `kl_weight_single`, to which its steering came.
     """
-    pictures = images.held_out[: run.settings.measured_images]
+    first = run.settings.evaluation_images
+    pictures = images.held_out[first : first + run.settings.measured_images]
     found: dict[str, Any] = {}
     for name in ("sequential", "single", "infusion"):
         with run.seeded():
@@ -69,6 +71,7 @@ def terms(run: results.Run, images: Images, models: Mapping[str, SequentialVAE])
         found["depth_error"] = evaluate(models["depth"], images, pictures, models["sequential"])["error"]
         seen = images.batch(_rows(run, len(images.train), len(pictures), 14))
         found["training_error"] = evaluate(models["sequential"], images, seen)["error"]
+    found["kl_weight_single"] = models["single"].log_weight.exp().item()
     few = images.batch(_spread(len(images.train), 2000))
     mean = images.signed(few).mean(0, keepdim=True)
     x = torch.cat(list(batches(images, pictures)))
@@ -94,7 +97,8 @@ def spectra(run: results.Run, images: Images, drawn: Mapping[str, Drawn]) -> dic
     `power_single`, `power_infusion`, `power_photographs` (held out) and `power_training` (K,).
 
     `spectral_sequential` (T, 3), `spectral_single`, `spectral_infusion`, `spectral_training` (3,): distances of log
-    power to the held-out photographs'.
+    power to the held-out photographs'. `spectral_noise_first`, `spectral_noise_single` (3,): of x(1) and of `single`
+    with the white noise that brings them nearest, the control for what mere grain can do.
     """
     training = images.batch(_rows(run, len(images.train), run.settings.samples, 11))
     frequencies, photographs = _power(images.held_out)
@@ -106,6 +110,11 @@ def spectra(run: results.Run, images: Images, drawn: Mapping[str, Drawn]) -> dic
     for name, pictures in sets.items():
         power = _power(pictures)[1]
         found[f"power_{name}"], found[f"spectral_{name}"] = power.mean(0), np.array(_spectral(power, photographs))
+    single = _power(drawn["single"].means)[1]
+    for name, power in (("first", steps[0]), ("single", single)):
+        # White noise has the same power at every frequency.
+        noisy = [_spectral(power + level, photographs) for level in [0, *np.geomspace(1e-3, 1e3, 61)]]
+        found[f"spectral_noise_{name}"] = np.array(min(noisy))
     return found
 
 
@@ -126,7 +135,7 @@ def compared(
 ) -> dict[str, np.ndarray]:
     """Claim S4. `kernel_<kind>` (SETS, 3): squared kernel distance to held-out photographs, on features of a random
     network and on thumbnails; `ratio_<kind>` (3,), that of `sequential` over that of `single`; `shown_<set>` (24, S, S,
-    C). Half of the held-out photographs are the reference, the other half are reconstructed.
+    C). All held-out photographs are the reference; for reconstructions one half, and the other half is reconstructed.
     """
     mixed = _rows(run, len(images.held_out), len(images.held_out), 12).to(images.held_out.device)
     reference, sources = (images.held_out[half] for half in mixed.chunk(2))
@@ -145,8 +154,10 @@ def compared(
     found: dict[str, Any] = {f"shown_{name}": pictures[name][:24] for name in SETS}
     for kind in KINDS:
         look = features.extractor(networks[kind].to(run.device), scale, images.dataset.levels)
-        seen, kept = {name: look(pictures[name]) for name in SETS}, look(reference)
-        found[f"kernel_{kind}"] = np.array([distances.kernel_distance(seen[name], kept) for name in SETS])
+        seen, kept, half = {name: look(pictures[name]) for name in SETS}, look(images.held_out), look(reference)
+        found[f"kernel_{kind}"] = np.array(
+            [distances.kernel_distance(seen[name], half if name == "reconstructions" else kept) for name in SETS]
+        )
         found[f"ratio_{kind}"] = np.array(distances.kernel_distance_ratio(seen["sequential"], seen["single"], kept))
     return found
 
@@ -155,9 +166,11 @@ def nearest(run: results.Run, images: Images, drawn: Mapping[str, Drawn]) -> dic
     """How near samples come to training photographs: `nearest_<view>_<set>` (n,), the root mean squared difference, in
     units of the range -1 .. 1, to the nearest; `<view>` is pixels or thumbnails of 8 x 8 means, `<set>` sequential,
     single, infusion or held_out, which nobody has copied. `neighbours_<view>` (10, S, S, C): those of the first samples
-    of `sequential`, `near` (10, S, S, C). Of a large training set some 10,000 images, evenly spaced, are searched.
+    of `sequential`, `near` (10, S, S, C). Of a large training set some 10,000 images, evenly spaced, are searched, and
+    their mirror images, as both were seen in training.
     """
     among = images.batch(_spread(len(images.train), 10_000))
+    among = torch.cat([among, among.flip(2)])
     sets = {name: one.means for name, one in drawn.items()} | {"held_out": images.held_out}
     found: dict[str, Any] = {"near": drawn["sequential"].means[:ROWS]}
     for view in ("pixels", "thumbnails"):
@@ -183,10 +196,9 @@ def _to_nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pictures(run: results.Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
-    """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples, `chain_infusion`
-    the same for its draws, with `chain_infusion_means` (10, S, S, C); `targets` (10, S, S, C), held-out photographs,
-    `rebuilt` and `swapped` (T, 10, S, S, C), with their codes and with each step's code of the photograph below;
-    `chain_picture` where there is a model for larger images.
+    """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples, `chain_more` ten
+    more, of the model for larger images where there is one, `chain_infusion` the same for its draws, with `chain_infusion_means` (10, S, S, C); `targets` (10, S, S, C), held-out photographs,
+    `rebuilt` and `swapped` (T, 10, S, S, C), with their codes and with each step's code of the photograph below.
     """
     targets = images.held_out[_spread(len(images.held_out), ROWS)]
     drawn = draw(models["sequential"], images, ROWS, run.generator(5, on_device=True))
@@ -201,8 +213,8 @@ def pictures(run: results.Run, images: Images, models: Mapping[str, SequentialVA
         "rebuilt": torch.stack([images.bytes(one) for one in rebuilt]),
         "swapped": torch.stack([images.bytes(one) for one in swapped]),
     }
-    if "picture" in models:
-        found["chain_picture"] = draw(models["picture"], images, ROWS, run.generator(5, on_device=True)).states
+    further = models.get("picture", models["sequential"])
+    found["chain_more"] = draw(further, images, ROWS, run.generator(9, on_device=True)).states
     return found
 
 
@@ -219,7 +231,7 @@ def exactness(run: results.Run, images: Images, infusion: SequentialVAE) -> dict
     vae = copy.deepcopy(infusion).double()
     x = images.signed(images.held_out[:8]).double()
     codes = pixel_codes(vae, x, run.generator(7, on_device=True))
-    general, _ = objective(chain(vae, x, codes=codes), vae.steps, 1.0)
+    general, _ = objective(chain(vae, x, codes=codes), 1.0)
     return {"infusion_losses": np.array([general.item(), plain_infusion_loss(vae, x, codes).item()])}
 
 

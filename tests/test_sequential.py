@@ -71,8 +71,9 @@ def test_what_a_step_adds(finished):
         assert found["fall"][t].value == pytest.approx(1 - error[t] / before[t])
         assert found["lost"][t].value == pytest.approx((swapped[t] - error[t]) / (before[t] - error[t]))
         if t:
-            assert found["without_code"][t - 1].value == pytest.approx((depth[t - 1] - error[t]) / before[t])
-    assert len(found["without_code"]) == 2 and found["kl"][1].value == arrays["sequential_kl"][:, 1].mean()
+            lost = (min(depth[t - 1], before[t]) - error[t]) / (before[t] - error[t])
+            assert found["lost_without"][t - 1].value == pytest.approx(lost)
+    assert len(found["lost_without"]) == 2 and found["kl"][1].value == arrays["sequential_kl"][:, 1].mean()
     table = sequential.table(arrays)
     assert list(table.index) == [1, 2, 3] and table.loc[2, "fall (%)"] == pytest.approx(
         100 * found["fall"][1].value, abs=1e-3
@@ -137,7 +138,7 @@ def test_nearest_training_images_by_hand(finished):
 
 def test_pictures(finished):
     run, images, trained, arrays = finished
-    assert arrays["chain"].shape == (4, 10, 16, 16, 3) and arrays["chain_picture"].shape == (4, 10, 32, 32, 3)
+    assert arrays["chain"].shape == (4, 10, 16, 16, 3) and arrays["chain_more"].shape == (4, 10, 32, 32, 3)
     assert arrays["chain"][0].std() > 65, "the first column is noise, uniform over grey levels"
     assert not np.array_equal(arrays["rebuilt"], arrays["swapped"])
     again = sequential_samples.pictures(run, images, {name: one.model for name, one in trained.items()})
@@ -171,19 +172,23 @@ def test_every_claim_is_judged_by_what_is_measured(finished):
     assert measured["S2"]["rate"].value == pytest.approx(arrays["sequential_kl"].sum(1).mean())
     falls = [one.value for one in sequential.per_step(arrays)["fall"]]
     assert measured["S1"]["least_fall"].value == min(falls)
+    low = [one.low for one in sequential.per_step(arrays)["lost"]]
+    assert measured["S1"]["least_lost"].low == min(low), "of all steps, not of the one with the least value"
 
 
+RATES = {"rate": 100.0, "rate_of_single": 105.0}
 GOOD = {
-    "S1": {"least_fall": 0.02, "least_kl": 2.0, "least_lost": 0.6, "without_code": 0.01},
-    "S2": {"first": 1.0, "last": 0.5, "single": 0.8, "trend": -0.9},
+    "S1": {"least_fall": 0.02, "least_kl": 2.0, "least_lost": 0.6, "least_lost_without": 0.6},
+    "S2": {"first": 1.0, "last": 0.5, "single": 0.8, "noisy_first": 0.7, "noisy_single": 0.7, "trend": -0.9} | RATES,
     "S3": {"residual": 1e-14},
-    "S4": {"ratio_random": 0.7},
+    "S4": {"ratio_random": 0.7, "ratio_thumbnails": 1.05} | RATES,
 }
 BAD = [
-    ("S1", "least_fall", 0.005), ("S1", "least_kl", 0.9), ("S1", "least_lost", 0.4), ("S1", "without_code", -0.01),
+    ("S1", "least_fall", 0.005), ("S1", "least_kl", 0.9), ("S1", "least_lost", 0.4), ("S1", "least_lost_without", 0.4),
     ("S2", "first", 0.55), ("S2", "last", 0.75), ("S2", "single", 0.55), ("S2", "trend", -0.7),
+    ("S2", "noisy_first", 0.5), ("S2", "noisy_single", 0.5), ("S2", "rate_of_single", 80.0),
     ("S3", "residual", 1e-9),
-    ("S4", "ratio_random", 0.85),
+    ("S4", "ratio_random", 0.85), ("S4", "ratio_thumbnails", 1.3), ("S4", "rate_of_single", 120.0),
 ]  # fmt: skip
 
 
@@ -244,12 +249,11 @@ def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
     )
     for name in names:
         getattr(sequential_figures, name)(arrays).savefig(tmp_path / f"{name}.png")
-    changed = dict(arrays) | {"chain_picture": 255 - arrays["chain_picture"]}
-    without = {name: array for name, array in arrays.items() if name != "chain_picture"}
-    for name, copy in (("same", arrays), ("changed", changed), ("without", without)):
-        sequential_figures.samples(copy).savefig(tmp_path / f"samples-{name}.png")
-    drawn = {name: (tmp_path / f"samples{name}.png").read_bytes() for name in ("", "-same", "-changed", "-without")}
-    assert drawn[""] == drawn["-same"] and len(set(drawn.values())) == 3
+    more = sequential_figures.more_samples(arrays)
+    more.savefig(tmp_path / "more.png")
+    sequential_figures.more_samples(dict(arrays) | {"chain_more": arrays["chain"]}).savefig(tmp_path / "again.png")
+    drawn = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("samples", "more", "again")}
+    assert drawn["samples"] == drawn["again"] != drawn["more"]
 
 
 def test_bits_per_dimension_of_levels(finished):
