@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from paperlib import data, likelihoods, paths, pixelcnn, processes, resident, results, train
 from paperlib.distances import gaussian_mmd
+from paperlib.machine import memory_explained
 from paperlib.pixelcnn import PixelCNN, PixelCNNSettings
 from paperlib.pixelcnn_sampler import Sampler
 from paperlib.resident import Images
@@ -259,7 +260,7 @@ def fit_variant(
     else:
         first = train.batch_indices(run.seed, len(images.train), max(64, settings.batch_size), 0).to(device)
         x, labels = images.signed(images.train[first]), images.labels[first]
-        with torch.no_grad():
+        with torch.no_grad(), memory_explained(f"lower batch_size (now {settings.batch_size})"):
             pixelcnn.initialise(vae.decoder, x, vae.h(vae.sample_z(x, labels)))
     recipe = train.Recipe(
         steps,

@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from paperlib import distances, launch, presets, results, sequential_model, sequential_samples, train
+from paperlib import (
+    distances,
+    launch,
+    presets,
+    results,
+    sequential_model,
+    sequential_networks,
+    sequential_samples,
+    train,
+)
 from paperlib.distances import Estimate
 from paperlib.errors import UserError
 from paperlib.presets import option
@@ -95,6 +104,11 @@ class Settings:
         for name in ("ladder", "single_ladder", "widths", "single_widths", "picture_widths"):
             if len(getattr(self, name)) != len(self.widths):
                 raise ValueError(f"{name} is {getattr(self, name)}, but there are {len(self.widths)} scales")
+        sizes = [(self.side, self.widths, self.units, self.maps)]
+        sizes += [(self.side, self.single_widths, self.single_units, self.single_maps)]
+        sizes += [(self.picture_side, self.picture_widths, self.units, self.maps)] if self.picture_side else []
+        for side, *rest in sizes:
+            sequential_networks.Size(3, side, *rest)  # says what does not fit
         if self.samples < 40:
             raise ValueError(f"samples is {self.samples}, but the intervals need 40")
 

@@ -35,7 +35,6 @@ from paperlib import likelihoods, processes
 
 SLOPE = 0.1  # of the leaky ReLU below 0
 GROUPS = 4  # of channels that are normalised together
-OPEN = 2.0  # the gate at first, before the sigmoid: a step starts near doing nothing, which costs nothing to learn
 GREATEST_MEAN = 8.0  # of a code, in absolute value
 LEAST_LOG_STD = -6.0  # of q(z|x); the greatest is 0, where it meets the prior
 
@@ -175,8 +174,6 @@ class Generator(nn.Module):
         self.last = _doubling(size.widths[0], size.channels + sees)
         nn.init.normal_(self.last.weight, std=0.3 / math.sqrt(4 * size.widths[0]))
         nn.init.zeros_(self.last.bias)
-        if sees:
-            nn.init.constant_(self.last.bias[-1], OPEN)
 
     def forward(self, previous: Tensor | None, seen: Tensor | None, z: Tensor | None, index: Tensor) -> Tensor:
         """`seen` is what the U-shaped path reads, `previous` what is blended: the same but for noise in training."""

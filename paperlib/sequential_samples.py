@@ -196,9 +196,10 @@ def _to_nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pictures(run: results.Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
-    """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples, `chain_more` ten
-    more, of the model for larger images where there is one, `chain_infusion` the same for its draws, with `chain_infusion_means` (10, S, S, C); `targets` (10, S, S, C), held-out photographs,
-    `rebuilt` and `swapped` (T, 10, S, S, C), with their codes and with each step's code of the photograph below.
+    """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples; `chain_more` ten
+    more, of the model for larger images where there is one; `chain_infusion` the same for its draws, with
+    `chain_infusion_means` (10, S, S, C); `targets` (10, S, S, C), held-out photographs, `rebuilt` and `swapped`
+    (T, 10, S, S, C), with their codes and with each step's code of the photograph below.
     """
     targets = images.held_out[_spread(len(images.held_out), ROWS)]
     drawn = draw(models["sequential"], images, ROWS, run.generator(5, on_device=True))

@@ -392,11 +392,11 @@ def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
             model, loss, batch, count, dataclasses.replace(recipe, checkpoint_minutes=0.0), *rest, **options
         )
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("stopped")
-        return true_objective(*arguments)
+        return true_objective(*arguments, **options)
 
     monkeypatch.setattr(train, "fit", often)
     for name, rates in (("sequential", None), ("single", (3.0, 3.0))):
