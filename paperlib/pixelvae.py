@@ -51,11 +51,11 @@ class Settings:
     dropout: float = option(0.0, "within its blocks")
     kl_weight: float = option(1.0, "of the KL in the objective elbo; 1 is the ELBO")
     mmd_weight: float = option(1e4, "of the MMD in the objective mmd, in nats an image")
-    trunk_steps: int = option(120, "optimiser steps without regulariser that the branches share; 0 for no trunk")
+    trunk_steps: int = option(40, "optimiser steps without regulariser that the branches share; 0 for no trunk")
     branch_steps: int = option(
-        50, "of none, elbo, mmd, unconditional, and of none-scratch and elbo-scratch, which have no trunk"
+        15, "of none, elbo, mmd, unconditional, and of none-scratch and elbo-scratch, which have no trunk"
     )
-    control_steps: int = option(25, "of the branches label and linear")
+    control_steps: int = option(8, "of the branches label and linear")
     input_dropout: float = option(
         0.5, "share of images of which the trunk's decoder sees no pixel, falling to 0 at half its steps"
     )

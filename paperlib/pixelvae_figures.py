@@ -31,7 +31,7 @@ def chain(arrays: Arrays) -> Any:
 
 def training(arrays: Arrays) -> Any:
     """P1, P2: bits per dimension while training, and what the decoder loses when z is that of another image."""
-    figure, (left, right) = figures.new(2, height=3.0, width_ratios=[3, 2])
+    figure, (left, right) = figures.new(2, height=3.3, width_ratios=[3, 2])
     offset = arrays["trunk_history"][-1, 0] if "trunk_history" in arrays else 0
     styles = {"trunk": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
     styles |= {
@@ -58,9 +58,9 @@ def training(arrays: Arrays) -> Any:
     right.bar(places + 0.2, kl, 0.38, color=GREY, label="KL(q(z|x) ‖ p(z))")
     right.set_yscale("symlog", linthresh=0.1)
     right.set_xticks(places, CODED, rotation=30, ha="right")
-    right.set(ylabel="nats an image (0.1 and below: linear)")
+    right.set(ylabel="nats an image\n(0.1 and below: linear)")
     right.axhline(0, color="black", linewidth=0.6)
-    right.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
@@ -103,7 +103,6 @@ def distances(arrays: Arrays) -> Any:
     colours = [models.get(name.split(":")[0], "black") for name in SETS]
     for axis, kind in zip(axes, ("classifier", "random"), strict=True):
         figures.show_estimates(axis, places, arrays[f"kernel_{kind}"], colours)
-        axis.set_xscale("symlog", linthresh=1.0)
         axis.set(xlabel="squared kernel distance", title=f"features of a {kind}{' network' * (kind == 'random')}")
     axes[0].set_yticks(places, SETS)
     return figure
@@ -111,7 +110,7 @@ def distances(arrays: Arrays) -> Any:
 
 def memory(arrays: Arrays) -> Any:
     """P4: how long the chain remembers, without the KL and under the ELBO."""
-    figure, axes = figures.new(2, height=2.8, sharey=True)
+    figure, axes = figures.new(2, height=3.0, sharey=True)
     for axis, view in zip(axes, ("pixels", "classifier"), strict=True):
         for model, colour in (("none", BLUE), ("elbo", RED)):
             values, lows, highs = arrays[f"similarity_{model}_{view}"].T
@@ -127,13 +126,13 @@ def memory(arrays: Arrays) -> Any:
         axis.set_xticks(LAGS, LAGS)
         axis.minorticks_off()
     axes[0].set_ylabel("autocorrelation")
-    axes[1].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=4)
     return figure
 
 
 def many(arrays: Arrays) -> Any:
     """36 chains after their last step, and two decodes of one z, without the KL and under the ELBO."""
-    figure, axes = figures.new(2, 2, height=4.6, height_ratios=[3, 2])
+    figure, axes = figures.new(2, 2, height=3.1, height_ratios=[2, 1])
     for (top, bottom), model, title in zip(axes.T, ("none", "elbo"), ("without the KL", "ELBO"), strict=True):
         _show(top, arrays, arrays[f"many_{model}"], 9, f"{title}: 36 chains")
         pairs = arrays[f"shown_decodes_{model}"]
@@ -158,7 +157,7 @@ def probe(arrays: Arrays) -> Any:
 def glasses(arrays: Arrays) -> Any:
     """G1: the class as code. What the best factored Gaussian and a PixelCNN++ make of "an image of this class"."""
     rows = 7
-    figure, axis = figures.new(height=5.2)
+    figure, axis = figures.new(height=4.4)
     sheet = np.concatenate(
         [
             arrays["glasses_photograph"][None],

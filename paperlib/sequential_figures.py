@@ -183,7 +183,6 @@ def distances(arrays: Arrays) -> Any:
     places = np.arange(len(SETS))[::-1]
     for axis, kind in zip(axes, KINDS, strict=True):
         figures.show_estimates(axis, places, arrays[f"kernel_{kind}"], [BLUE] * len(SETS))
-        axis.set_xscale("symlog", linthresh=0.1)
         axis.set(xlabel="squared kernel distance", title=f"features: {kind}{' network' * (kind == 'random')}")
     axes[0].set_yticks(places, SETS)
     return figure
