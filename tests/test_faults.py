@@ -344,7 +344,7 @@ def files(home):
 def outcomes(request, trained, tmp_path_factory):
     """By the id of each fault that is to be tested: a future of what was said, and of the files before and after."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    chosen = {given["fault"].id for given in parameters if "fault" in given}
+    chosen = {given["fault"].id for given in parameters if isinstance(given.get("fault"), Fault)}
 
     def one(fault):
         home = tmp_path_factory.mktemp("fault") / "home"

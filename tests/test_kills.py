@@ -76,13 +76,13 @@ def test_killed_at_random_moments_and_started_again_it_ends_as_if_undisturbed(ar
     home, moments, seen = tmp_path / "killed", random.Random(0), 0
     for _ in range(kills):
         process = start(home, arguments)
-        time.sleep(moments.uniform(0.1, 0.9) * took)
+        time.sleep(moments.uniform(0.1, 0.6) * took)
         alive = process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
         seen += alive
         opened(home)
-    assert seen >= 0.7 * kills, "most were killed before they were done"
+    assert seen >= 0.6 * kills, "most were killed before they were done"
     finished(home, arguments)
     assert opened(home) > 5
     for ending in ("metrics.json", ".png"):

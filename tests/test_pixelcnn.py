@@ -26,8 +26,8 @@ def network(x, h=None, **settings):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = PixelCNN(PixelCNNSettings(**{**TINY, "channels": x.shape[1], **settings})).double()
-        initialise(net, x, h)
-    return net.eval()
+        initialise(net.eval(), x, h)  # on a few images dropout would leave no statistics
+    return net
 
 
 def test_in_a_small_image_an_output_sees_all_that_comes_before_it_and_nothing_else():

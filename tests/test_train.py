@@ -285,7 +285,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, batch=insisting)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [paths.LOCK]
 
 
 def test_a_process_killed_outright_resumes_bit_for_bit(tmp_path):
