@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m paperlib.reproduce --preset $(PRESET) --seed $(SEED) \
 	$(foreach name,$(ONLY),--only $(name)) $(foreach pair,$(SET),--set $(pair)) $(FLAGS)
 
-.PHONY: help install reproduce test test-slow lint format notebooks lab
+.PHONY: help install reproduce claims report test test-slow lint format notebooks lab
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,12 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 reproduce: install ## run every notebook: PRESET=cpu ONLY=02 SEED=1 SET="steps=500" FLAGS=--fresh
 	@$(RUN)
+
+claims: install ## list all claims, failed ones first, and compute their numbers again from the recorded arrays
+	@$(BIN)/python -m paperlib.claims
+
+report: install ## one page of everything recorded, that needs no network: report/index.html
+	@$(BIN)/python -m paperlib.page
 
 test: install lint ## lint, unit tests, and every notebook cell against its committed output
 	$(BIN)/python -m pytest -q -m "not slow" tests
