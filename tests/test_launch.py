@@ -51,7 +51,10 @@ def histories(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixelvae", "sequential"])
 def test_two_processes_train_as_one(name, tmp_path):
-    """Small steps, as Adam's first ones turn rounding into differences. All objectives: with dropout and moved images, an MMD over the whole batch, a steered rate, random steps."""
+    """All objectives, with dropout, moved images, an MMD over the whole batch, a steered rate and random steps.
+
+    Small steps, as Adam's first ones turn rounding into differences.
+    """
     for count in (1, 2):
         code, out, err = finish(launch(name, tmp_path / str(count), count, FEW[name]))
         assert code == 0, err[-2000:]
