@@ -39,7 +39,7 @@ class Recorded:
 
     @property
     def minutes(self) -> float:
-        """Of training, and of all that followed the last one; for a notebook that trains nothing, of all of it."""
+        """Of all trainings, added up also where some ran at once; of a notebook that trains nothing, of the run."""
         trained = sum(training["seconds"] for training in self.provenance["trainings"].values())
         return (trained or self.provenance["seconds"]) / 60
 
@@ -82,6 +82,7 @@ def rows(found: list[Recorded]) -> list[tuple[Recorded, str, dict[str, Any]]]:
 def differences(one: Recorded) -> list[str]:
     """Where the numbers of a record are not those that its arrays give, in words."""
     again, found = one.recomputed(), []
+    run = results.Run(one.notebook, one.preset, None, 0, "cpu")
     for claim, entry in one.claims.items():
         measured = {name: Quantity(**quantity) for name, quantity in entry["measured"].items()}
         if set(measured) != set(again[claim]):
@@ -90,12 +91,7 @@ def differences(one: Recorded) -> list[str]:
         for name, quantity in measured.items():
             if not _same(quantity, again[claim][name]):
                 found.append(f"{claim}: {name} is recorded as {quantity}, but the arrays give {again[claim][name]}")
-        if (
-            results.judge(
-                results.Run(one.notebook, one.preset, None, 0, "cpu"), one.experiment.CLAIMS[claim], again[claim]
-            )
-            != entry["holds"]
-        ):
+        if results.judge(run, one.experiment.CLAIMS[claim], again[claim]) != entry["holds"]:
             found.append(f"{claim}: another verdict than {results.verdict_text(entry)}")
     return found
 
