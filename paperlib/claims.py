@@ -60,7 +60,9 @@ class Recorded:
         """The quantities of each claim by the code as it is now. Raises `UserError` as the recorded files deserve."""
         settings = self.experiment.PRESETS[self.preset]
         run = results.Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", "recorded")
-        return self.experiment.recomputed(run)
+        if hasattr(self.experiment, "recomputed"):  # of notebook 01, which records no arrays
+            return self.experiment.recomputed(run)
+        return self.experiment.quantities(results.load_recorded_arrays(run))
 
 
 def recorded() -> Iterator[Recorded]:

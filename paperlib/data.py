@@ -22,11 +22,10 @@ recorded runs trained. These runs had re-encodings of them at 256 pixels, so the
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import torch
 
 from paperlib import image_arrays, originals
 from paperlib.errors import UserError, run_command
-from paperlib.paths import data_root, make_folder, replacing
+from paperlib.paths import data_root, locked, make_folder, replacing
 
 SETS = {
     "digits": "UCI handwritten digits (Alpaydin and Kaynak 1998), from scikit-learn",
@@ -177,7 +176,7 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
     if source is not None:
         image_arrays.write(Path(source).expanduser(), folder / "train-images.npy", side, subset)
     else:
-        with _one_process_at_a_time(folder):
+        with locked(folder, "preparing data", patience=math.inf):
             _prepare_original(name, folder)
     return folder
 
@@ -244,7 +243,7 @@ def _load_prepared(name: str) -> Dataset:
     if missing := _missing(name):
         if name not in originals.NAMES:
             raise UserError(f"{folder} has no {', '.join(missing)}; write it with {_command(name)}")
-        with _one_process_at_a_time(make_folder(folder)):
+        with locked(folder, "preparing data", patience=math.inf):  # processes that train together ask at once
             if _missing(name):
                 _prepare_original(name, folder)
     if name == "mnist":
@@ -340,18 +339,6 @@ def _prepare_original(name: str, folder: Path) -> None:
         for file, array in ((f"{part}-images.npy", images), (f"{part}-labels.npy", labels)):
             with replacing(folder / file) as partial:
                 np.save(partial, np.ascontiguousarray(array))
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Processes that train together ask for the data at once: the first prepares, others wait."""
-    try:
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; allow it") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _describe(part: Split) -> dict:

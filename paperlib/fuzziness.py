@@ -494,11 +494,6 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
     }
 
 
-def recomputed(run: results.Run) -> dict[str, dict[str, Quantity]]:
-    """`quantities` of the recorded arrays."""
-    return quantities(results.load_recorded_arrays(run))
-
-
 def _over_seeds(values: Any, unit: str = "") -> Quantity:
     """The mean over seeds with Student's 95 % interval, where there is more than one; nan where a seed has none."""
     if len(values) == 1 or not np.isfinite(values).all():

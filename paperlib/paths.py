@@ -14,9 +14,11 @@ the working directory, because papermill, nbval and JupyterLab each start a note
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from paperlib.errors import UserError
 
@@ -78,27 +80,37 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str, patience: float = 3.0) -> Iterator[None]:
     """Within, no other process is in a block like this for the same folder. The system ends the lock with the process.
 
-    Raises `UserError` where one is; `doing` says what, such as "training".
+    Waits for the lock `patience` seconds, as a notebook's kernel that lost its parent takes a moment to end, and then
+    raises `UserError`; `doing` says what the other does, such as "training".
     """
     make_folder(folder)
     with explained(folder / LOCK):
         file = (folder / LOCK).open("a+")
+    until = time.monotonic() + patience
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"process {file.read().strip() or '?'} is {doing} in {folder}: wait until it is done (running again "
-                f"then uses what it made), or end it"
-            ) from None
+        while not _acquired(file):
+            if time.monotonic() > until:
+                file.seek(0)
+                raise UserError(
+                    f"process {file.read().strip() or '?'} is {doing} in {folder}: wait until it is done (running "
+                    f"again then uses what it made), or end it"
+                )
+            time.sleep(0.1)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def _acquired(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
@@ -116,6 +128,8 @@ def explained(path: Path) -> Iterator[None]:
             raise UserError(f"cannot write {path}: {error.strerror}; allow writing there and run again") from error
         if error.errno == errno.ENOENT:
             raise UserError(f"cannot write {path}: no such folder can be made there; choose another") from error
+        if error.errno == errno.EISDIR:
+            raise UserError(f"cannot write {path}: a folder stands where a file is needed; move it away") from error
         if error.errno in {errno.EEXIST, errno.ENOTDIR}:
             raise UserError(f"cannot write {path}: a file stands where a folder is needed; move it away") from error
         raise

@@ -370,11 +370,6 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
     }
 
 
-def recomputed(run: results.Run) -> dict[str, dict[str, Quantity]]:
-    """`quantities` of the recorded arrays."""
-    return quantities(results.load_recorded_arrays(run))
-
-
 def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Further numbers of the run, by model, set or probe."""
     models = {

@@ -371,11 +371,6 @@ def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
     }
 
 
-def recomputed(run: results.Run) -> dict[str, dict[str, Quantity]]:
-    """`quantities` of the recorded arrays."""
-    return quantities(results.load_recorded_arrays(run))
-
-
 def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Further numbers of the run, by model, step or set."""
     dims = float(arrays["dims"])

@@ -339,7 +339,7 @@ def test_a_file_in_place_of_the_data_folder(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written(put, monkeypatch):
     folder = put("mnist")
     (folder / ".lock").mkdir()
-    assert f"cannot write into {folder}" in complaint(data.load, "mnist")
+    assert f"cannot write {folder / '.lock'}: a folder stands" in complaint(data.load, "mnist")
 
 
 def test_processes_that_ask_together_prepare_once(root, put, monkeypatch):
