@@ -114,27 +114,29 @@ class Settings:
 
 
 _smoke = Settings()
-# 32 x 32, since at 64 x 64 the chain would see each photograph some twenty times in an hour, too few to learn.
+# 32 x 32, since at 64 x 64 the chain would see each photograph a few times in the time there is, too few to learn.
+# Codes of a fifth of the authors' sizes: with theirs the first two steps took nearly all that this network can use, and
+# the last five lowered the error by a hundredth in all (a trial of 2,156 updates).
 _cpu = Settings(
     dataset="lsun_bedroom",
     side=32,
     steps=8,
-    ladder=(20, 30, 30, 30),
+    ladder=(4, 6, 6, 6),
     widths=(24, 48, 96, 128),
     units=128,
     maps=(8, 16, 24),
     steering=0.02,
-    single_ladder=(160, 240, 240, 240),
+    single_ladder=(32, 48, 48, 48),
     single_widths=(64, 112, 160, 192),
     single_units=192,
     single_maps=(8, 16, 24),
-    updates=6_000,
-    single_updates=7_200,
-    infusion_updates=3_600,
-    depth_updates=4_200,
+    updates=4_800,
+    single_updates=5_760,
+    infusion_updates=3_000,
+    depth_updates=3_400,
     picture_side=64,
     picture_widths=(16, 32, 64, 96),
-    picture_updates=2_000,
+    picture_updates=1_800,
     batch_size=32,
     learning_rate=1e-3,
     ema=0.999,
@@ -150,6 +152,8 @@ _gpu = replace(
     side=64,
     widths=(48, 96, 144, 192),
     maps=(4, 8, 24),
+    ladder=(10, 10, 10, 10),
+    single_ladder=(80, 80, 80, 80),
     single_widths=(144, 192, 144, 144),
     single_units=160,
     single_maps=(4, 8, 12),
@@ -178,6 +182,8 @@ PRESETS = {
         steps_per_batch=0,
         reconstruction_scale=16.0,
         input_noise=0.0,
+        ladder=(20, 30, 30, 30),
+        single_ladder=(160, 240, 240, 240),
         single_widths=(192, 368, 600, 752),
         single_units=1024,
         single_maps=(48, 96, 192),
