@@ -116,7 +116,7 @@ class Settings:
 _smoke = Settings()
 # 32 x 32, since at 64 x 64 the chain would see each photograph a few times in the time there is, too few to learn.
 # Codes of a fifth of the authors' sizes: with theirs the first two steps took nearly all that this network can use, and
-# the last five lowered the error by a hundredth in all (a trial of 2,156 updates).
+# the last four lowered the error by a hundredth in all (a trial of 2,156 updates).
 _cpu = Settings(
     dataset="lsun_bedroom",
     side=32,
