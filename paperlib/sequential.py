@@ -55,7 +55,9 @@ class Settings:
     units: int = option(32, "of the dense layer at the coarsest scale")
     maps: tuple[int, ...] = option((4, 4, 8), "channels that codes are spread to, at all scales but the coarsest")
     kernel: int = option(3, "side of the convolutions of stride 1")
-    shared: bool = option(True, "one network for all steps but the first, with a learned embedding of the step")
+    shared: bool = option(
+        True, "one network for all steps but the first, each with its own embedding and its own layers at the codes"
+    )
     own_terms: bool = option(True, "every step has its own reconstruction term, gradients stopped; else only the last")
     steps_per_batch: int = option(2, "steps after the first on which a batch is trained; 0, or without own_terms, all")
     kl_weight: float = option(1.0, "of the KL")
@@ -115,8 +117,7 @@ class Settings:
 
 _smoke = Settings()
 # 32 x 32, since at 64 x 64 the chain would see each photograph a few times in the time there is, too few to learn.
-# Codes of a fifth of the authors' sizes: with theirs the first two steps took nearly all that this network can use, and
-# the last four lowered the error by a hundredth in all (a trial of 2,156 updates).
+# Codes of a fifth of the authors' sizes, which leave something to say for later steps.
 _cpu = Settings(
     dataset="lsun_bedroom",
     side=32,

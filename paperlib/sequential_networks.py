@@ -18,9 +18,10 @@ All convolutions of stride 2 have kernels of 4 x 4: each output pixel of a trans
 inputs, four, which leaves no checkerboard of the kind that uneven overlap makes.
 
 Layers are normalised image by image (GroupNorm), so that training and sampling, one image or many, are the same.
-Where several steps share a network, each has a bias of its own in every normalised layer: a learned embedding of the
-step. They are addressed by `index`, a whole number in a tensor without dimensions, so that compiled code serves all
-steps.
+Where several steps share a network, each has a bias of its own in every normalised layer, a learned embedding of the
+step, and its own dense layers between codes and maps: through shared ones the code of every step could only move the
+image in the same few directions, and the first of them would leave the others idle. They are addressed by `index`, a
+whole number in a tensor without dimensions, so that compiled code serves all steps.
 """
 
 import math
@@ -89,6 +90,18 @@ def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding="same", bias=False)
 
 
+class StepLinear(nn.Module):
+    """A dense layer for each of the steps, weights N(0, 1 / inputs), biases 0: (B, inputs) to (B, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, steps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(steps, outputs, inputs) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(steps, outputs))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return F.linear(x, *(own.index_select(0, index.view(1)).squeeze(0) for own in (self.weight, self.bias)))
+
+
 class Down(nn.Module):
     """An image (B, C, S, S) to what is seen at each scale, finest first: maps (B, width, s, s), then (B, units)."""
 
@@ -121,25 +134,23 @@ class Encoder(nn.Module):
         for scale, dims in enumerate(ladder[:-1]):
             width, maps = size.widths[scale], size.maps[scale]
             self.narrow.append(nn.Identity() if width == maps else nn.Conv2d(width, maps, 1))
-            self.heads.append(_head(maps * size.at(scale) ** 2, dims))
-        self.heads.append(_head(size.units, ladder[-1]))
+            self.heads.append(_head(maps * size.at(scale) ** 2, dims, steps))
+        self.heads.append(_head(size.units, ladder[-1], steps))
 
     def forward(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         seen = self.down(x, index)
         maps = [narrow(one) for narrow, one in zip(self.narrow, seen[:-1], strict=True)] + seen[-1:]
-        both = [_widened(head(one.flatten(1))).chunk(2, 1) for head, one in zip(self.heads, maps, strict=True)]
+        both = [_widened(head(one.flatten(1), index)).chunk(2, 1) for head, one in zip(self.heads, maps, strict=True)]
         mean, s = (torch.cat(part, 1) for part in zip(*both, strict=True))
         return GREATEST_MEAN * torch.tanh(mean / GREATEST_MEAN), LEAST_LOG_STD * torch.sigmoid(s)
 
 
-def _head(inputs: int, dims: int) -> nn.Linear:
+def _head(inputs: int, dims: int, steps: int) -> StepLinear:
     """Means that at first vary by about 1 over images, and deviations near exp(-1): codes that can be heard."""
-    head = nn.Linear(inputs, 2 * dims)
-    nn.init.normal_(head.weight, std=1 / math.sqrt(inputs))
-    nn.init.zeros_(head.bias)
+    head = StepLinear(inputs, 2 * dims, steps)
     with torch.no_grad():
-        head.weight[dims:].mul_(0.1)
-        head.bias[dims:].fill_(-1.6)
+        head.weight[:, dims:].mul_(0.1)
+        head.bias[:, dims:].fill_(-1.6)
     return head
 
 
@@ -157,10 +168,7 @@ class Generator(nn.Module):
         self.spread = nn.ModuleList()
         if ladder:
             outputs = [maps * size.at(scale) ** 2 for scale, maps in enumerate(size.maps)] + [size.units]
-            self.spread.extend(nn.Linear(dims, wide) for dims, wide in zip(ladder, outputs, strict=True))
-            for layer in self.spread:
-                nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
-                nn.init.zeros_(layer.bias)
+            self.spread.extend(StepLinear(dims, wide, steps) for dims, wide in zip(ladder, outputs, strict=True))
         inputs = size.units * (bool(ladder) + sees)
         self.dense = Block(nn.Linear(inputs, size.units, bias=False), size.units, steps)
         flat = size.widths[-1] * size.at(coarsest) ** 2
@@ -182,7 +190,7 @@ class Generator(nn.Module):
         codes: list[Tensor | None] = [None] * (coarsest + 1)
         if self.ladder:
             parts = z.split(self.ladder, 1)
-            codes = [F.leaky_relu(layer(part), SLOPE) for layer, part in zip(self.spread, parts, strict=True)]
+            codes = [F.leaky_relu(layer(part, index), SLOPE) for layer, part in zip(self.spread, parts, strict=True)]
         h = torch.cat([part for part in (skips[-1], codes[-1]) if part is not None], 1)
         h = self.unfold(self.dense(h, index), index)
         h = h.unflatten(1, (size.widths[-1], size.at(coarsest), size.at(coarsest)))
