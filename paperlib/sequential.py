@@ -117,7 +117,7 @@ class Settings:
 
 _smoke = Settings()
 # 32 x 32, since at 64 x 64 the chain would see each photograph a few times in the time there is, too few to learn.
-# Codes of a fifth of the authors' sizes, which leave something to say for later steps.
+# Codes of a fifth of the authors' sizes, so that no step can say everything at once.
 _cpu = Settings(
     dataset="lsun_bedroom",
     side=32,
@@ -153,8 +153,8 @@ _gpu = replace(
     side=64,
     widths=(48, 96, 144, 192),
     maps=(4, 8, 24),
-    ladder=(10, 10, 10, 10),
-    single_ladder=(80, 80, 80, 80),
+    ladder=(6, 8, 8, 8),
+    single_ladder=(48, 64, 64, 64),
     single_widths=(144, 192, 144, 144),
     single_units=160,
     single_maps=(4, 8, 12),
