@@ -7,6 +7,7 @@
 | `mnist` | 28 x 28, grey | 60,000 | the 10,000 test images |
 | `cifar10` | 32 x 32, colour | 45,000 | the last 5,000 training images |
 | `lsun_bedroom` | 64 x 64, colour | all but the last 500 | the last 500, less near-copies |
+| `own_images` | a side of choice, colour | all but the last tenth, 500 at most | the last, less near-copies |
 
 `load` gives a data set by name. The first two come with scikit-learn. The others are read from
 `prepared/<name>/{train,test}-{images,labels}.npy` below `data_root()`, memory-mapped, and `prepare`
@@ -44,8 +45,9 @@ SETS = {
     "mnist": "MNIST (LeCun, Cortes, Burges)",
     "cifar10": "CIFAR-10 (Krizhevsky 2009)",
     "lsun_bedroom": "LSUN bedroom (Yu et al. 2015), central squares",
+    "own_images": "a reader's own images, central squares",
 }
-_SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "lsun_bedroom": (None, None, 3)}
+_SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "lsun_bedroom": (None, None, 3), "own_images": (None, None, 3)}
 _HASH_WHOLE = 2**30  # bytes
 _HASH_SAMPLE = 4096  # images
 
@@ -158,8 +160,8 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
     """Write the arrays of `name` into `data_root()/prepared/<name>` and return that folder.
 
     `mnist` and `cifar10` come from the original archives below `data_root()`, or by download;
-    `lsun_bedroom` from `source`, a folder of images, an LMDB or an .npy file, see `image_arrays.write`. `subset` takes
-    from LSUN's `bedroom_train_lmdb` the images of `lsun.subset_keys` only.
+    `lsun_bedroom` and `own_images` from `source`, a folder of images, an LMDB or an .npy file, see
+    `image_arrays.write`. `subset` takes from LSUN's `bedroom_train_lmdb` the images of `lsun.subset_keys` only.
 
     Arrays that are there already are replaced, each whole or not at all. Raises `UserError`.
     """
@@ -168,7 +170,7 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
         raise UserError(f"data set {name!r} comes with scikit-learn: there is nothing to prepare")
     if name in originals.NAMES and source is not None:
         raise UserError(f"{name!r} takes no --source: its archives belong below {data_root()}")
-    if name in originals.NAMES and subset:
+    if name != "lsun_bedroom" and subset:
         raise UserError(f"{name!r} takes no --subset: it is for lsun_bedroom")
     if name not in originals.NAMES and source is None:
         raise UserError(f"say where the images are: {_command(name)}")
@@ -249,7 +251,7 @@ def _load_prepared(name: str) -> Dataset:
     if name == "mnist":
         parts = [_read_split(name, "train"), _read_split(name, "test")]
         return Dataset(name, *parts, levels=256, source=SETS[name])
-    return _cifar10() if name == "cifar10" else _lsun(name)
+    return _cifar10() if name == "cifar10" else _prepared_here(name)
 
 
 def _cifar10() -> Dataset:
@@ -263,7 +265,7 @@ def _cifar10() -> Dataset:
     return Dataset(name, *parts, levels=256, source=source, test=test)
 
 
-def _lsun(name: str) -> Dataset:
+def _prepared_here(name: str) -> Dataset:
     full = _read_split(name, "train").images
     first = _first_held_out(name, len(full), most=500)
     train, last = full[:first], full[first:]
@@ -364,9 +366,9 @@ def main() -> None:
     commands.add_parser("list", help="the data sets, and which of them are there")
     command = commands.add_parser("prepare", help="write a data set's arrays below the data root")
     command.add_argument("name", metavar="NAME", help=", ".join(_SHAPES))
-    source = "lsun_bedroom: a folder of images, LSUN's LMDB or an .npy file"
+    source = "lsun_bedroom, own_images: a folder of images, LSUN's LMDB or an .npy file"
     command.add_argument("--source", type=Path, metavar="PATH", help=source)
-    side = "lsun_bedroom: pixels a side (default 64)"
+    side = "lsun_bedroom, own_images: pixels a side (default 64)"
     command.add_argument("--side", type=int, default=64, metavar="N", help=side)
     subset = "lsun_bedroom from bedroom_train_lmdb: only the 10,000 images of recorded runs"
     command.add_argument("--subset", action="store_true", help=subset)

@@ -46,7 +46,7 @@ HEADLINE = (
 class Settings:
     """What notebook 03 can be told. Raises `ValueError` for values out of range."""
 
-    dataset: str = option("photos", "data set: photos or lsun_bedroom")
+    dataset: str = option("photos", "data set: photos, lsun_bedroom or own_images")
     side: int = option(16, "pixels; larger images are made smaller by means over squares")
     resident: bool = option(True, "training images on the device; else they are read from disk, batch by batch")
     steps: int = option(3, "of the chain")
@@ -252,8 +252,8 @@ CLAIMS = {
 def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> results.Run:
     """Open the run that the notebook's parameters ask for. Raises `UserError` for any that it does not know."""
     settings = presets.choose(PRESETS, preset, overrides)
-    if settings.dataset not in ("photos", "lsun_bedroom"):
-        raise UserError(f"unknown data set {settings.dataset!r}: choose from photos, lsun_bedroom")
+    if settings.dataset not in ("photos", "lsun_bedroom", "own_images"):
+        raise UserError(f"unknown data set {settings.dataset!r}: choose from photos, lsun_bedroom, own_images")
     return results.start(NOTEBOOK, preset, settings, seed, str(train.pick_device(device)), weights)
 
 

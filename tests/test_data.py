@@ -282,7 +282,7 @@ def test_side_must_be_the_images_own(put):
 
 @pytest.mark.parametrize("action", [data.load, data.prepare])
 def test_an_unknown_name_lists_the_valid_ones(action):
-    valid = "digits, photos, mnist, cifar10, lsun_bedroom"
+    valid = "digits, photos, mnist, cifar10, lsun_bedroom, own_images"
     assert complaint(action, "mnits") == f"unknown data set 'mnits': choose from {valid}"
 
 
@@ -413,16 +413,17 @@ def run(monkeypatch, *words):
     return left.value.code
 
 
-def test_prepare_lsun_from_a_folder(root, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["lsun_bedroom", "own_images"])
+def test_prepare_from_a_folder(name, root, tmp_path, monkeypatch, capsys):
     images = pixels(12, 32, 32, 3)
     for k, image in enumerate(images):
         path = tmp_path / "images" / f"{k:02}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
-    words = ("prepare", "lsun_bedroom", "--source", tmp_path / "images", "--side", 32)
+    words = ("prepare", name, "--source", tmp_path / "images", "--side", 32)
     assert run(monkeypatch, *words) == 0
-    assert capsys.readouterr().out.strip() == str(root / "prepared" / "lsun_bedroom")
-    dataset = data.load("lsun_bedroom")
+    assert capsys.readouterr().out.strip() == str(root / "prepared" / name)
+    dataset = data.load(name)
     np.testing.assert_array_equal(dataset.train.images, images[:11])
     np.testing.assert_array_equal(dataset.held_out.images, images[11:])
 

@@ -288,5 +288,5 @@ def test_settings_out_of_range_are_named(changes, message):
 
 
 def test_unknown_data_sets_are_refused():
-    with pytest.raises(UserError, match="photos, lsun_bedroom"):
+    with pytest.raises(UserError, match="photos, lsun_bedroom, own_images"):
         sequential.start("smoke", 0, "cpu", "train", {"dataset": "mnist"})
