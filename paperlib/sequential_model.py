@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib import data, features, processes, resident, results, train
+from paperlib.errors import UserError
 from paperlib.resident import Images
 from paperlib.sequential_chain import (
     SequentialVAE,
@@ -38,7 +39,8 @@ STEERED_AT_MOST = math.log(1000.0)  # up and down, of the weight of single's KL
 def load_images(run: results.Run, side: int = 0) -> Images:
     """The run's data set at `side` (the setting, if 0) pixels, larger images made smaller by means over squares.
 
-    Patches of photographs, which lie side by side, have their held-out part put into random order.
+    Patches of photographs, which lie side by side, have their held-out part put into random order. Raises `UserError`
+    for too few held-out images, and as `data.load` does.
     """
     settings = run.settings
     side = side or settings.side
@@ -48,6 +50,12 @@ def load_images(run: results.Run, side: int = 0) -> Images:
         dataset = replace(dataset, held_out=data.Split(dataset.held_out.images[order.numpy()]))
     else:
         dataset = smaller(data.load(settings.dataset), side)
+    found, least = len(dataset.held_out.images), max(80, settings.evaluation_images + 40)
+    if found < least:
+        raise UserError(
+            f"{settings.dataset} holds out {found} images, and intervals need {least}: prepare {10 * least} images "
+            "or more, or lower evaluation_images"
+        )
     return resident.load(dataset, run.device, training_set=settings.resident)
 
 
