@@ -158,7 +158,7 @@ def spectra(arrays: Arrays) -> Any:
 
 def nearest(arrays: Arrays) -> Any:
     """S4: samples with the nearest training photographs, and how near samples and held-out photographs come."""
-    figure, axes = figures.new(2, 2, height=5.0, height_ratios=[3, 2])
+    figure, axes = figures.new(2, 2, height=4.6, height_ratios=[1, 1])
     side, grid = arrays["near"].shape[1], axes[0, 0].get_gridspec()
     for axis in axes[0]:
         axis.remove()
@@ -170,10 +170,10 @@ def nearest(arrays: Arrays) -> Any:
     for axis, view in zip(axes[1], ("pixels", "thumbnails"), strict=True):
         for name, colour in (("sequential", BLUE), ("single", ORANGE), ("infusion", GREEN), ("held_out", "black")):
             values = np.sort(arrays[f"nearest_{view}_{name}"])
-            label = name.replace("_", " ") + " photographs" * (name == "held_out")
-            axis.plot(values, np.linspace(0, 1, len(values)), color=colour, linewidth=1.2, label=label)
+            shares = np.linspace(0, 1, len(values))
+            axis.plot(values, shares, color=colour, linewidth=1.2, label=name.replace("_", " "))
         axis.set(xlabel=f"distance to the nearest, {view}", ylabel="share of images")
-    axes[1, 0].legend(frameon=False, fontsize=7)
+    axes[1, 0].legend(frameon=False, fontsize=7, handlelength=1, loc="upper left", borderpad=0)
     return figure
 
 
