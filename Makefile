@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m paperlib.reproduce --preset $(PRESET) --seed $(SEED) \
 	$(foreach name,$(ONLY),--only $(name)) $(foreach pair,$(SET),--set $(pair)) $(FLAGS)
 
-.PHONY: help install reproduce claims report test test-slow lint format notebooks lab
+.PHONY: help install reproduce claims report test test-slow browser-test lint format notebooks lab
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,11 +33,15 @@ report: install ## one page of everything recorded, that needs no network: repor
 	@$(BIN)/python -m paperlib.page
 
 test: install lint ## lint, unit tests, and every notebook cell against its committed output
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -m "not slow and not browser" tests
 	$(BIN)/python -m pytest -q --nbval notebooks
 
 test-slow: install ## the tests that take longer
 	$(BIN)/python -m pytest -q -m slow tests
+
+browser-test: install ## the report and the notebooks in JupyterLab, in chromium (Debian: apt-get install chromium)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements-browser.txt
+	$(BIN)/python -m pytest -q -m browser tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,10 +6,11 @@ the numbers are medians over rounds and the ratios medians of the ratios within 
 
 import argparse
 import json
-import resource
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,9 +46,11 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def side_by_side(works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each of `works`, by name, for each round; each is called once beforehand."""
-    for work in works.values():
+def side_by_side(
+    works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, *, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each of `works`, by name, for each round; with `warm` each is called once beforehand."""
+    for work in works.values() if warm else ():
         work()
     found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
@@ -74,9 +77,21 @@ def flops(work: Callable[[], Any]) -> float:
     return counter.get_total_flops()
 
 
-def peak_memory() -> float:
-    """GiB that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory(work: Callable[[], Any]) -> float:
+    """GiB that one call holds at most, beyond what the process held before (on Linux; elsewhere nan)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    except OSError:
+        work()
+        return math.nan
+    before = _held("VmRSS")
+    work()
+    return _held("VmHWM") - before
+
+
+def _held(field: str) -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) / 2**20
 
 
 def write(name: str, columns: list[str], rows: list[list[Any]], notes: list[str], asked: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ def kernel_distance(a: Points, b: Points, *, groups: int = 20, together: tuple[i
     Raises `ValueError` for shapes that do not fit, fewer than two groups, fewer than two rows a group, rows that belong
     together in two groups, and values that are not finite.
     """
-    return _two_samples(a, b, _cubic, groups, together=together)
+    return _estimate(_every(a, b, _cubic, groups, together=together))
 
 
 def energy_distance(a: Points, b: Points, *, groups: int = 20) -> Estimate:
@@ -89,7 +89,7 @@ def energy_distance(a: Points, b: Points, *, groups: int = 20) -> Estimate:
 
     Rows, cost, interval and errors as in `kernel_distance`.
     """
-    return _two_samples(a, b, lambda u, v: -torch.cdist(u, v, compute_mode="use_mm_for_euclid_dist"), groups, True)
+    return _estimate(_every(a, b, _minus_length, groups, centre=True))
 
 
 def kernel_distance_ratio(a: Points, b: Points, reference: Points, *, groups: int = 20) -> Estimate:
@@ -99,7 +99,7 @@ def kernel_distance_ratio(a: Points, b: Points, reference: Points, *, groups: in
     where the second distance is within its interval of 0. Raises as there.
     """
     every_a, every_b = (_every(points, reference, _cubic, groups) for points in (a, b))
-    return Estimate(*map(float, _jackknife(every_a[0] / every_b[0], every_a[1:] / every_b[1:])))
+    return _estimate(every_a / every_b)
 
 
 def spectral_distance(a: Points, b: Points, *, least: float = 0.0, groups: int = 20) -> Estimate:
@@ -120,8 +120,7 @@ def spectral_distance(a: Points, b: Points, *, least: float = 0.0, groups: int =
         sizes = torch.tensor([len(part) for part in points.tensor_split(groups)], dtype=points.dtype)[:, None]
         means = torch.cat([points.mean(0)[None], (sums.sum(0) - sums) / (len(points) - sizes.to(points.device))])
         logs.append(torch.log(means + least).cpu().numpy())
-    every = np.sqrt(np.square(logs[0] - logs[1]).mean(1))
-    return Estimate(*map(float, _jackknife(every[0], every[1:])))
+    return _estimate(np.sqrt(np.square(logs[0] - logs[1]).mean(1)))
 
 
 def _cubic(u: Tensor, v: Tensor) -> Tensor:
@@ -129,16 +128,13 @@ def _cubic(u: Tensor, v: Tensor) -> Tensor:
     return (u @ v.mT / u.shape[1] + 1) ** 3
 
 
-def _two_samples(
-    a: Points,
-    b: Points,
-    kernel: Callable[[Tensor, Tensor], Tensor],
-    groups: int,
-    centre: bool = False,
-    together: tuple[int, int] = (1, 1),
-) -> Estimate:
-    """Equations (1) and (4)."""
-    every = _every(a, b, kernel, groups, centre, together)
+def _minus_length(u: Tensor, v: Tensor) -> Tensor:
+    """The kernel of (3)."""
+    return -torch.cdist(u, v, compute_mode="use_mm_for_euclid_dist")
+
+
+def _estimate(every: np.ndarray) -> Estimate:
+    """The value and its interval (4), of a value from all points and from those without each group: (1 + G,)."""
     return Estimate(*map(float, _jackknife(every[0], every[1:])))
 
 

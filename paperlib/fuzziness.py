@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from paperlib import aggregate, fuzziness_explorer, likelihoods, measures, presets, results, train
@@ -468,6 +467,8 @@ def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models,
 
 def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity]]:
     """What each claim is judged by."""
+    from scipy.stats import spearmanr
+
     seeds = range(len(arrays["variance"]))
     entropy = [label_entropy(labels) for labels in arrays["labels"]]
     left, right = zip(*([entropy[k][codes].mean() for codes in ends(arrays, k)] for k in seeds), strict=True)

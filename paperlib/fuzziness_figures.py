@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from paperlib import figures
 
@@ -160,6 +159,8 @@ def sharpness(arrays: Arrays) -> Any:
 
 def _rank_residual(values: np.ndarray, controls: tuple[np.ndarray, ...]) -> np.ndarray:
     """Ranks from 0 to 1, less their least-squares fit by the ranks of the controls."""
+    from scipy.stats import rankdata
+
     ranks = [rankdata(column) / len(values) for column in (values, *controls)]
     design = np.stack([np.ones(len(values)), *ranks[1:]], axis=1)
     return ranks[0] - design @ np.linalg.lstsq(design, ranks[0])[0]

@@ -121,7 +121,7 @@ def discretized_mix_logistic_log_prob(x: Tensor, params: Tensor, *, levels: int 
     components = _component_log_probs(x, params, levels)
     params = _widened(params)
     prior = torch.log_softmax(params[:, : components.shape[2]], 1)
-    return torch.logsumexp(prior + components.sum(1), 1).flatten(1).sum(1)
+    return torch.logsumexp(prior + components.sum(1), 1)[..., None].flatten(1).sum(1)
 
 
 def mix_logistic_noise(

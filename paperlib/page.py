@@ -67,7 +67,7 @@ def _summary(found: list[Recorded]) -> str:
     text = (
         f"Every statement of the blog post by Song and Zhao on Zhao, Song, Ermon (arXiv 1702.08658), as claims with "
         f"criteria that were written down before the runs. Of {len(entries)} verdicts recorded here {holds} hold and "
-        f"{len(fails)} fail{f' ({chr(44).join(fails)})' if fails else ''}. "
+        f"{len(fails)} fail ({', '.join(fails) or 'none'}). "
         f"All numbers and figures on this page come from the files under results/ and figures/; "
         f"python -m paperlib.claims computes the numbers again from the recorded arrays."
     )
@@ -135,34 +135,46 @@ def notebook_page(path: Path) -> str:
     import nbformat
     from nbconvert import HTMLExporter
 
-    notebook = nbformat.read(path, as_version=4)
+    notebook, formulas = nbformat.read(path, as_version=4), []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _with_pictures(_with_mathml(cell.source), path.parent)
+            cell.source = _with_pictures(_held_back(cell.source, formulas), path.parent)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", embed_images=True)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    return re.sub(r'<script[^>]*src="[^"]*"[^>]*></script>', "", text)
+    return _with_mathml(re.sub(r'<script[^>]*src="[^"]*"[^>]*></script>', "", text), formulas)
 
 
 def markdown(text: str) -> str:
     """Markdown with formulas as HTML."""
     import mistune
 
-    return mistune.create_markdown(escape=False, plugins=["table"])(_with_mathml(text))
+    formulas: list[str] = []
+    render = mistune.create_markdown(escape=False, plugins=["table"])
+    return _with_mathml(render(_held_back(text, formulas)), formulas)
 
 
-def _with_mathml(text: str) -> str:
-    """Every formula between dollars as MathML, but not within code."""
+def _held_back(text: str, formulas: list[str]) -> str:
+    """Markdown with a token for every formula between dollars outside of code; their MathML is added to `formulas`.
+
+    What turns Markdown into HTML would take MathML apart.
+    """
     from latex2mathml.converter import convert
 
-    def converted(match: re.Match) -> str:
-        if match.group(1):
-            return convert(match.group(1).strip(), display="block").replace("\n", "")
-        return convert(match.group(2), display="inline").replace("\n", "")
+    def token(match: re.Match) -> str:
+        block, inline = match.groups()
+        made = convert(block.strip(), display="block") if block else convert(inline, display="inline")
+        formulas.append(made.replace("\n", ""))
+        return f"FORMULA{len(formulas) - 1}X"
 
     pieces = _CODE.split(text)
-    return "".join(piece if k % 2 else _MATH.sub(converted, piece) for k, piece in enumerate(pieces))
+    return "".join(piece if k % 2 else _MATH.sub(token, piece) for k, piece in enumerate(pieces))
+
+
+def _with_mathml(text: str, formulas: list[str]) -> str:
+    """HTML with the formulas in place of their tokens, but not within tags."""
+    put = re.compile(r"<[^>]*>|FORMULA(\d+)X")
+    return put.sub(lambda match: formulas[int(match.group(1))] if match.group(1) else match.group(), text)
 
 
 def _with_pictures(text: str, folder: Path) -> str:

@@ -30,9 +30,11 @@ def test_every_recorded_figure_and_claim_is_there(index):
 def test_formulas_become_mathml_but_not_in_code():
     text = page.markdown(r"Let $x^2$ and `$HOME` be. $$\sum_t x_t \tag{1}$$")
     assert text.count("<math") == 2 and "<code>$HOME</code>" in text and r"\sum" not in text
+    assert "<mi>x</mi>" in text and "FORMULA" not in text
 
 
 def test_a_notebook_page_loads_nothing(tmp_path):
     text = page.notebook_page(paths.NOTEBOOKS / "02_mnist_fuzziness.ipynb")
-    assert "<math" in text and not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|png)', text)
+    assert "<mi>x</mi>" in text and "FORMULA" not in re.sub(r"<[^>]*>", "", text)
+    assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|png)', text)
     assert not re.search(r'src="(?!data:)[^"]*\.png"', text)

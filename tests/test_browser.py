@@ -1,0 +1,206 @@
+"""What a reader sees in a real browser: the report, and the notebooks in JupyterLab. Run by `make browser-test`."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from paperlib import paths
+
+pytestmark = pytest.mark.browser
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: run `make browser-test`")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NOTEBOOKS = sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+PHONE, DESKTOP = (390, 844), (1280, 900)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+# The report
+
+# All text of a page that a reader sees, but for code.
+TEXT = """() => {
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  while (walker.nextNode())
+    if (!walker.currentNode.parentElement.closest("code, pre, script, style, annotation"))
+      found.push(walker.currentNode.data);
+  return found.join("\\n");
+}"""
+# Formulas that the browser did not lay out: those without a size, or that are not of the mathematical kind of box.
+FLAT = """() => [...document.querySelectorAll("math")].filter(one => {
+  const box = one.getBoundingClientRect();
+  return !(box.width > 0 && box.height > 0 && getComputedStyle(one).display.includes("math"));
+}).length"""
+BROKEN = "() => [...document.images].filter(one => !(one.complete && one.naturalWidth > 0)).length"
+TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    command = [sys.executable, "-m", "paperlib.page", "--to", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@pytest.mark.parametrize("name", ["index", *NOTEBOOKS])
+def test_a_page_of_the_report(browser, report, name, size):
+    """Formulas are laid out, pictures are there, nothing is fetched, nothing complains, no page is too wide."""
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, offline=True)
+    opened, complaints, asked = context.new_page(), [], []
+    opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto((report / f"{name}.html").as_uri())
+    opened.wait_for_load_state("load")
+    assert not complaints
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert opened.locator("img").count() > 0 and opened.evaluate(BROKEN) == 0
+    assert opened.locator("math").count() > 0 and opened.evaluate(FLAT) == 0
+    text = opened.evaluate(TEXT)
+    assert "$" not in text and "\\" not in text
+    assert opened.evaluate(TOO_WIDE) <= 0
+    context.close()
+
+
+def test_the_index_leads_to_the_notebooks(browser, report):
+    opened = browser.new_page()
+    opened.goto((report / "index.html").as_uri())
+    for name in NOTEBOOKS:
+        assert opened.locator(f'a[href="{name}.html"]').count(), name
+    opened.locator(f'a[href="{NOTEBOOKS[0]}.html"]').first.click()
+    assert "ELBO" in opened.title() or opened.locator("h1").first.inner_text()
+    opened.close()
+
+
+def test_failed_claims_come_first(browser, report):
+    opened = browser.new_page()
+    opened.goto((report / "index.html").as_uri())
+    verdicts = opened.locator("table").first.locator("span.fails, span.holds").all_inner_texts()
+    assert verdicts == sorted(verdicts) and {"fails", "holds"} <= set(verdicts)
+    opened.close()
+
+
+def test_the_report_names_every_recorded_preset(browser, report):
+    opened = browser.new_page()
+    opened.goto((report / "index.html").as_uri())
+    for metrics in (paths.results_root()).glob("*/*/metrics.json"):
+        preset, notebook = metrics.parts[-3:-1]
+        assert opened.locator(f'[id="{notebook}-{preset}"]').count() == 1
+    opened.close()
+
+
+# JupyterLab
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab on copies of the notebooks, with runs of its own: (address, folder)."""
+    root = tmp_path_factory.mktemp("lab")
+    folder = shutil.copytree(paths.NOTEBOOKS, root / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
+    command += ["--IdentityProvider.token=", "--ServerApp.port_retries=0", f"--notebook-dir={root}"]
+    settings = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTERLAB_SETTINGS_DIR": "settings"}
+    settings |= {"JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_RUNTIME_DIR": "runtime", "PAPERLIB_RUNS": "runs"}
+    environment = os.environ | {name: str(root / value) for name, value in settings.items()}
+    with (root / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(f"{address}/api/status", timeout=1).close()
+                    break
+                except OSError:
+                    assert server.poll() is None, (root / "log").read_text()
+                    time.sleep(0.5)
+            yield address, folder
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def run_all(browser, lab, name):
+    """Open a notebook, run all of its cells by the menu, and save it: (page, saved notebook)."""
+    address, folder = lab
+    opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+    opened.goto(f"{address}/lab/tree/notebooks/{name}.ipynb?reset", timeout=90_000)
+    opened.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=90_000)
+    kernels = f"{address}/api/kernels"
+    _wait(60, lambda: [one for one in _json(kernels) if one["execution_state"] == "idle"])
+    before = (folder / f"{name}.ipynb").read_bytes()
+    count = sum(cell["cell_type"] == "code" for cell in json.loads(before)["cells"])
+    opened.get_by_role("menuitem", name="Edit", exact=True).click()
+    opened.get_by_text("Clear Outputs of All Cells", exact=True).click()
+    opened.get_by_role("menuitem", name="Run", exact=True).click()
+    opened.get_by_text("Run All Cells", exact=True).first.click()
+
+    def finished():
+        opened.keyboard.press("Control+s")
+        cells = json.loads((folder / f"{name}.ipynb").read_text())["cells"]
+        ran = [cell for cell in cells if cell["cell_type"] == "code" and cell["execution_count"]]
+        failed = any(out["output_type"] == "error" for cell in ran for out in cell["outputs"])
+        return failed or (len(ran) == count and all(one["execution_state"] == "idle" for one in _json(kernels)))
+
+    _wait(240, finished)
+    return opened, json.loads((folder / f"{name}.ipynb").read_text())
+
+
+def _json(url):
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+def _wait(seconds, until):
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(1)
+
+
+def _close(opened, lab):
+    opened.close()
+    for session in _json(f"{lab[0]}/api/sessions"):
+        request = urllib.request.Request(f"{lab[0]}/api/sessions/{session['id']}", method="DELETE")
+        urllib.request.urlopen(request, timeout=30).close()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_run_all_in_jupyterlab(browser, lab, name):
+    opened, saved = run_all(browser, lab, name)
+    outputs = [out for cell in saved["cells"] if cell["cell_type"] == "code" for out in cell["outputs"]]
+    assert [out["evalue"] for out in outputs if out["output_type"] == "error"] == []
+    assert [out["text"] for out in outputs if out.get("name") == "stderr"] == []
+    assert sum("image/png" in out.get("data", {}) for out in outputs) >= 3
+    if any("explore(" in "".join(cell["source"]) for cell in saved["cells"]):
+        _move_the_slider(opened)
+    _close(opened, lab)
+
+
+def _move_the_slider(opened):
+    handle, picture = opened.locator(".noUi-handle").first, opened.locator("img.widget-image").first
+    handle.scroll_into_view_if_needed()
+    picture.wait_for(timeout=20_000)
+    before = picture.get_attribute("src")
+    handle.focus()
+    for _ in range(20):
+        opened.keyboard.press("ArrowRight")
+    _wait(30, lambda: picture.get_attribute("src") != before)
