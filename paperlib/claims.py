@@ -50,7 +50,7 @@ class Recorded:
     def origin(self) -> str:
         """Machine, time, seed and revision in one line."""
         run = self.provenance
-        what = " of training" if run["trainings"] else ""
+        what = " of training, all models added up" if run["trainings"] else ""
         return (
             f"preset `{self.preset}`, seed {run['seed']}, {run['device']}, {self.minutes:.1f} minutes{what}, "
             f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`"
