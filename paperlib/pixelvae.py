@@ -4,9 +4,10 @@ Seen from the encoder, p(x|z) approximates q(x|z). A PixelCNN++ could be q(x|z) 
 p(x) while z says nothing: with the KL in the objective nothing is gained by using z, without it everything is (claims
 E5, P1, P2). What is given up is p(z): q(z) is then no N(0, I), and decoding draws from the prior fails (P3). But
 
-    (1)  z ~ q(z|x),  x' ~ p(x|z)
+    (4)  z ~ q(z|x),  x' ~ p(x|z)
 
-is a Markov chain that leaves p(x) as it is wherever p(x|z) = q(x|z) (claim E6), so it can be run in place of the prior.
+is a Markov chain that leaves p(x) as it is wherever p(x|z) = q(x|z) (claim E6), so it can be run in place of the prior
+(numbered as in the notebook).
 
 `pixelvae_model` has the model, the objectives, the trainings and the chain; `pixelvae_samples` measures;
 `pixelvae_figures` draws; this module has the settings, the claims with their criteria, and the verdicts.

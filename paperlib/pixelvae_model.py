@@ -1,8 +1,9 @@
 """The PixelVAE of notebook 04, its objectives, its trainings and its Markov chain.
 
-A PixelCNN++ is the decoder p(x|z): it can be any distribution over images, with or without z. The encoder is a Gaussian
+The equation numbers up to (4) are those of the notebook. A PixelCNN++ is the decoder p(x|z): it can be any distribution
+over images, with or without z. The encoder is a Gaussian
 
-    (1)  q(z|x) = N(mean(x), diag std(x)^2),   std(x) = floor + (1 - floor) sigmoid(s(x))
+    (5)  q(z|x) = N(mean(x), diag std(x)^2),   std(x) = floor + (1 - floor) sigmoid(s(x))
 
 and a small deconvolution turns z into a map of biases that is added inside every gated block of the decoder. All
 objectives have the reconstruction term; what they add is an entry of `OBJECTIVES`, in nats an image:
@@ -117,7 +118,7 @@ class PixelVAE(nn.Module):
         return self.kind in ("conv", "linear")
 
     def q_z_given_x(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-deviation of q(z|x), equation (1): two (B, D), never in half precision."""
+        """Mean and log-deviation of q(z|x), equation (5): two (B, D), never in half precision."""
         encoded = self.encoder(x)
         mean, s = encoded.to(torch.promote_types(encoded.dtype, torch.float32)).chunk(2, 1)
         return mean, torch.log(self.floor + (1 - self.floor) * torch.sigmoid(s))
@@ -329,7 +330,7 @@ def inherit(vae: PixelVAE, parent: Mapping[str, Tensor]) -> list[str]:
 @torch.no_grad()
 def evaluate(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Each (N,), for uint8 images `pictures`: `bits_per_dim` of the reconstruction term, and where z is learned `kl`
-    in nats and `shuffle_gap`, what the decoder loses in nats an image when z is that of another image.
+    in nats and `shuffle_gap`, equation (3), what the decoder loses in nats an image when z is that of another image.
 
     z is one sample of q(z|x), from torch's generator; the other image is the next one, the last one's the first.
     """
@@ -395,7 +396,7 @@ class Decoder:
 def markov_chain(
     vae: PixelVAE, images: Images, start: Tensor, steps: int, generator: torch.Generator, name: str = "chain"
 ) -> Tensor:
-    """The chain z ~ q(z|x), x ~ p(x|z), from N images at once: all states, uint8 (steps + 1, N, S, S, C).
+    """The chain (4), z ~ q(z|x), x ~ p(x|z), from N images at once: all states, uint8 (steps + 1, N, S, S, C).
 
     `start` (N, S, S, C) is uint8, noise (`noise_images`) or pictures, and the first state.
     """

@@ -1,28 +1,30 @@
 """The sequential VAE of notebook 03: a chain of images, a new code at every step; its objective and its samples.
 
+The equation numbers up to (4) are those of the notebook, whose (3) says what errors have to do with variances.
+
 An image is made in steps t = 1 .. T. Nothing is known before the first; each takes a code z_t, a ladder of vectors
 (`sequential_networks`), and the image so far:
 
-    (1)  z_t ~ p(z) = N(0, I),   x(1) = G_1(z_1),   x(t) = G_t(x(t-1), z_t)
-    (2)  G_t(x', z) = g x' + (1 - g) m,   g in (0, 1) for each pixel and m both from the network
-    (3)  p(x | z_1 .. z_t) = N(x; x(t), sigma_t^2 I),   sigma_t = sigma_min + exp(10 s_t), learned
+    (1)  z_t ~ p(z) = N(0, I),  x(1) = G_1(z_1),  x(t) = G_t(x(t-1), z_t),  p(x | z_1 .. z_t) = N(x; x(t), sigma_t^2 I)
+    (5)  G_t(x', z) = g x' + (1 - g) m,   g in (0, 1) for each pixel and m both from the network
+    (6)  sigma_t = sigma_min + exp(10 s_t),   s_t learned
 
 so x(t) is a mean, and pictures show means. With a `reconstruction_scale` w in place of learned deviations sigma_t is
 1 / sqrt(2 w), which makes -log p the squared error times w, but for a constant. The encoder sees target and chain,
 
-    (4)  q(z_t | x, x(t-1)) = N(mean, diag std^2).
+    (7)  q(z_t | x, x(t-1)) = N(mean, diag std^2).
 
 Each step has an objective of its own, in nats an image (`own_terms`), in which x(t-1) is given: no gradient goes back
 from a step to those before,
 
-    (5)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / ramp))
+    (2)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / ramp))
 
 at the fraction f of training. The sum over t may then be estimated from a few steps a batch: the first, which has a
 network of its own and is taken anyway, and k of the T - 1 others, chosen alike and weighted by (T - 1) / k, which is
 unbiased; steps after the last of them need not be taken. Without
 `own_terms` only the last step's log p counts, with all KLs, and gradients go through the whole chain. Either way
 
-    (6)  log p(x) >= E log N(x; x(T), sigma_T^2 I) - sum_t E KL(q(z_t | x, x(t-1)) || p(z)).
+    (8)  log p(x) >= E log N(x; x(T), sigma_T^2 I) - sum_t E KL(q(z_t | x, x(t-1)) || p(z)).
 
 That is a density of pixels in [-1, 1]; it is no probability of grey levels. (Levels lie 2 / 255 apart, so adding
 log(255 / 2) nats per dimension to -log p makes bits per dimension that compare with those, roughly.)
@@ -35,12 +37,12 @@ chain. `depth` is the control for what further steps do by themselves: the steps
 the images x(t-1) of the trained chain. `infusion` (Bordes et al. 2017, arXiv 1703.06975) is the chain whose code is not
 learned, but a random subset of the target's pixels, ever larger:
 
-    (7)  z_t = (mask_t, mask_t x),   each pixel of mask_t is 1 with probability alpha_t = min(1, a + (t - 1) b)
-    (8)  p_t(x(t) | x') = N(G_t(x'), sigma_t^2 I),   x' = mask_t x + (1 - mask_t) x(t-1),   x(0) uniform in [-1, 1]
-    (9)  loss = -sum_t log p_t(x | x')
+    (9)  z_t = (mask_t, mask_t x),   each pixel of mask_t is 1 with probability alpha_t = min(1, a + (t - 1) b)
+    (4)  p_t(x(t) | x') = N(G_t(x'), sigma_t^2 I),   x' = mask_t x + (1 - mask_t) x(t-1),   x(0) uniform in [-1, 1]
+    (10) loss = -sum_t log p_t(x | x')
 
-with x(t) drawn, not the mean, and no mask when sampling. It runs through the code of (1) to (5): a subset of pixels put
-into x(t-1) is a code that G_t sees, and there is no KL.
+with x(t) drawn, not the mean, and no mask when sampling. It runs through the code of (1) and (2): a subset of pixels
+put into x(t-1) is a code that G_t sees, and there is no KL.
 """
 
 import math
@@ -60,7 +62,7 @@ QUICKLY = 10.0  # what multiplies s_t: Adam moves every weight alike, and a devi
 
 
 class SequentialVAE(nn.Module):
-    """Equations (1) to (4) or (8); images (B, C, S, S) in [-1, 1]. Steps count from 1.
+    """Equations (1) and (5) to (7), or (4); images (B, C, S, S) in [-1, 1]. Steps count from 1.
 
     With `shared` weights the steps from the second on have one network and differ by a learned embedding. Without a
     ladder steps have no code: `infusion`, in which the first step sees an image too, or `depth`, which has no first.
@@ -88,7 +90,7 @@ class SequentialVAE(nn.Module):
         return which, self.positions[t - 1 - which]
 
     def log_sigma(self, t: int) -> Tensor:
-        """Of equation (3) at step t."""
+        """Of equation (6) at step t."""
         if self.s is None:
             return torch.log(torch.as_tensor(self.fixed_sigma, device=self.log_weight.device))
         return torch.log(self.min_sigma + torch.exp(QUICKLY * self.s[t - 1]))
@@ -113,7 +115,7 @@ class PixelCodes(NamedTuple):
 
 
 def pixel_codes(vae: SequentialVAE, x: Tensor, generator: torch.Generator | None = None) -> PixelCodes:
-    """Equation (7) for a batch (B, C, S, S)."""
+    """Equation (9) for a batch (B, C, S, S)."""
     options = {"generator": generator, "dtype": x.dtype, "device": x.device}
     alphas = torch.tensor(vae.alphas, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1, 1)
     masks = processes.rand((len(x), vae.steps, 1, *x.shape[2:]), **options).transpose(0, 1) < alphas
@@ -214,7 +216,7 @@ def objective(
     weights: Mapping[int, float] | None = None,
     own_terms: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus the sum of (5) over the steps of `links`, each times its weight (1 unless told): a scalar, nats an image.
+    """Minus the sum of (2) over the steps of `links`, each times its weight (1 unless told): a scalar, nats an image.
 
     Without `own_terms`, minus log p of the last link plus the weighted KLs of all. Also its terms.
     """
@@ -274,7 +276,7 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def draw(vae: SequentialVAE, images: Images, count: int, generator: torch.Generator) -> Drawn:
-    """`count` images by equation (1) or (8), from a generator on the model's device."""
+    """`count` images by equation (1) or (4), from a generator on the model's device."""
     device, parts = images.held_out.device, []
     for size in [len(part) for part in torch.arange(count).split(BATCH)]:
         noise = 2 * torch.rand(size, *vae.shape, generator=generator, device=device) - 1

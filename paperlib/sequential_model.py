@@ -2,9 +2,9 @@
 
 | model | chain | objective |
 | --- | --- | --- |
-| `sequential` | T steps, each with a code | equation (5) of `sequential_chain`, every step's own term or the last's |
+| `sequential` | T steps, each with a code | equation (2) of `sequential_chain`, every step's own term or the last's |
 | `single` | one step, a code as large as all, as much arithmetic | the KL's weight steered to `sequential`'s E KL |
-| `infusion` | T steps, the code a random subset of the target's pixels | (9) |
+| `infusion` | T steps, the code a random subset of the target's pixels | (10) |
 | `depth` | the steps 2 .. T without codes, from the images of the trained `sequential` | log p alone |
 
 On a data set that memory cannot hold (`resident` off) training images stay on disk and are read a batch at a time.
@@ -203,7 +203,7 @@ def rates(run: results.Run, images: Images, vae: SequentialVAE) -> tuple[float, 
 def watched(measured: dict[str, Tensor], images: Images, rate: float | None = None) -> dict[str, float]:
     """What a training watches on held-out images, the first of which decides where it stops.
 
-    Minus the bound (6) in nats per dimension; for chains without codes minus the mean log p. Where the rate is steered,
+    Minus the bound (8) in nats per dimension; for chains without codes minus the mean log p. Where the rate is steered,
     minus log p and ten nats for each nat of rate that is further than 5 % from its target: what has not yet come down
     to the rate would have the least error.
     """
@@ -219,7 +219,7 @@ def watched(measured: dict[str, Tensor], images: Images, rate: float | None = No
 
 
 def ramp(settings: Any, fraction: float) -> float:
-    """What multiplies the KL's weight at a fraction of training, equation (5)."""
+    """What multiplies the KL's weight at a fraction of training, beta of equation (2)."""
     return 1 - math.exp(-fraction / settings.kl_ramp) if settings.kl_ramp else 1.0
 
 

@@ -12,7 +12,7 @@ vectors, one for each scale: coarse ones decide what the image is of, fine ones 
 A generator that sees the previous image reads it by the same scales on the way down and adds them on the way up (the
 U-shaped path), and blends its output with it by a gate for each pixel, which the network gives too:
 
-    (1)  G(x', z) = g x' + (1 - g) m,   0 < g < 1
+    (5)  G(x', z) = g x' + (1 - g) m,   0 < g < 1
 
 All convolutions of stride 2 have kernels of 4 x 4: each output pixel of a transposed one is then reached by as many
 inputs, four, which leaves no checkerboard of the kind that uneven overlap makes.
@@ -155,7 +155,7 @@ def _head(inputs: int, dims: int, steps: int) -> StepLinear:
 
 
 class Generator(nn.Module):
-    """G_t of equation (1): the previous image, if it `sees` one, and a code, if there is a ladder, to an image."""
+    """G_t of equation (5): the previous image, if it `sees` one, and a code, if there is a ladder, to an image."""
 
     def __init__(self, size: Size, ladder: tuple[int, ...], steps: int, sees: bool) -> None:
         super().__init__()

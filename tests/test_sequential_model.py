@@ -91,7 +91,7 @@ def test_a_fixed_deviation_weighs_the_squared_error():
 
 
 def test_bound_and_kl_to_the_posterior_add_up_to_log_p():
-    """Two steps, one code dimension each, on a grid: log p(x) = bound (6) + KL(q(z_1, z_2 | x) || p(z_1, z_2 | x))."""
+    """Two steps, one code dimension each, on a grid: log p(x) = bound (8) + KL(q(z_1, z_2 | x) || p(z_1, z_2 | x))."""
     one_scale = {"ladder": (1,), "widths": (16,), "maps": (), "single_ladder": (1,), "single_widths": (16,)}
     one_scale |= {"single_maps": (), "side": 16}
     vae = tiny(steps=2, shape=(1, 2, 2), picture_widths=(16,), **one_scale)
