@@ -30,7 +30,7 @@ claims: install ## list all claims, failed ones first, and compute their numbers
 	@$(BIN)/python -m paperlib.claims
 
 report: install ## one page of everything recorded, that needs no network: report/index.html
-	@$(BIN)/python -m paperlib.page
+	@$(BIN)/python -m paperlib.report
 
 test: install lint ## lint, unit tests, and every notebook cell against its committed output
 	$(BIN)/python -m pytest -q -m "not slow and not browser" tests
@@ -52,7 +52,7 @@ format: install ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 notebooks: install ## run the committed notebooks in place with smoke, as they are to be committed
-	$(BIN)/python -m paperlib.report
+	$(BIN)/python -m paperlib.quotes
 	runs=$$(mktemp -d) && PAPERLIB_RUNS=$$runs TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR \
 		--ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=50 \
 		--to notebook --execute --inplace notebooks/[0-9]*.ipynb && rm -r $$runs

@@ -115,6 +115,7 @@ CLAIMS = {
             and best_elbo_of_a_point.value == 0
         ),
         exact=True,
+        shows=("residual_below",),
     ),
     "E2": Claim(
         "For linear-Gaussian models the same holds with h(p): L + h(p) ≤ 0, while L itself may be positive.",
@@ -125,6 +126,7 @@ CLAIMS = {
             and _within(4, worst_standard_errors)
         ),
         exact=True,
+        shows=("residual_below", "example_L"),
     ),
     "E3": Claim(
         "E_q log p(x|z) is greatest at p(x|z) = q(x|z), where it is I_q(x;z) - H(p); the gap is E KL(q(x|z) ‖ p(x|z)).",
@@ -133,6 +135,7 @@ CLAIMS = {
             _within(1e-12, residual_below) and _within(1e-9, ascent_short_by_below) and _within(1e-4, table_apart_below)
         ),
         exact=True,
+        shows=("residual_below",),
     ),
     "E4": Claim(
         "The best factored Gaussian has the mean and variances of q(x|z); it costs negentropy + ½ log(∏v / |Σ|).",
@@ -141,6 +144,7 @@ CLAIMS = {
             _within(1e-6, moments_apart_below, price_apart_below) and false_in_bins_by.value > 1e-3
         ),
         exact=True,
+        shows=("price_apart_below",),
     ),
     "E5": Claim(
         "The ELBO has the same maximum at every I that q(z) = p(z) allows; without its KL the maximum is at I = H(p); "
@@ -150,6 +154,7 @@ CLAIMS = {
         "short of distortion 0.01",
         _indifferent,
         exact=True,
+        shows=("elbo_attained_below", "ends_with_more_I"),
     ),
     "E6": Claim(
         "With p(x|z) = q(x|z) the chain is reversible at p(x); its eigenvalues are ≥ 0, the second is the squared "
@@ -159,6 +164,7 @@ CLAIMS = {
         "than 1e-12; one eigenvalue 1 per part; the bound never broken; a code with more I and a greater gap",
         _mixes_as_stated,
         exact=True,
+        shows=("residual_below",),
     ),
 }
 

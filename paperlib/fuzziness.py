@@ -100,18 +100,21 @@ CLAIMS = {
         "|mu(z) - E_q[x|z]|^2 at most 10 % of the variance of E_q[x|z] between codes, z ~ q(z); error = tr Var_q + "
         "|mu - E_q[x|z]|^2 to rounding",
         lambda share, residual: share.value <= 0.10 and residual.value < 1e-6,
+        shows=("share",),
     ),
     "F2": Claim(
         "Where Var q(x|z) is large, the sample is fuzzy.",
         "partial rank correlation of tr Var_q with the edge width or spectral slope of the decoded image, ink and "
         "log q(z) held fixed: 0.6 or more, interval over seeds above 0.4",
         lambda edge_width, slope: any(q.value >= 0.6 and (q.low or 0) > 0.4 for q in (edge_width, slope)),
+        shows=("edge_width",),
     ),
     "F3": Claim(
         "Ranked by Var q(x|z) per ink, digits on the left are sharp and of one class, those on the right are "
         "averages of several.",
         "label entropy under q(x|z) below 0.1 nat in the left tenth, above 1 nat in the right tenth",
         lambda left, right: left.value < 0.1 and right.value > 1.0,
+        shows=("left", "right"),
     ),
     "F4": Claim(
         "For a weak p only a better q helps.",
@@ -120,6 +123,7 @@ CLAIMS = {
         lambda excess, worst_error_trend, worst_width_trend: (
             excess.value <= 0.05 and worst_error_trend.value > 0.999 and worst_width_trend.value > 0.999
         ),
+        shows=("excess", "worst_error_trend"),
     ),
 }
 

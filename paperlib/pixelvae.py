@@ -167,11 +167,13 @@ CLAIMS = {
         lambda kl, shuffle_gap, kl_scratch, shuffle_gap_scratch, **_: (
             max(kl.value, kl_scratch.value) < 0.5 and max(shuffle_gap.value, shuffle_gap_scratch.value) < 0.1
         ),
+        shows=("kl", "shuffle_gap"),
     ),
     "P2": Claim(
         "Without the KL z is used, once the decoder has been made to listen.",
         "shuffle gap above 5 nats an image, interval above 0",
         lambda shuffle_gap, **_: shuffle_gap.value > 5 and shuffle_gap.low > 0,
+        shows=("shuffle_gap",),
     ),
     "P3": Claim(
         "Then decoding the prior fails, and the Markov chain works.",
@@ -181,6 +183,7 @@ CLAIMS = {
         lambda prior, chain, q_z, noise_to_data, **_: (
             prior.low > chain.high and chain.value <= 1.2 * q_z.value and noise_to_data.low <= 0.1 * chain.value
         ),
+        shows=("prior", "chain", "q_z"),
     ),
     "P4": Claim(
         "The chain moves gradually; under the ELBO it jumps.",
@@ -193,6 +196,7 @@ CLAIMS = {
             and after_60_steps.value < 0.5 * neighbours.value
             and similarity_elbo.value < 0.05
         ),
+        shows=("neighbours", "similarity", "similarity_elbo"),
     ),
     "P5": Claim(
         "The features are useful.",
@@ -201,6 +205,7 @@ CLAIMS = {
         lambda above_random, above_components, **_: (
             min(above_random.value, above_components.value) >= 0.03 and min(above_random.low, above_components.low) > 0
         ),
+        shows=("above_random", "above_components"),
     ),
     "P6": Claim(
         "A sample-based regulariser (MMD) has both: z is used, and the prior can be decoded.",
@@ -211,6 +216,7 @@ CLAIMS = {
             and prior.value <= 1.2 * q_z.value
             and energy.value <= 0.1 * energy_none.value
         ),
+        shows=("shuffle_gap", "shuffle_gap_none"),
     ),
     "P7": Claim(
         "The incremental sampler is exact.",
@@ -218,6 +224,7 @@ CLAIMS = {
         "relative above 1",
         lambda pixels_that_differ, worst_parameter: pixels_that_differ.value == 0 and worst_parameter.value <= 1e-5,
         exact=True,
+        shows=("pixels_that_differ",),
     ),
     "D1": Claim(
         "The generator complex, the inference simple: with a linear encoder z is used and useful as well.",
@@ -225,12 +232,14 @@ CLAIMS = {
         lambda shuffle_gap, shuffle_gap_conv, probe_gain, **_: (
             shuffle_gap.value >= 0.5 * shuffle_gap_conv.value and probe_gain.value >= -0.03
         ),
+        shows=("shuffle_gap", "shuffle_gap_conv"),
     ),
     "G1": Claim(
         "The glasses: for a given feature, here the class, the needed p(x|z) is complex.",
         "the best factored Gaussian of each class loses more than 1,000 nats an image to a PixelCNN++ for q(x|class), "
         "interval above that, and more than ten times what knowing the class gains",
         lambda nats_lost, gain_by_class, **_: nats_lost.low > 1000 and nats_lost.value > 10 * abs(gain_by_class.value),
+        shows=("nats_lost",),
     ),
 }
 

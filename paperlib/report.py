@@ -1,102 +1,206 @@
-"""Carry recorded results into the texts that quote them, so that no number is typed by hand.
+r"""One page that stands alone, of everything that is recorded, and the notebooks as pages beside it.
 
-    python -m paperlib.report            # rewrite the marked blocks of README.md and of the notebooks' openings
-    python -m paperlib.report --check    # exit 1 where a block differs from what is recorded
+    python -m paperlib.report               # writes report/index.html and report/<notebook>.html
 
-A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
-their own, the README one table of all claims.
+No file here needs a network: pictures are embedded, and formulas are MathML, which browsers draw themselves.
 """
 
 import argparse
+import base64
+import html
 import json
-import os
-from collections.abc import Iterable
+import re
 from pathlib import Path
 
-from paperlib import claims, paths, results
-from paperlib.errors import UserError, run_command
-from paperlib.reproduce import EXPERIMENTS
+from paperlib import claims, paths, quotes, results
+from paperlib.claims import Recorded
+from paperlib.errors import run_command
 
-BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
+_MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
+_CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 
-
-def best(notebook: str) -> claims.Recorded | None:
-    """The best recorded run of a notebook, or None where there is none yet."""
-    return next((one for one in claims.recorded() if one.notebook == notebook), None)
-
-
-def notebook_block(notebook: str) -> str:
-    """The recorded figure and verdicts of a notebook, in Markdown, as its opening shows them."""
-    recorded = best(notebook)
-    if recorded is None:
-        return "Nothing is recorded for this notebook yet."
-    headline, caption = recorded.experiment.HEADLINE
-    picture = os.path.relpath(paths.figures_root() / recorded.preset / f"{headline}.png", paths.NOTEBOOKS)
-    return "\n\n".join(
-        [
-            f"**Recorded** ({recorded.origin()}):",
-            f"![{caption}]({Path(picture).as_posix()})",
-            f"*{caption}*",
-            recorded.claims._repr_markdown_(),
-        ]
-    )
-
-
-def readme_block() -> str:
-    """The table of all claims with the best recorded number of each, in Markdown."""
-    rows = ["| claim | measured | verdict | notebook, preset |", "| --- | --- | --- | --- |"]
-    origins = []
-    for notebook in EXPERIMENTS:
-        recorded = best(notebook)
-        if recorded is None:
-            continue
-        for key, entry in recorded.claims.items():
-            cells = (
-                f"**{key}** {entry['statement']}",
-                results.measured_text(entry),
-                results.verdict_text(entry),
-                f"[{notebook[:2]}](notebooks/{notebook}.ipynb), `{recorded.preset}`",
-            )
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        origins.append(f"{notebook[:2]}: {recorded.origin()}.")
-    return "\n".join(rows) + "\n\n" + "  \n".join(origins)
-
-
-def texts() -> Iterable[tuple[Path, str, str]]:
-    """Every file with a block, as (path, its text now, its text with the block rewritten)."""
-    readme = paths.ROOT / "README.md"
-    text = readme.read_text()
-    yield readme, text, _filled(text, readme_block(), readme)
-    for name in EXPERIMENTS:
-        path = paths.NOTEBOOKS / f"{name}.ipynb"
-        text = path.read_text()
-        notebook = json.loads(text)
-        opening = next((cell for cell in notebook["cells"] if BEGIN in "".join(cell["source"])), None)
-        if opening is None:
-            raise UserError(f"{path} has no line {BEGIN}: put it and {END} into the opening cell")
-        source = _filled("".join(opening["source"]), notebook_block(name), path)
-        opening["source"] = source.splitlines(keepends=True)
-        yield path, text, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-
-
-def _filled(text: str, block: str, path: Path) -> str:
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{path} needs one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #222; }
+h1, h2, h3 { line-height: 1.2; } img { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; }
+th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.5rem; text-align: left; vertical-align: top; }
+.fails { color: #a33c00; font-weight: bold; } .holds { color: #00674a; }
+figure { margin: 1.5rem 0; } figcaption { font-size: 0.9rem; color: #444; } code { font-size: 0.9em; }
+math[display="block"] { overflow-x: auto; max-width: 100%; }
+"""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m paperlib.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a block is out of date")
-    check = parser.parse_args().check
-    stale = [(path, new) for path, old, new in texts() if old != new]
-    for path, new in stale:
-        if not check:
-            with paths.replacing(path) as file:
-                file.write_text(new)
-        print(f"{path.relative_to(paths.ROOT)}: {'out of date, run python -m paperlib.report' if check else 'written'}")
-    return int(check and bool(stale))
+    parser.add_argument("--to", type=Path, default=paths.ROOT / "report", metavar="FOLDER", help="default report/")
+    folder = paths.make_folder(parser.parse_args().to.resolve())
+    found = list(claims.recorded())
+    pages = {"index": index(found)}
+    pages |= {path.stem: notebook_page(path) for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    for name, text in pages.items():
+        with paths.replacing(folder / f"{name}.html") as file:
+            file.write_text(text)
+    print(folder / "index.html")
+    return 0
+
+
+def index(found: list[Recorded]) -> str:
+    """The page of what is recorded, as HTML."""
+    parts = [f"<h1>{_escaped(TITLE)}</h1>", _summary(found), "<h2>Claims</h2>", _table(found)]
+    for one in found:
+        title, link = _escaped(_title(one.notebook)), f'<a href="{one.notebook}.html">The notebook</a>'
+        parts += [f'<h2 id="{one.notebook}-{one.preset}">{title} (<code>{one.preset}</code>)</h2>']
+        parts += [f"<p>{link}, with the outputs of a run under <code>smoke</code>.</p>"]
+        parts += [_figure(one, name, caption) for name, caption in captions(one.notebook).items()]
+    parts += ["<h2>Provenance</h2>", *map(_provenance, found)]
+    return _document(TITLE, "\n".join(parts))
+
+
+TITLE = "Towards Deeper Understanding of Variational Autoencoding Models: what came out"
+
+
+def _summary(found: list[Recorded]) -> str:
+    entries = [entry for *_, entry in claims.rows(found)]
+    holds = sum(entry["holds"] is True for entry in entries)
+    fails = [claim for _, claim, entry in claims.rows(found) if entry["holds"] is False]
+    text = (
+        f"Every statement of the blog post by Song and Zhao on Zhao, Song, Ermon (arXiv 1702.08658), as claims with "
+        f"criteria that were written down before the runs. Of {len(entries)} verdicts recorded here {holds} hold and "
+        f"{len(fails)} fail ({', '.join(fails) or 'none'}). "
+        f"All numbers and figures on this page come from the files under results/ and figures/; "
+        f"python -m paperlib.claims computes the numbers again from the recorded arrays."
+    )
+    return f"<p>{_escaped(text)}</p>"
+
+
+def _table(found: list[Recorded]) -> str:
+    heads = "".join(f"<th>{head}</th>" for head in ("claim", "expected", "measured", "verdict", "to check it again"))
+    lines = []
+    for one, claim, entry in claims.rows(found):
+        verdict, device = results.verdict_text(entry), _escaped(one.provenance["device"])
+        cells = [
+            f"<b>{claim}</b> {_escaped(entry['statement'])}",
+            _escaped(entry["expected"]),
+            f"{_escaped(results.measured_text(entry))} (<code>{one.preset}</code>)",
+            f'<span class="{verdict.replace(" ", "-")}">{verdict}</span>',
+            f"<code>{_escaped(one.command())}</code>, {one.minutes:.0f} minutes on {device}",
+        ]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="wide"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
+
+
+def captions(notebook: str) -> dict[str, str]:
+    """The figures of a notebook in order, each with the text in italics that follows it, in Markdown."""
+    cells = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    found = {}
+    for k, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        for name in quotes.FIGURE.findall(source) if cell["cell_type"] == "code" else ():
+            after = "".join(cells[k + 1]["source"]) if k + 1 < len(cells) else ""
+            caption = re.match(r"\*(.+?)\*(?:\n|$)", after, re.DOTALL)
+            found[name] = caption.group(1) if caption and cells[k + 1]["cell_type"] == "markdown" else ""
+    return found
+
+
+def _figure(one: Recorded, name: str, caption: str) -> str:
+    path = paths.figures_root() / one.preset / f"{name}.png"
+    if not path.exists():
+        return ""
+    picture = base64.b64encode(path.read_bytes()).decode()
+    alt = _escaped(re.sub(r"[$\\{}]", "", caption) or name)
+    return (
+        f'<figure><img alt="{alt}" src="data:image/png;base64,{picture}">'
+        f"<figcaption>{markdown(caption)}</figcaption></figure>"
+    )
+
+
+def _provenance(one: Recorded) -> str:
+    run = one.provenance
+    facts = {
+        "origin": one.origin(),
+        "started": run["started"],
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "data": json.dumps(run["data"], ensure_ascii=False) if run["data"] else "none",
+        "settings": json.dumps(run["settings"], ensure_ascii=False),
+        "trainings": "; ".join(f"{name}: {t['steps']} steps, {t['seconds'] / 60:.1f} minutes, {t['revision'][:10]}"
+                               for name, t in run["trainings"].items()) or "none",
+    }  # fmt: skip
+    lines = "".join(f"<tr><th>{name}</th><td>{_escaped(text)}</td></tr>" for name, text in facts.items())
+    return f'<h3>{_escaped(_title(one.notebook))}</h3><div class="wide"><table>{lines}</table></div>'
+
+
+def notebook_page(path: Path) -> str:
+    """A committed notebook as HTML."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook, formulas = nbformat.read(path, as_version=4), []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _with_pictures(_held_back(cell.source, formulas), path.parent)
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", embed_images=True)
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    return _with_mathml(re.sub(r'<script[^>]*src="[^"]*"[^>]*></script>', "", text), formulas)
+
+
+def markdown(text: str) -> str:
+    """Markdown with formulas as HTML."""
+    import mistune
+
+    formulas: list[str] = []
+    render = mistune.create_markdown(escape=False, plugins=["table"])
+    return _with_mathml(render(_held_back(text, formulas)), formulas)
+
+
+def _held_back(text: str, formulas: list[str]) -> str:
+    """Markdown with a token for every formula between dollars outside of code; their MathML is added to `formulas`.
+
+    What turns Markdown into HTML would take MathML apart.
+    """
+    from latex2mathml.converter import convert
+
+    def token(match: re.Match) -> str:
+        block, inline = match.groups()
+        made = convert(block.strip(), display="block") if block else convert(inline, display="inline")
+        formulas.append(made.replace("\n", ""))
+        return f"FORMULA{len(formulas) - 1}X"
+
+    pieces = _CODE.split(text)
+    return "".join(piece if k % 2 else _MATH.sub(token, piece) for k, piece in enumerate(pieces))
+
+
+def _with_mathml(text: str, formulas: list[str]) -> str:
+    """HTML with the formulas in place of their tokens, but not within tags."""
+    put = re.compile(r"<[^>]*>|FORMULA(\d+)X")
+    return put.sub(lambda match: formulas[int(match.group(1))] if match.group(1) else match.group(), text)
+
+
+def _with_pictures(text: str, folder: Path) -> str:
+    """Pictures of Markdown, embedded."""
+
+    def embedded(match: re.Match) -> str:
+        picture = base64.b64encode((folder / match.group(2)).read_bytes()).decode()
+        return f"![{match.group(1)}](data:image/png;base64,{picture})"
+
+    return re.sub(r"!\[([^\]]*)\]\(([^)]+\.png)\)", embedded, text)
+
+
+def _title(notebook: str) -> str:
+    cells = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    return f"{notebook[:2]} {''.join(cells[0]['source']).split(chr(10))[0].lstrip('# ')}"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text)
+
+
+def _document(title: str, body: str) -> str:
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{_escaped(title)}</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
 
 
 if __name__ == "__main__":

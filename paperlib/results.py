@@ -75,11 +75,13 @@ class Claim:
 
     `criterion` is called with the measured quantities by name and says whether the claim holds; `expected` says the
     same in words. `exact` claims are mathematics and judged under every preset, the others not under `smoke`.
+    `shows` names the measured quantities that a short table gives.
     """
 
     statement: str
     expected: str
     criterion: Callable[..., bool]
+    shows: tuple[str, ...]
     exact: bool = False
 
 
@@ -289,8 +291,10 @@ def verdict_text(entry: Mapping[str, Any]) -> str:
     return {True: "holds", False: "fails", None: "not claimed"}[entry["holds"]]
 
 
-def measured_text(entry: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name.replace('_', ' ')} {Quantity(**q)}" for name, q in entry["measured"].items())
+def measured_text(entry: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    """The measured quantities of a claim in words, all or those named."""
+    chosen = entry["measured"] if names is None else {name: entry["measured"][name] for name in names}
+    return "; ".join(f"{name.replace('_', ' ')} {Quantity(**q)}" for name, q in chosen.items())
 
 
 def describe_training(trained: Any) -> dict[str, Any]:

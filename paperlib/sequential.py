@@ -217,6 +217,7 @@ CLAIMS = {
             and least_kl.value > 1
             and min(least_lost.value, least_lost_without.value) >= 0.5
         ),
+        shows=("least_fall", "least_lost_without"),
     ),
     "S2": Claim(
         "Samples sharpen along the chain, beyond a VAE of one step.",
@@ -228,12 +229,14 @@ CLAIMS = {
             and trend.value <= -0.8
             and abs(rate_of_single.value / rate.value - 1) <= 0.1
         ),
+        shows=("first", "last", "single"),
     ),
     "S3": Claim(
         "Infusion training is the special case whose code is a subset of the pixels, and whose KL is left out.",
         "for the same masks and draws, in float64, the two losses agree to 1e-12 of their size",
         lambda residual, **_: residual.value <= 1e-12,
         exact=True,
+        shows=("residual",),
     ),
     "S4": Claim(
         "The chain's samples are nearer to photographs than those of a single step.",
@@ -245,6 +248,7 @@ CLAIMS = {
             and ratio_thumbnails.low <= 1
             and abs(rate_of_single.value / rate.value - 1) <= 0.1
         ),
+        shows=("ratio_random", "ratio_thumbnails"),
     ),
 }
 

@@ -53,7 +53,7 @@ TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElemen
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    command = [sys.executable, "-m", "paperlib.page", "--to", str(folder)]
+    command = [sys.executable, "-m", "paperlib.report", "--to", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 

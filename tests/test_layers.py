@@ -19,8 +19,8 @@ sequential_samples
 elbo fuzziness pixelvae pixelvae_figures sequential sequential_figures
 reproduce
 claims
+quotes
 report
-page
 """
 LAYER = {module: k for k, layer in enumerate(LAYERS.split("\n")) for module in layer.split()}
 FILES = {path.stem: path for path in Path(paperlib.__file__).parent.glob("*.py") if path.stem != "__init__"}

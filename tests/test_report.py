@@ -1,69 +1,40 @@
-"""What is recorded belongs to the code as it is, and every text that quotes it says the same."""
+"""The report: it needs no network, has every recorded figure, and formulas that are no text."""
 
-import dataclasses
-import json
 import re
 
 import pytest
 
-from paperlib import paths, report, reproduce, results
-from paperlib.results import Quantity
-
-RECORDED = sorted(paths.results_root().glob("*/[0-9][0-9]_*/run.json"))
-NAMES = [f"{file.parts[-3]}-{file.parts[-2]}" for file in RECORDED]
+from paperlib import claims, paths, report
 
 
-def test_something_is_recorded_for_every_notebook():
-    assert {file.parts[-2] for file in RECORDED} == set(reproduce.EXPERIMENTS)
+@pytest.fixture(scope="module")
+def index():
+    return report.index(list(claims.recorded()))
 
 
-@pytest.mark.parametrize("file", RECORDED, ids=NAMES)
-def test_records_are_of_the_settings_that_the_library_has_now(file):
-    preset, notebook = file.parts[-3:-1]
-    experiment = reproduce._experiment(paths.NOTEBOOKS / f"{notebook}.ipynb")
-    run = json.loads(file.read_text())
-    assert (run["notebook"], run["preset"], run["modified"]) == (notebook, preset, False)
-    settings = json.loads(json.dumps(dataclasses.asdict(experiment.PRESETS[preset])))
-    assert run["settings"] == settings, f"run make reproduce PRESET={preset} ONLY={notebook[:2]} FLAGS=--record again"
-    assert (paths.figures_root() / preset / f"{experiment.HEADLINE[0]}.png").exists()
+def test_nothing_on_it_comes_from_elsewhere(index):
+    sources = re.findall(r'(?:src|href)="([^"]*)"', index)
+    assert sources and all(one.startswith("data:image/png;base64,") or one.endswith(".html") for one in sources)
 
 
-@pytest.mark.parametrize("file", RECORDED, ids=NAMES)
-def test_verdicts_follow_from_the_recorded_numbers_by_the_criteria_in_the_code(file):
-    preset, notebook = file.parts[-3:-1]
-    claims = reproduce._experiment(paths.NOTEBOOKS / f"{notebook}.ipynb").CLAIMS
-    recorded = json.loads((file.parent / "metrics.json").read_text())["claims"]
-    assert list(recorded) == list(claims)
-    for key, entry in recorded.items():
-        assert (entry["statement"], entry["expected"]) == (claims[key].statement, claims[key].expected)
-        measured = {name: Quantity(**quantity) for name, quantity in entry["measured"].items()}
-        run = results.Run(notebook, preset, None, 0, "cpu")
-        assert entry["holds"] == results.judge(run, claims[key], measured), key
+def test_every_recorded_figure_and_claim_is_there(index):
+    for one in claims.recorded():
+        names = [name for name in report.captions(one.notebook)]
+        drawn = [name for name in names if (paths.figures_root() / one.preset / f"{name}.png").exists()]
+        assert drawn == names, "every figure of the notebook is recorded"
+        for claim in one.claims:
+            assert f"<b>{claim}</b>" in index
+    assert index.count("<figure>") == sum(len(report.captions(one.notebook)) for one in claims.recorded())
 
 
-def test_readme_and_notebooks_quote_what_is_recorded():
-    stale = [path.name for path, old, new in report.texts() if old != new]
-    assert not stale, "run python -m paperlib.report"
+def test_formulas_become_mathml_but_not_in_code():
+    text = report.markdown(r"Let $x^2$ and `$HOME` be. $$\sum_t x_t \tag{1}$$")
+    assert text.count("<math") == 2 and "<code>$HOME</code>" in text and r"\sum" not in text
+    assert "<mi>x</mi>" in text and "FORMULA" not in text
 
 
-def test_the_blocks_hold_the_recorded_numbers():
-    """The check above compares the report with itself; this one looks for the numbers."""
-    text = (paths.ROOT / "README.md").read_text()
-    for notebook in reproduce.EXPERIMENTS:
-        recorded = report.best(notebook)
-        for key, entry in recorded.claims.items():
-            row = next(line for line in text.split("\n") if line.startswith(f"| **{key}**"))
-            assert results.verdict_text(entry) in row
-            for quantity in entry["measured"].values():
-                number = float(f"{quantity['value']:.3g}")
-                shown = [float(n) for n in re.findall(r"-?\d+\.?\d*(?:e[+-]\d+)?", row)]
-                assert number in shown, f"{key}: {number} is not in the README"
-
-
-def test_a_text_without_its_marks_is_an_error(tmp_path):
-    from paperlib.errors import UserError
-
-    with pytest.raises(UserError, match="needs one line"):
-        report._filled("no marks", "block", tmp_path)
-    filled = report._filled(f"a {report.BEGIN}old{report.END} b", "new", tmp_path)
-    assert filled == f"a {report.BEGIN}\n\nnew\n\n{report.END} b"
+def test_a_notebook_page_loads_nothing(tmp_path):
+    text = report.notebook_page(paths.NOTEBOOKS / "02_mnist_fuzziness.ipynb")
+    assert "<mi>x</mi>" in text and "FORMULA" not in re.sub(r"<[^>]*>", "", text)
+    assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|png)', text)
+    assert not re.search(r'src="(?!data:)[^"]*\.png"', text)

@@ -18,8 +18,8 @@ class Settings:
 
 
 CLAIMS = {
-    "X1": Claim("one", "below 1", lambda size: size.value < 1, exact=True),
-    "X2": Claim("two", "interval above 0", lambda gap: gap.low > 0),
+    "X1": Claim("one", "below 1", lambda size: size.value < 1, ("size",), exact=True),
+    "X2": Claim("two", "interval above 0", lambda gap: gap.low > 0, ("gap",)),
 }
 MEASURED = {"X1": {"size": Quantity(0.5)}, "X2": {"gap": Quantity(2.0, -1.0, 5.0, "nats")}}
 

@@ -1,0 +1,128 @@
+"""Carry recorded results into the texts that quote them, so that no number is typed by hand.
+
+    python -m paperlib.quotes            # rewrite the marked blocks of README.md and of the notebooks' openings
+    python -m paperlib.quotes --check    # exit 1 where a block differs from what is recorded
+
+A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
+their own, the README one table of all claims. Below the caption of each figure in a notebook, whose outputs are those
+of `smoke`, stands the recorded figure.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from paperlib import claims, paths, results
+from paperlib.errors import UserError, run_command
+from paperlib.reproduce import EXPERIMENTS
+
+BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
+# The names under which a notebook's cell saves figures.
+FIGURE = re.compile(r"save_figure\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
+_BELOW = re.compile(r"\n\nAs recorded under `\w+`: [^\n]*")
+
+
+def best(notebook: str) -> claims.Recorded | None:
+    """The best recorded run of a notebook, or None where there is none yet."""
+    return next((one for one in claims.recorded() if one.notebook == notebook), None)
+
+
+def notebook_block(notebook: str) -> str:
+    """The recorded figure and verdicts of a notebook, in Markdown, as its opening shows them."""
+    recorded = best(notebook)
+    if recorded is None:
+        return "Nothing is recorded for this notebook yet."
+    headline, caption = recorded.experiment.HEADLINE
+    picture = os.path.relpath(paths.figures_root() / recorded.preset / f"{headline}.png", paths.NOTEBOOKS)
+    return "\n\n".join(
+        [
+            f"**Recorded** ({recorded.origin()}):",
+            f"![{caption}]({Path(picture).as_posix()})",
+            f"*{caption}*",
+            recorded.claims._repr_markdown_(),
+            "Outputs below are those of a run under `smoke` and show that the cells work. *What was seen* is about the "
+            "recorded run, whose figures stand below the captions.",
+        ]
+    )
+
+
+def with_recorded_figure(source: str, name: str, notebook: str) -> str:
+    """The Markdown below a figure, with the recorded one after its caption, the first paragraph."""
+    recorded, source = best(notebook), _BELOW.sub("", source)
+    if recorded is None:
+        return source
+    path = os.path.relpath(paths.figures_root() / recorded.preset / f"{name}.png", paths.NOTEBOOKS)
+    picture = f"![{name}, recorded]({Path(path).as_posix()})"
+    if name == recorded.experiment.HEADLINE[0]:
+        picture = "the figure at the top."
+    caption, gap, rest = source.partition("\n\n")
+    return f"{caption}\n\nAs recorded under `{recorded.preset}`: {picture}{gap}{rest}"
+
+
+def readme_block() -> str:
+    """The table of all claims with what was measured, at most three numbers each, in Markdown."""
+    rows = ["| claim | measured | verdict | notebook, preset |", "| --- | --- | --- | --- |"]
+    origins = []
+    for notebook in EXPERIMENTS:
+        recorded = best(notebook)
+        if recorded is None:
+            continue
+        for key, entry in recorded.claims.items():
+            cells = (
+                f"**{key}** {entry['statement']}",
+                results.measured_text(entry, recorded.experiment.CLAIMS[key].shows),
+                results.verdict_text(entry),
+                f"[{notebook[:2]}](notebooks/{notebook}.ipynb), `{recorded.preset}`",
+            )
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        origins.append(f"{notebook[:2]}: {recorded.origin()}.")
+    return "\n".join(rows) + "\n\n" + "  \n".join(origins)
+
+
+def texts() -> Iterable[tuple[Path, str, str]]:
+    """Every file with a block, as (path, its text now, its text with the block rewritten)."""
+    readme = paths.ROOT / "README.md"
+    text = readme.read_text()
+    yield readme, text, _filled(text, readme_block(), readme)
+    for name in EXPERIMENTS:
+        path = paths.NOTEBOOKS / f"{name}.ipynb"
+        text = path.read_text()
+        notebook = json.loads(text)
+        opening = next((cell for cell in notebook["cells"] if BEGIN in "".join(cell["source"])), None)
+        if opening is None:
+            raise UserError(f"{path} has no line {BEGIN}: put it and {END} into the opening cell")
+        source = _filled("".join(opening["source"]), notebook_block(name), path)
+        opening["source"] = source.splitlines(keepends=True)
+        for cell, below in itertools.pairwise(notebook["cells"]):
+            for figure in FIGURE.findall("".join(cell["source"])) if cell["cell_type"] == "code" else ():
+                source = with_recorded_figure("".join(below["source"]), figure, name)
+                below["source"] = source.splitlines(keepends=True)
+        yield path, text, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def _filled(text: str, block: str, path: Path) -> str:
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{path} needs one line {BEGIN} and one line {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m paperlib.quotes", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a block is out of date")
+    check = parser.parse_args().check
+    stale = [(path, new) for path, old, new in texts() if old != new]
+    for path, new in stale:
+        if not check:
+            with paths.replacing(path) as file:
+                file.write_text(new)
+        print(f"{path.relative_to(paths.ROOT)}: {'out of date, run python -m paperlib.quotes' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    run_command(main)
