@@ -122,7 +122,7 @@ def explained(path: Path) -> Iterator[None]:
         if error.errno in _NO_SPACE:
             raise UserError(
                 f"no space left to write {path}: free some space (or move the folder with a PAPERLIB_ variable, "
-                f"see README) and run the same command again; nothing finished was lost"
+                f"see docs/running.md) and run the same command again; nothing finished was lost"
             ) from error
         if error.errno in _NO_PERMISSION:
             raise UserError(f"cannot write {path}: {error.strerror}; allow writing there and run again") from error

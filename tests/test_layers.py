@@ -1,4 +1,4 @@
-"""Imports go only downward (see the table in README.md)."""
+"""Imports go only downward (see the table in docs/library.md)."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the README tells people to type: its commands are known, its recipes run."""
+"""What README and docs tell people to type: commands are known, recipes run."""
 
 import os
 import re
@@ -13,11 +13,12 @@ from PIL import Image
 
 from paperlib import paths
 
-TEXT = (paths.ROOT / "README.md").read_text()
+README = (paths.ROOT / "README.md").read_text()
+TEXT = README + (paths.ROOT / "docs" / "running.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 COMMANDS += [words for words in re.findall(r"`((?:make|python -m|source) [^`\n]+)`", TEXT)]
-RECIPES = TEXT.split("## Trying an idea")[1].split("\n## ")[0]
+RECIPES = README.split("## Trying an idea")[1].split("\n## ")[0]
 
 
 def said_by(words, **options):
