@@ -171,10 +171,11 @@ def _stacked(of_seeds: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 def at_prior_codes(run: results.Run, images: Images, vae: VAE, seed: int) -> dict[str, np.ndarray]:
     """q(x|z) and the decoded image at M codes z ~ p(z).
 
-    Of q(x|z): `variance` tr Var_q[x|z] (squared pixels), `ink` the sum of E_q[x|z] (pixels of full white), `samples`
-    the effective sample size, `halves` the relative difference that leaving out half of the training points makes to
-    the variance, `log_q` log q(z) in nats, `labels` the label mixture (M, K), `reliable` whether the variance may be
-    quoted. Of the decoded image mu(z): `edge_width` in pixels, `slope` of its power spectrum, `greyness` sum m (1 - m).
+    Of q(x|z): `variance` tr Var_q[x|z] (grey levels in [0, 1], squared and summed), `ink` the sum of E_q[x|z] (pixels
+    of full white), `samples` the effective sample size, `halves` the relative difference that leaving out half of the
+    training points makes to the variance, `log_q` log q(z) in nats, `labels` the label mixture (M, K), `reliable`
+    whether the variance may be quoted. Of the decoded image mu(z): `edge_width` in pixels, `slope` of its power
+    spectrum, `greyness` sum m (1 - m).
     """
     settings, codes = run.settings, encode(vae, images.x)
     generator = torch.Generator(run.device).manual_seed(seed)

@@ -53,7 +53,7 @@ class Explorer(ipywidgets.VBox):
         )
         self.text.value = (
             f"From left to right: &mu;(z), E<sub>q</sub>[x|z], deviation (white: 0.5), then the heaviest training "
-            f"digits: {digits}.<br>tr Var<sub>q</sub>[x|z] {found.trace[0]:.1f} squared pixels, effective sample size "
+            f"digits: {digits}.<br>tr Var<sub>q</sub>[x|z] {found.trace[0]:.1f}, effective sample size "
             f"{found.ess[0]:.1f}, labels {', '.join(best)}."
         )
 

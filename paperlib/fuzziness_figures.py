@@ -41,8 +41,8 @@ def error_split(arrays: Arrays) -> Any:
     axis.scatter(
         arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=figures.PALETTE[0], label="codes z ~ q(z)"
     )
-    axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (squared pixels)")
-    axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (squared pixels)")
+    axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (grey levels², summed)")
+    axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (grey levels², summed)")
     axis.legend(loc="lower right", frameon=False)
     return figure
 
@@ -152,8 +152,8 @@ def sharpness(arrays: Arrays) -> Any:
         dots, line = {"s": 3, "alpha": 0.25}, {"color": figures.PALETTE[3], "linewidth": 1.2}
         seaborn.regplot(x=x, y=y, ax=axis, scatter_kws=dots, line_kws=line, n_boot=200, seed=0)
         axis.set(title=title, xlabel="")
-    axes[1].set_xlabel("rank of tr Var q(x|z), less what ink and log q(z) explain (share of these codes)")
-    axes[0].set_ylabel("rank of fuzziness,\nless the same")
+    axes[1].set_xlabel("rank of tr Var q(x|z), ink and log q(z) regressed out (1: all codes)")
+    axes[0].set_ylabel("rank of fuzziness,\nthe same regressed out")
     return figure
 
 
@@ -173,7 +173,9 @@ def better_q(arrays: Arrays) -> Any:
     for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
         frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=blue)
         frozen.axhline(floor, color="black", linewidth=0.8)
-    frozen.set(xscale="log", xlabel="units a layer of the decoder", ylabel="squared error (squared pixels)")
+    frozen.set(
+        xscale="log", xlabel="units a layer of the decoder", ylabel="squared error\n(grey levels², summed over pixels)"
+    )
     frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
     frozen.minorticks_off()
     frozen.set_title("q frozen: E tr Var$_q$ is a floor")
@@ -183,12 +185,17 @@ def better_q(arrays: Arrays) -> Any:
         error.plot(told, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
         error.plot(told, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
         width.plot(told, arrays["swept_width"][k], "o-", markersize=3, color=green)
-    error.set(xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="squared pixels", title="better q: less variance")
-    for x, y, share in zip(
-        *(arrays[f"swept_{name}"].mean(0) for name in ("information", "variance", "reliable")), strict=True
-    ):
-        error.annotate(f"{share:.0%}", (x, y), (0, -12), textcoords="offset points", fontsize=7, ha="center")
+    error.set(
+        xlabel="$I_q(x;z)$, what z tells (nats)",
+        ylabel="grey levels², summed",
+        title="KL weight swept: error, variance",
+    )
+    swept = (arrays[f"swept_{name}"].mean(0) for name in ("information", "variance", "reliable"))
+    for x, y, share in zip(*swept, strict=True):
+        error.annotate(f"{share:.0%}", (x, y), (-6, -13), textcoords="offset points", fontsize=7, ha="center")
     error.margins(x=0.15, y=0.15)
     error.legend(frameon=False, loc="upper right", fontsize=7)
-    width.set(xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="better q: sharper images")
+    width.set(
+        xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="KL weight swept: sharpness"
+    )
     return figure

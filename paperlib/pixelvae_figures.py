@@ -31,7 +31,9 @@ def chain(arrays: Arrays) -> Any:
 
 def training(arrays: Arrays) -> Any:
     """P1, P2: bits per dimension while training, and what the decoder loses when z is that of another image."""
-    figure, (left, right) = figures.new(2, height=3.3, width_ratios=[3, 2])
+    figure, (left, right) = figures.new(2, height=3.6, width_ratios=[3, 2])
+    inset = left.inset_axes([0.5, 0.33, 0.48, 0.35])
+    inset.set_title("the branches' second half", fontsize=7)
     offset = arrays["trunk_history"][-1, 0] if "trunk_history" in arrays else 0
     styles = {"trunk": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
     styles |= {
@@ -47,10 +49,14 @@ def training(arrays: Arrays) -> Any:
         steps, _, held_out = arrays[f"{name}_history"].T
         begins = 0 if name == "trunk" or VARIANTS[name].scratch else offset
         left.plot(begins + steps, held_out, line, color=colour, label=name, linewidth=1.2)
+        if name != "trunk" and not VARIANTS[name].scratch:
+            second = len(steps) // 2  # the half in which they have settled
+            inset.plot(begins + steps[second:], held_out[second:], line, color=colour, linewidth=1.2)
     final = [rows[-1, 2] for name, rows in arrays.items() if name.endswith("_history")]
     left.set_ylim(min(final) - 0.05, max(final) + 0.6)
     left.set(xlabel="steps", ylabel=r"$-E \log p(x|z)$ (bits/dim, held out)")
-    left.legend(frameon=False, ncols=2, fontsize=7)
+    left.legend(frameon=False, ncols=3, fontsize=7, loc="upper right")
+    inset.tick_params(labelsize=6)
     rows = [k for k, name in enumerate(VARIANTS) if name in CODED]
     gap, kl = (arrays[term][rows].mean(1) for term in ("shuffle_gap", "kl"))
     places = np.arange(len(rows))
@@ -58,7 +64,9 @@ def training(arrays: Arrays) -> Any:
     right.bar(places + 0.2, kl, 0.38, color=GREY, label="KL(q(z|x) ‖ p(z))")
     right.set_yscale("symlog", linthresh=0.1)
     right.set_xticks(places, CODED, rotation=30, ha="right")
-    right.set(ylabel="nats an image\n(0.1 and below: linear)")
+    for limit in (0.1, 0.5, 5):  # of P1 and P2
+        right.axhline(limit, color="black", linewidth=0.6, linestyle=":")
+    right.set(ylabel="nats an image")
     right.axhline(0, color="black", linewidth=0.6)
     right.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure

@@ -310,7 +310,7 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
     """What each claim is judged by."""
     from scipy.stats import spearmanr
 
-    steps = per_step(arrays)
+    steps = sequential_samples.per_step(arrays)
     chain, single = arrays["spectral_sequential"], Estimate(*arrays["spectral_single"])
     trend = spearmanr(np.arange(len(chain)), chain[:, 0]).statistic
     general, plain = arrays["infusion_losses"]
@@ -355,33 +355,6 @@ def _least(steps: list[Estimate], unit: str = "") -> Quantity:
     return Quantity.of([min(column) for column in zip(*steps, strict=True)], unit)
 
 
-def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
-    """What S1 says of each step t, means over held-out images with intervals of paired differences.
-
-    `fall` of the error, relative to that before (of the first step, to the mean training image's); `kl` in nats; the
-    share of that gain that is lost, `lost` with another image's code, `lost_without`, from the second step on, by the
-    control, the same step trained without a code. Where the control is worse than no step at all, that is it.
-    """
-    before = np.column_stack([arrays["mean_error"], arrays["sequential_error"][:, :-1]])
-    error, swapped, depth = arrays["sequential_error"], arrays["swapped_error"], arrays["depth_error"]
-
-    def relative(difference: np.ndarray, t: int) -> Estimate:
-        scale = before[:, t].mean()
-        return Estimate(*(number / scale for number in distances.mean_interval(difference)))
-
-    steps = range(error.shape[1])
-    fall = [relative(before[:, t] - error[:, t], t) for t in steps]
-    loss = [relative(swapped[:, t] - error[:, t], t) for t in steps]
-    control = [min(depth[:, t - 1], before[:, t], key=np.mean) for t in steps[1:]]
-    without = [relative(control[t - 1] - error[:, t], t) for t in steps[1:]]
-    return {
-        "fall": fall,
-        "kl": [distances.mean_interval(arrays["sequential_kl"][:, t]) for t in steps],
-        "lost": [distances.ratio(a, b) for a, b in zip(loss, fall, strict=True)],
-        "lost_without": [distances.ratio(a, b) for a, b in zip(without, fall[1:], strict=True)],
-    }
-
-
 def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Further numbers of the run, by model, step or set."""
     dims = float(arrays["dims"])
@@ -405,7 +378,7 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         "models": models,
         "control_over_no_step": (arrays["depth_error"].mean(0) / arrays["sequential_error"][:, :-1].mean(0)).tolist(),
-        "steps": {name: [list(one) for one in rows] for name, rows in per_step(arrays).items()},
+        "steps": {name: [list(one) for one in rows] for name, rows in sequential_samples.per_step(arrays).items()},
         "spectral_distance": arrays["spectral_sequential"].tolist(),
         "kernel_distance": {kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in KINDS},
         "median_distance_to_the_nearest_training_image": nearest,
@@ -416,12 +389,12 @@ def table(arrays: Mapping[str, np.ndarray]) -> Any:
     """What each step of the chain adds, on held-out images, as a table (a pandas data frame).
 
     `error`: squared, per dimension of [-1, 1], and `in training` that of training images; `fall`, and the shares of it
-    `lost by swap` and `lost without` a code, in per cent, see `per_step`; `KL` in nats; `sigma_t`; `spectra`: distance
-    of log power spectra of samples to photographs'.
+    `lost by swap` and `lost without` a code, in per cent (`sequential_samples.per_step`); `KL` in nats; `sigma_t`;
+    `spectra`: distance of log power spectra of samples to photographs'.
     """
     import pandas
 
-    steps = per_step(arrays)
+    steps = sequential_samples.per_step(arrays)
     rows = {}
     for t, error in enumerate(arrays["sequential_error"].mean(0)):
         rows[t + 1] = {

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from paperlib import figures
-from paperlib.sequential_samples import KINDS, SETS
+from paperlib.sequential_samples import KINDS, SETS, per_step
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -61,32 +61,43 @@ def _chains(arrays: Arrays, states: np.ndarray) -> Any:
 
 
 def reconstructions(arrays: Arrays) -> Any:
-    """S1: held-out photographs rebuilt step by step with their own codes; below, error and KL of each step.
-
-    A control that is worse than no step at all is drawn as no step.
-    """
+    """S1: held-out photographs rebuilt step by step; below, the error, what is lost without a code, and its KL."""
     rebuilt = arrays["rebuilt"]
     count, _, side = rebuilt.shape[:3]
-    figure, (top, bottom) = figures.new(rows=2, height=9.4, height_ratios=[3, 1])
+    figure, axes = figures.new(3, 2, height=9.2, height_ratios=[4, 1])
+    grid = axes[0, 0].get_gridspec()
+    for axis in axes[0]:
+        axis.remove()
+    top, (error, lost, rate) = figure.add_subplot(grid[0, :]), axes[1]
     sheet = np.concatenate([arrays["targets"][None], rebuilt])
     _show(top, arrays, _rows(sheet), count + 1)
     _label_columns(top, ["photograph", *(f"x({t})" for t in range(1, count + 1))], side)
-    steps = np.arange(1, count + 1)
-    bottom.plot(steps, arrays["sequential_error"].mean(0), "o-", color=BLUE, markersize=3, label="with its code")
-    bottom.plot(steps, arrays["swapped_error"].mean(0), "s", color=RED, markersize=4, label="code of another image")
-    control = np.minimum(arrays["depth_error"].mean(0), arrays["sequential_error"][:, :-1].mean(0))
-    bottom.plot(steps[1:], control, "^", color=GREY, markersize=4, label="trained without code")
-    single = arrays["single_error"].mean()
-    bottom.axhline(single, color=ORANGE, linestyle=":", linewidth=1.2, label="single step")
-    bottom.set_yscale("log")
-    bottom.set(xlabel="step t", ylabel="held-out squared error\nper dimension")
-    bottom.set_xticks(steps)
-    _plain_ticks(bottom, "y", ONE_TWO_FIVE)
-    bottom.legend(frameon=False, fontsize=7, ncols=2)
-    other = bottom.twinx()
-    other.bar(steps, arrays["sequential_kl"].mean(0), 0.4, color=GREEN, alpha=0.3)
-    other.set_ylabel("KL of the step (nats, bars)", color=GREEN)
+    steps, found = np.arange(1, count + 1), per_step(arrays)
+    error.plot(steps, arrays["sequential_error"].mean(0), "o-", color=BLUE, markersize=3, label="sequential")
+    error.axhline(arrays["single_error"].mean(), color=ORANGE, linestyle="--", linewidth=1.2, label="single step")
+    error.set_ylabel("held-out squared error\nper dimension")
+    for name, colour, label in (("lost", RED, "another image's code"), ("lost_without", GREY, "trained without")):
+        values = np.array(found[name])
+        _interval_line(lost, steps[-len(values) :], values, colour, label)
+    lost.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    lost.set_ylabel("share of the step's gain\nthat is lost")
+    lost.set_ylim(0, None)
+    rate.bar(steps, [one.value for one in found["kl"]], 0.6, color=GREEN)
+    rate.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    rate.set_ylabel("KL of the step (nats)")
+    for axis in axes[1]:
+        axis.set_xlabel("step t")
+        axis.set_xticks(steps)
+    for axis in (error, lost):
+        axis.legend(frameon=False, fontsize=7)
     return figure
+
+
+def _interval_line(axis: Any, places: np.ndarray, estimates: np.ndarray, colour: str, label: str = "") -> None:
+    """Values with 95 % intervals, rows of value, low and high, joined by a line."""
+    values, lows, highs = estimates.T
+    bars = [values - lows, highs - values]
+    axis.errorbar(places, values, bars, fmt="o-", markersize=3, color=colour, linewidth=1, label=label or None)
 
 
 def swapped(arrays: Arrays) -> Any:
@@ -143,14 +154,14 @@ def spectra(arrays: Arrays) -> Any:
     _plain_ticks(left, "y", ONE_TWO_FIVE)
     left.legend(frameon=False, fontsize=7)
     steps = np.arange(1, count + 1)
-    values, lows, highs = arrays["spectral_sequential"].T
-    right.errorbar(steps, values, [values - lows, highs - values], fmt="o-", markersize=3, color=BLUE, linewidth=1)
-    for name, colour in (("single", ORANGE), ("infusion", GREEN), ("training", "black")):
+    _interval_line(right, steps, arrays["spectral_sequential"], BLUE)
+    lines = {"single": (ORANGE, "single"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
+    lines |= {"noise_first": (BLUE, "x(1) + noise"), "noise_single": (ORANGE, "single + noise")}
+    for name, (colour, label) in lines.items():
         value, low, high = arrays[f"spectral_{name}"]
-        right.axhline(value, color=colour, linestyle="--", linewidth=1)
+        right.axhline(value, color=colour, linestyle=":" if "noise" in name else "--", linewidth=1)
         right.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
-    for name, colour in (("first", BLUE), ("single", ORANGE)):
-        right.axhline(arrays[f"spectral_noise_{name}"][0], color=colour, linestyle=":", linewidth=1.2)
+        right.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     right.set(xlabel="step t", ylabel="distance of log spectra (nats)")
     right.set_xticks(steps)
     return figure
@@ -172,7 +183,7 @@ def nearest(arrays: Arrays) -> Any:
             values = np.sort(arrays[f"nearest_{view}_{name}"])
             shares = np.linspace(0, 1, len(values))
             axis.plot(values, shares, color=colour, linewidth=1.2, label=name.replace("_", " "))
-        axis.set(xlabel=f"distance to the nearest, {view}", ylabel="share of images")
+        axis.set(xlabel=f"RMS difference to the nearest, {view}", ylabel="share of images")
     axes[1, 0].legend(frameon=False, fontsize=7, handlelength=1, loc="upper left", borderpad=0)
     return figure
 

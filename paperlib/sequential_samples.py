@@ -92,6 +92,33 @@ def drawings(run: results.Run, images: Images, models: Mapping[str, SequentialVA
     }
 
 
+def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[distances.Estimate]]:
+    """What S1 says of each step t, means over held-out images with intervals of paired differences.
+
+    `fall` of the error, relative to that before (of the first step, to the mean training image's); `kl` in nats; the
+    share of that gain that is lost, `lost` with another image's code, `lost_without`, from the second step on, by the
+    control, the same step trained without a code. Where the control is worse than no step at all, that is it.
+    """
+    before = np.column_stack([arrays["mean_error"], arrays["sequential_error"][:, :-1]])
+    error, swapped, depth = arrays["sequential_error"], arrays["swapped_error"], arrays["depth_error"]
+
+    def relative(difference: np.ndarray, t: int) -> distances.Estimate:
+        scale = before[:, t].mean()
+        return distances.Estimate(*(number / scale for number in distances.mean_interval(difference)))
+
+    steps = range(error.shape[1])
+    fall = [relative(before[:, t] - error[:, t], t) for t in steps]
+    loss = [relative(swapped[:, t] - error[:, t], t) for t in steps]
+    control = [min(depth[:, t - 1], before[:, t], key=np.mean) for t in steps[1:]]
+    without = [relative(control[t - 1] - error[:, t], t) for t in steps[1:]]
+    return {
+        "fall": fall,
+        "kl": [distances.mean_interval(arrays["sequential_kl"][:, t]) for t in steps],
+        "lost": [distances.ratio(a, b) for a, b in zip(loss, fall, strict=True)],
+        "lost_without": [distances.ratio(a, b) for a, b in zip(without, fall[1:], strict=True)],
+    }
+
+
 def spectra(run: results.Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
     """Claim S2. `frequencies` (K,) in cycles per pixel; mean power in squared grey levels `power_sequential` (T, K),
     `power_single`, `power_infusion`, `power_photographs` (held out) and `power_training` (K,).

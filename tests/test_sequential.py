@@ -64,7 +64,7 @@ def test_errors_are_of_the_same_codes(finished):
 
 def test_what_a_step_adds(finished):
     *_, arrays = finished
-    found = sequential.per_step(arrays)
+    found = sequential_samples.per_step(arrays)
     error, swapped, depth = (arrays[f"{name}_error"].mean(0) for name in ("sequential", "swapped", "depth"))
     before = np.append(arrays["mean_error"].mean(), error[:-1])
     for t in range(3):
@@ -174,9 +174,9 @@ def test_every_claim_is_judged_by_what_is_measured(finished):
         assert claim.criterion(**measured[key]) in (True, False)
     assert measured["S2"]["trend"].value in (-1, -0.5, 0.5, 1)
     assert measured["S2"]["rate"].value == pytest.approx(arrays["sequential_kl"].sum(1).mean())
-    falls = [one.value for one in sequential.per_step(arrays)["fall"]]
+    falls = [one.value for one in sequential_samples.per_step(arrays)["fall"]]
     assert measured["S1"]["least_fall"].value == min(falls)
-    low = [one.low for one in sequential.per_step(arrays)["lost"]]
+    low = [one.low for one in sequential_samples.per_step(arrays)["lost"]]
     assert measured["S1"]["least_lost"].low == min(low), "of all steps, not of the one with the least value"
 
 
