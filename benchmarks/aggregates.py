@@ -24,22 +24,24 @@ TILE = 2**26  # numbers in an array of (codes, N, D): 0.5 GiB
 def main() -> None:
     asked = options(__doc__)
     points, codes = (3_000, 100) if asked.quick else (POINTS, CODES)
-    cases = [(2, 0.1)] if asked.quick else [(d, s) for d in (2, 10, 50) for s in (1.0, 0.1, 0.01)]
-    x = np.random.default_rng(0).integers(256, size=(points, PIXELS), dtype=np.uint8)
-    rows = []
-    for dims, deviation in cases:
-        generator = torch.Generator().manual_seed(0)
-        mean = torch.randn(points, dims, generator=generator, dtype=torch.float64)
-        table = aggregate.Codes(mean, torch.full((dims,), deviation).log())
-        z = table.mean[:codes] + deviation * torch.randn(codes, dims, generator=generator, dtype=torch.float64)
-        rows.append(_variance(asked, table, z, x, dims, deviation))
-        rows.append(_information(asked, table, dims, deviation))
     columns = ["quantity", "dimensions", "deviation", "s", "usual (s)", "times", "GiB", "usual (GiB)"]
     notes = [
         f"N = {points:,}; {codes:,} codes for Var q, all N for I_q, whose usual way is extrapolated from 100",
         "GiB: held at most beyond what was held before; errors: Var q relative, log q(z) in nats",
     ]
-    write("aggregates", [*columns, "error", "usual error"], rows, notes, asked)
+    write("aggregates", [*columns, "error", "usual error"], _rows(asked, points, codes), notes, asked)
+
+
+def _rows(asked, points, codes):
+    cases = [(2, 0.1)] if asked.quick else [(d, s) for d in (2, 10, 50) for s in (1.0, 0.1, 0.01)]
+    x = np.random.default_rng(0).integers(256, size=(points, PIXELS), dtype=np.uint8)
+    for dims, deviation in cases:
+        generator = torch.Generator().manual_seed(0)
+        mean = torch.randn(points, dims, generator=generator, dtype=torch.float64)
+        table = aggregate.Codes(mean, torch.full((dims,), deviation).log())
+        z = table.mean[:codes] + deviation * torch.randn(codes, dims, generator=generator, dtype=torch.float64)
+        yield _variance(asked, table, z, x, dims, deviation)
+        yield _information(asked, table, dims, deviation)
 
 
 def _variance(asked, table, z, x, dims, deviation):

@@ -23,7 +23,12 @@ def main() -> None:
     sizes += [(2, 40, 16, 16), (2, 40, 16, 64)]
     if asked.quick:
         sizes = [(1, 8, 2, 16)]
-    rows = []
+    columns = ["blocks / filters", "side", "batch", "ms an image", "by full passes (s, extrapolated)", "times"]
+    notes = [f"matrix products: {rate / 1e9:.0f} GFLOP/s in float32"]
+    write("sampling", [*columns, "% of matrix rate"], _rows(asked, sizes, rate), notes, asked)
+
+
+def _rows(asked, sizes, rate):
     for blocks, filters, batch, side in sizes:
         torch.manual_seed(0)
         network = PixelCNN(PixelCNNSettings(blocks=blocks, filters=filters, dropout=0.0))
@@ -39,10 +44,7 @@ def main() -> None:
         drawn = statistics.median(times["incremental"])
         each = 1000 * drawn / batch, statistics.median(full) / batch
         gain = ratio(full, times["incremental"])
-        rows.append([f"{blocks} / {filters}", side, batch, *each, gain, 100 * needed / drawn / rate])
-    columns = ["blocks / filters", "side", "batch", "ms an image", "by full passes (s, extrapolated)", "times"]
-    notes = [f"matrix products: {rate / 1e9:.0f} GFLOP/s in float32"]
-    write("sampling", [*columns, "% of matrix rate"], rows, notes, asked)
+        yield [f"{blocks} / {filters}", side, batch, *each, gain, 100 * needed / drawn / rate]
 
 
 if __name__ == "__main__":

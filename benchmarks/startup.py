@@ -17,17 +17,20 @@ HEAVY = ["torchvision", "sklearn", "scipy", "pandas", "matplotlib", "seaborn", "
 
 def main() -> None:
     asked = options(__doc__)
-    rows = []
+    columns = ["import", "s", "heavy packages that come along"]
+    write("startup", columns, _rows(asked.rounds), ["seconds of a new Python"], asked)
+
+
+def _rows(rounds):
     for module in MODULES:
         say = f"import {module}, sys, json; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
         times, loaded = [], []
-        for _ in range(asked.rounds + 1):  # the first fills the disk's cache
+        for _ in range(rounds + 1):  # the first fills the disk's cache
             began = time.perf_counter()
             said = subprocess.run([sys.executable, "-c", say], check=True, capture_output=True, text=True)
             times.append(time.perf_counter() - began)
             loaded = json.loads(said.stdout)
-        rows.append([module, statistics.median(times[1:]), ", ".join(loaded) or "none"])
-    write("startup", ["import", "s", "heavy packages that come along"], rows, ["seconds of a new Python"], asked)
+        yield [module, statistics.median(times[1:]), ", ".join(loaded) or "none"]
 
 
 if __name__ == "__main__":

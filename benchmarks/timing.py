@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +94,24 @@ def _held(field: str) -> float:
     return int(status[field].split()[0]) / 2**20
 
 
-def write(name: str, columns: list[str], rows: list[list[Any]], notes: list[str], asked: argparse.Namespace) -> None:
-    """Print the table, and write it to `results/benchmarks/<name>-<cpu or cuda>.json` unless it was a quick one."""
+def write(
+    name: str, columns: list[str], rows: Iterable[list[Any]], notes: list[str], asked: argparse.Namespace
+) -> None:
+    """Print the table row by row, and write it to `results/benchmarks/<name>-<cpu or cuda>.json` unless it is quick."""
+    done = []
+    print(" | ".join(columns), flush=True)
+    for row in rows:
+        print(" | ".join(map(_cell, row)), flush=True)
+        done.append(row)
     content = {
         "columns": columns,
-        "rows": rows,
+        "rows": done,
         "notes": notes,
         "rounds": asked.rounds,
         "device": results.describe_device(str(asked.device)),
         "versions": results.versions(),
         **results.describe_code(),
     }
-    cells = [columns, *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print(*notes, content["device"], sep="\n")
     if asked.quick:
         return

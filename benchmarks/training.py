@@ -20,17 +20,24 @@ from paperlib.pixelcnn import PixelCNN, PixelCNNSettings
 
 def main() -> None:
     asked = options(__doc__)
-    on_gpu = asked.device.type == "cuda"
-    precision = "bfloat16" if on_gpu else "float32"
+    precision = "bfloat16" if asked.device.type == "cuda" else "float32"
     rate = matrix_rate(asked.device, getattr(torch, precision))
-    rows = []
+    columns = ["network", "batch", "images a second", "plainly", "times", "% of matrix rate", "% plainly"]
+    write(
+        "training",
+        columns,
+        _rows(asked, precision, rate),
+        [f"matrix products: {rate / 1e9:.0f} GFLOP/s in {precision}"],
+        asked,
+    )
+
+
+def _rows(asked, precision, rate):
+    on_gpu = asked.device.type == "cuda"
     for blocks, filters in [(1, 8)] if asked.quick else [(2, 40), (5, 80)]:
         batch = 2 if asked.quick else 256 if on_gpu else 16
-        rows.append(_pixelcnn(asked, blocks, filters, batch, precision, rate))
-    for preset in ["smoke"] if asked.quick else ["gpu" if on_gpu else "cpu"]:
-        rows.append(_sequential(asked, preset, precision, rate))
-    columns = ["network", "batch", "images a second", "plainly", "times", "% of matrix rate", "% plainly"]
-    write("training", columns, rows, [f"matrix products: {rate / 1e9:.0f} GFLOP/s in {precision}"], asked)
+        yield _pixelcnn(asked, blocks, filters, batch, precision, rate)
+    yield _sequential(asked, "smoke" if asked.quick else "gpu" if on_gpu else "cpu", precision, rate)
 
 
 def _pixelcnn(asked, blocks, filters, batch, precision, rate):
@@ -67,7 +74,7 @@ def _sequential(asked, preset, precision, rate):
 
     def loss(call):
         links = sequential_chain.chain(vae, x, chosen=chosen, noise=settings.input_noise, call=call)
-        return sequential_chain.objective([link for link in links if link.t in chosen], settings.steps, 1.0)[0]
+        return sequential_chain.objective([link for link in links if link.t in chosen], 1.0)[0]
 
     works = {
         "ours": _step(vae, lambda: loss(fast), asked.device, precision),

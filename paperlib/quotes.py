@@ -4,8 +4,8 @@
     python -m paperlib.quotes --check    # exit 1 where a block differs from what is recorded
 
 A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
-their own, the README one table of all claims. Below the caption of each figure in a notebook, whose outputs are those
-of `smoke`, stands the recorded figure.
+their own, the README one table of all claims, and another of `results/benchmarks/`. Below the caption of each figure in
+a notebook, whose outputs are those of `smoke`, stands the recorded figure.
 """
 
 import argparse
@@ -15,12 +15,14 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from paperlib import claims, paths, results
 from paperlib.errors import UserError, run_command
 from paperlib.reproduce import EXPERIMENTS
 
 BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
+SPEED = "<!-- speed:begin -->", "<!-- speed:end -->"
 # The names under which a notebook's cell saves figures.
 FIGURE = re.compile(r"save_figure\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
 _BELOW = re.compile(r"\n\nAs recorded under `\w+`: [^\n]*")
@@ -83,11 +85,36 @@ def readme_block() -> str:
     return "\n".join(rows) + "\n\n" + "  \n".join(origins)
 
 
+def speed_block() -> str:
+    """What `benchmarks/` measured on the CPU, in Markdown: a few rows of each of its tables."""
+    lines = ["| | times as fast | share of the matrix rate |", "| --- | --- | --- |"]
+    for row in _benchmark("sampling"):
+        if row["side"] == 32 and row["batch"] in (16, 256):
+            what = f"drawing {row['batch']} images of 32 x 32 from a PixelCNN++ {row['blocks / filters']}"
+            lines.append(f"| {what} | {row['times']:.0f} (passes, extrapolated) | {row['% of matrix rate']:.0f} % |")
+    for row in _benchmark("training"):
+        what = f"training the {row['network']}, batch {row['batch']}"
+        shares = f"{row['% of matrix rate']:.0f} % ({row['% plainly']:.0f} % plainly)"
+        lines.append(f"| {what} | {row['times']:.2f} (plain PyTorch) | {shares} |")
+    for row in _benchmark("aggregates"):
+        if row["deviation"] == 0.1:
+            memory = f"{row['GiB']:.1f} GiB beside {row['usual (GiB)']:.1f}"
+            what = f"{row['quantity']}, {row['dimensions']} dimensions"
+            lines.append(f"| {what.replace('|', chr(92) + '|')} | {row['times']:.0f} (all pairs in NumPy) | {memory} |")
+    return "\n".join(lines)
+
+
+def _benchmark(name: str) -> list[dict[str, Any]]:
+    """The rows of one of the tables, by column."""
+    table = results.load_json(paths.results_root() / "benchmarks" / f"{name}-cpu.json")
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
 def texts() -> Iterable[tuple[Path, str, str]]:
     """Every file with a block, as (path, its text now, its text with the block rewritten)."""
     readme = paths.ROOT / "README.md"
     text = readme.read_text()
-    yield readme, text, _filled(text, readme_block(), readme)
+    yield readme, text, _filled(_filled(text, readme_block(), readme), speed_block(), readme, SPEED)
     for name in EXPERIMENTS:
         path = paths.NOTEBOOKS / f"{name}.ipynb"
         text = path.read_text()
@@ -104,11 +131,12 @@ def texts() -> Iterable[tuple[Path, str, str]]:
         yield path, text, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def _filled(text: str, block: str, path: Path) -> str:
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{path} needs one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+def _filled(text: str, block: str, path: Path, marks: tuple[str, str] = (BEGIN, END)) -> str:
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{path} needs one line {begin} and one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{block}\n\n{end}{rest.split(end)[1]}"
 
 
 def main() -> int:

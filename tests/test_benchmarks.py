@@ -1,0 +1,60 @@
+"""Each script under benchmarks/ runs by one command, and what it says of itself is so."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from paperlib import aggregate, paths
+
+FOLDER = paths.ROOT / "benchmarks"
+SCRIPTS = ["aggregates", "sampling", "startup", "training"]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_quick_run_prints_its_table_and_writes_nothing(name, tmp_path):
+    environment = os.environ | {"PAPERLIB_RESULTS": str(tmp_path)}
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) >= 4 and not list(tmp_path.iterdir())
+
+
+def test_the_plain_network_has_the_arithmetic_of_ours(scripts):
+    from plain_pixelcnn import PlainPixelCNN
+    from timing import flops
+
+    from paperlib.pixelcnn import PixelCNN, PixelCNNSettings
+
+    x = torch.zeros(1, 3, 32, 32)
+    ours, plain = PixelCNN(PixelCNNSettings(blocks=2, filters=8)), PlainPixelCNN(2, 8)
+    assert flops(lambda: plain(x)) == pytest.approx(flops(lambda: ours(x)), rel=0.05)
+
+
+@pytest.mark.parametrize("dims", [2, 10])
+def test_the_usual_way_computes_what_ours_does(scripts, dims):
+    import aggregates
+
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(300, dims, generator=generator, dtype=torch.float64)
+    codes, x = aggregate.Codes(mean, torch.tensor(-0.5)), torch.randint(256, (300, 20), generator=generator).byte()
+    z, deviation = torch.randn(7, dims, generator=generator, dtype=torch.float64), np.exp(-0.5)
+    usual = aggregates.usual_variance(z.numpy(), mean.numpy(), deviation, x.numpy())
+    np.testing.assert_allclose(usual, aggregate.conditional(z, codes, x).variance, rtol=1e-4)
+    density = aggregates.usual_log_density(z.numpy(), mean.numpy(), deviation)
+    np.testing.assert_allclose(density, aggregate.log_density(z, codes), atol=1e-6)
+
+
+def test_peak_memory_is_that_of_the_work(scripts):
+    from timing import peak_memory
+
+    assert peak_memory(lambda: np.ones(2**25)) == pytest.approx(0.25, abs=0.05)
