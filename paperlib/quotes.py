@@ -105,8 +105,9 @@ def speed_block() -> str:
 
 
 def _benchmark(name: str) -> list[dict[str, Any]]:
-    """The rows of one of the tables, by column."""
-    table = results.load_json(paths.results_root() / "benchmarks" / f"{name}-cpu.json")
+    """The rows of one of the tables, by column; none where it was not measured."""
+    path = paths.results_root() / "benchmarks" / f"{name}-cpu.json"
+    table = results.load_json(path) if path.exists() else {"columns": [], "rows": []}
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
 
