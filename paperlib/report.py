@@ -64,9 +64,9 @@ def _summary(found: list[Recorded]) -> str:
     holds = sum(entry["holds"] is True for entry in entries)
     fails = [claim for _, claim, entry in claims.rows(found) if entry["holds"] is False]
     text = (
-        f"The testable statements of the blog post by Song and Zhao on Zhao, Song, Ermon (arXiv 1702.08658), as claims with "
-        f"criteria that were written down before the runs. Of {len(entries)} verdicts recorded here {holds} hold and "
-        f"{len(fails)} fail ({', '.join(fails) or 'none'}). "
+        f"The testable statements of the blog post by Song and Zhao on Zhao, Song, Ermon (arXiv 1702.08658), as claims "
+        f"with criteria that were written down before the runs. Of {len(entries)} verdicts recorded here {holds} hold "
+        f"and {len(fails)} fail ({', '.join(fails) or 'none'}). "
         f"All numbers and figures on this page come from the files under results/ and figures/; "
         f"python -m paperlib.claims computes the numbers again from the recorded arrays."
     )
