@@ -247,11 +247,12 @@ def _go_on(run: "_Run", loss: Loss, batch: Callable[[Tensor], Any], evaluate: Ev
                 _add_row(run, evaluate)
             show(state.step, state.elapsed, lambda: _shown(run), force=bool(state.stopped))
             late = time.monotonic() - saved_at >= 60 * recipe.checkpoint_minutes
-            if late or state.stopped or interrupted:
+            asked = _any_process(run, bool(interrupted))
+            if late or state.stopped or asked:
                 state.elapsed = time.monotonic() - began
                 _save(run)
                 saved_at = time.monotonic()
-            if interrupted and not state.stopped:
+            if asked and not state.stopped:
                 raise KeyboardInterrupt
 
 
@@ -380,8 +381,7 @@ def _step(run: _Run, objective: nn.Module, batch: Callable[[Tensor], Any]) -> No
     optimiser.zero_grad(set_to_none=True)
     value.backward()
     _add_to_sums(run, value, terms)
-    # On a GPU, reading a number waits for all work queued before it: there, every tenth step.
-    if run.device.type == "cpu" or state.step % 10 == 9:
+    if _may_wait(run):
         _refuse_non_finite(run)
     if recipe.clip_norm:
         nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
@@ -467,6 +467,22 @@ def _shown(run: _Run) -> dict[str, float]:
     row = run.state.history[-1] if run.state.history else {}
     held_out = {key: value for key, value in row.items() if key.startswith("held_out_")}
     return {"loss": run.values[0].item()} | dict(list(held_out.items())[:1])
+
+
+def _may_wait(run: _Run) -> bool:
+    """On a GPU, reading a number waits for all work queued before it: there, every tenth step."""
+    return run.device.type == "cpu" or run.state.step % 10 == 9
+
+
+def _any_process(run: _Run, asked: bool) -> bool:
+    """Whether a process is asked to stop; several then do so after the same step, else one would wait for the rest."""
+    if run.world == 1:
+        return asked
+    if not _may_wait(run):
+        return False
+    flag = torch.tensor(float(asked), device=run.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def _from_first(run: _Run, value: Any) -> Any:

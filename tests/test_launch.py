@@ -22,15 +22,16 @@ FEW = {  # steps of every training; a row of the history for each, to compare
 }
 
 
-def launch(name, runs, count, settings, **options):
+def launch(name, runs, count, settings, progress=""):
     """`python -m paperlib.<name>`, by torchrun where there are several processes."""
     command = [*TORCHRUN, f"--nproc-per-node={count}"] if count > 1 else [sys.executable]
     command += ["-m", f"paperlib.{name}", "--device", "cpu"]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     environment = os.environ | {"PAPERLIB_RUNS": str(runs), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment |= {"PAPERLIB_PROGRESS": str(progress)}
     return subprocess.Popen(
-        command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -67,14 +68,12 @@ def test_two_processes_train_as_one(name, tmp_path):
         np.testing.assert_allclose(two[training], rows, rtol=1e-4, atol=1e-4, err_msg=training)  # its terms, held out
 
 
-def begun(name, runs, count, settings, training):
-    """Started, and left alone until the first checkpoint of `training` is there."""
-    process = launch(name, runs, count, settings, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(runs.glob(f"*/*/{training}/last.pt")) and time.monotonic() < deadline:
+def until(process, there, seconds=120):
+    """Wait, while `process` runs, for what is to be there."""
+    deadline = time.monotonic() + seconds
+    while not there() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1][-2000:]
-        time.sleep(0.1)
-    return process
+        time.sleep(0.05)
 
 
 def workers(process):
@@ -86,7 +85,8 @@ def workers(process):
 @pytest.mark.slow
 def test_one_of_two_killed_ends_the_job_and_what_was_finished_stays(tmp_path):
     settings = FEW["pixelvae"] | {"branch_steps": 400}
-    process = begun("pixelvae", tmp_path / "killed", 2, settings, "trunk")
+    process = launch("pixelvae", tmp_path / "killed", 2, settings)
+    until(process, lambda: list(tmp_path.glob("killed/*/*/trunk/last.pt")))
     time.sleep(1)
     os.kill(workers(process)[1], signal.SIGKILL)
     code, _, err = finish(process)
@@ -94,3 +94,26 @@ def test_one_of_two_killed_ends_the_job_and_what_was_finished_stays(tmp_path):
     assert "SIGKILL" in err
     (last,) = tmp_path.rglob("trunk/last.pt")
     assert torch.load(last, weights_only=True)["state"]["stopped"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_stopped_training_goes_on_with_another_number_of_processes(before, after, tmp_path):
+    """The rows are those of a training that one process did without a stop: before the stop, around it, and after."""
+    settings = FEW["pixelvae"] | {"trunk_steps": 60, "evaluations": 60, "learning_rate": 1e-6}
+    assert finish(launch("pixelvae", tmp_path / "whole", 1, settings))[0] == 0
+    process = launch("pixelvae", tmp_path / "stopped", before, settings, progress=tmp_path / "progress.json")
+    until(process, (tmp_path / "progress.json").exists)  # after the first step
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code != 0 and "stopping after this step" in err
+    (last,) = tmp_path.glob("stopped/*/*/trunk/last.pt")
+    state = torch.load(last, weights_only=True)["state"]
+    assert not state["stopped"] and 0 < state["step"] < 50
+    code, _, err = finish(launch("pixelvae", tmp_path / "stopped", after, settings))
+    assert code == 0, err[-2000:]
+    whole, resumed = histories(tmp_path / "whole"), histories(tmp_path / "stopped")
+    assert set(whole) == set(resumed) and len(whole["trunk"]) == 60
+    for training, rows in whole.items():
+        np.testing.assert_allclose(resumed[training][:, :2], rows[:, :2], rtol=1e-5, err_msg=training)
+        np.testing.assert_allclose(resumed[training], rows, rtol=1e-4, atol=1e-4, err_msg=training)
