@@ -63,7 +63,7 @@ class GatedResidual(nn.Module):
         super().__init__()
         self.conv_in = conv(2 * filters, filters)
         self.nin = weight_norm(nn.Conv2d(2 * short_cut * filters, filters, 1)) if short_cut else None
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv_out = conv(2 * filters, 2 * filters)
 
     def forward(self, x, a=None):
@@ -75,7 +75,7 @@ class GatedResidual(nn.Module):
 
 
 class PlainPixelCNN(nn.Module):
-    def __init__(self, blocks, filters, mixtures=10, dropout=0.5):
+    def __init__(self, blocks, filters, mixtures=10, dropout=0.0):
         super().__init__()
         f = filters
         self.first_u = DownConv(4, f)

@@ -93,7 +93,7 @@ def speed_block() -> str:
             what = f"drawing {row['batch']} images of 32 x 32 from a PixelCNN++ {row['blocks / filters']}"
             lines.append(f"| {what} | {row['times']:.0f} (passes, extrapolated) | {row['% of matrix rate']:.0f} % |")
     for row in _benchmark("training"):
-        what = f"training the {row['network']}, batch {row['batch']}"
+        what = f"training the {row['network']}, batch {row['batch']}, in {row['precision']}"
         shares = f"{row['% of matrix rate']:.0f} % ({row['% plainly']:.0f} % plainly)"
         lines.append(f"| {what} | {row['times']:.2f} (plain PyTorch) | {shares} |")
     for row in _benchmark("aggregates"):

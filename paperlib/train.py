@@ -330,7 +330,7 @@ class _Run:
         self.model = model.to(device)
         self.average = _averaged(model, recipe.ema) if recipe.ema else None
         learned = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.Adam(learned, lr=recipe.learning_rate, betas=recipe.betas)
+        self.optimiser = torch.optim.Adam(learned, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
         self.state = _State()
         self.values = torch.zeros(0)  # loss and terms of the last step
 

@@ -294,7 +294,7 @@ FAULTS = [
     Fault("other format", LAUNCH, "not a checkpoint of this", set_up=checkpoint_holding({"a": 1})),
     Fault("starts from nothing", [*LAUNCH, "--set", "start_from=nix"], "there is no checkpoint in .*nix to start from"),
     Fault("diverges", [*LAUNCH, "--set", "learning_rate=1e30"], "not finite at step .*lower learning_rate"),
-    Fault("too little memory", [*LAUNCH, "--set", "batch_size=1000000"], "out of memory: lower", limit="-v 6000000"),
+    Fault("too little memory", [*LAUNCH, "--set", "batch_size=3000000"], "out of memory: lower", limit="-v 4000000"),
     # What is recorded
     Fault("nothing recorded", [*REPRODUCE, "--weights", "recorded"], "was recorded with other settings", 1),
     Fault("recorded otherwise", RECORDED, "recorded with other settings.*drop overrides", 1, recorded_otherwise),
