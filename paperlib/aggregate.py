@@ -297,6 +297,7 @@ class _Table:
         ones = torch.ones_like(offset)
         self.features = torch.cat([precision, scaled, offset[:, None], ones[:, None]], 1)
         self.farthest, self.sharpest = mean.abs().amax(0), precision.amax(0)
+        self.tile = mean.new_empty(ROWS * COLUMNS)  # new memory for each tile would cost more than what is put there
 
     def rounding(self, z: Tensor) -> Tensor:
         """Bound `(M,)` of the rounding, in nats, of a matrix product's exponents."""
@@ -307,15 +308,16 @@ class _Table:
         return bool((self.rounding(z) > 1e-7).any())
 
     def exponents(self, z: Tensor, columns: slice, exact: bool, top: Tensor | None = None) -> Tensor:
-        """log q(z|x_n) - top: (M, D) to (M, C); `exact` by differences, slowly."""
+        """log q(z|x_n) - top: (M, D) to (M, C), up to the next call; `exact` by differences, slowly."""
         if exact:
             tile = self.differences(z, columns)
             return tile if top is None else tile.sub_(top[:, None])
         z = z - self.centre
         ones = torch.ones_like(z[:, :1])
         shift = torch.zeros_like(ones) if top is None else -top[:, None]
-        left = torch.cat([-0.5 * z.square(), z, ones, shift], 1)
-        return left @ self.features[columns].T
+        left, right = torch.cat([-0.5 * z.square(), z, ones, shift], 1), self.features[columns]
+        out = self.tile[: len(left) * len(right)].view(len(left), len(right))
+        return torch.mm(left, right.T, out=out)
 
     def differences(self, z: Tensor, points: slice | Tensor) -> Tensor:
         """log q(z|x_n) from (z - mean), for a slice of points or each code's own (M, K): (M, K)."""
@@ -380,7 +382,7 @@ def _bundles(
 
 
 def _weights(z: Tensor, table: _Table, top: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of exp(log q(z|x_n) - top), and the points that they are for."""
+    """Tiles of exp(log q(z|x_n) - top), each in the memory of the one before, and the points that they are for."""
     exact = table.is_coarse(z)
     for columns in _slices(len(table.codes), COLUMNS):
         # Far below, weights would be denormal numbers, which are slow; exp(-REACH) is as good as 0.
