@@ -27,7 +27,7 @@ def main() -> None:
     columns = ["quantity", "dimensions", "deviation", "s", "usual (s)", "times", "GiB", "usual (GiB)"]
     limit = 4 * points * codes * PIXELS / matrix_rate(asked.device)
     notes = [
-        f"Var q where all points weigh: its two products of weights and pixels alone take {limit:.2f} s at the matrix rate",
+        f"Var q where all points weigh: two products of weights and pixels alone take {limit:.2f} s at the matrix rate",
         f"N = {points:,}; {codes:,} codes for Var q, all N for I_q, whose usual way is extrapolated from 100",
         "GiB: held at most beyond what was held before; errors: Var q relative, log q(z) in nats",
     ]
