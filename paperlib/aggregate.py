@@ -421,14 +421,13 @@ def _matrix_moments(
         variance[entries] = torch.where(undone[entries], spread, variance[entries])
         undone[entries] &= spread < share * second
     for row in undone.any(1).nonzero()[:, 0]:
-        pixels = undone[row].nonzero()[:, 0] if per_pixel else every
-        total = squares = 0
+        left, total, squares = undone[row], 0, 0
         for columns, (w,) in _weights(z[row, None], table, top[row, None]):
             points = (w > FLOOR).nonzero()[:, 0]
-            near = _gather(x, columns, pixels)[points].to(torch.float64)
+            near = x[columns][points.to(x.device)].to(w.device, torch.float64)
             total += w.sum()
-            squares += w[points] @ near.sub_(mean[row, pixels]).square_()
-        variance[row, pixels if per_pixel else 0] = (squares if per_pixel else squares.sum()) / total
+            squares += w[points] @ near.sub_(mean[row]).square_()
+        variance[row, left] = (squares[left] if per_pixel else squares.sum(0, keepdim=True)) / total
     return mean, variance, *totals
 
 

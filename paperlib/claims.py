@@ -60,7 +60,7 @@ class Recorded:
         """The quantities of each claim by the code as it is now. Raises `UserError` as the recorded files deserve."""
         settings = self.experiment.PRESETS[self.preset]
         run = results.Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", "recorded")
-        if hasattr(self.experiment, "recomputed"):  # of notebook 01, which records no arrays
+        if hasattr(self.experiment, "recomputed"):  # of notebook 01, whose arrays hold what is drawn, not what judges
             return self.experiment.recomputed(run)
         return self.experiment.quantities(results.load_recorded_arrays(run))
 

@@ -2,30 +2,30 @@
 
 Sets a (n, d) and b (m, d) are samples of two distributions. Their squared distance under a kernel k is
 
-    (1)  E k(u, u') + E k(v, v') - 2 E k(u, v),   u, u' of the first and v, v' of the second, all independent,
+    (a)  E k(u, u') + E k(v, v') - 2 E k(u, v),   u, u' of the first and v, v' of the second, all independent,
 
 estimated without bias by means over all pairs, a point and itself left out, so it may come out below 0. Two kernels:
 
-    (2)  k(u, v) = (u.v / d + 1)^3     `kernel_distance`, the KID of Binkowski et al. 2018 (arXiv 1801.01401)
-    (3)  k(u, v) = -|u - v|            `energy_distance`, 2 E|u - v| - E|u - u'| - E|v - v'|
+    (b)  k(u, v) = (u.v / d + 1)^3     `kernel_distance`, the KID of Binkowski et al. 2018 (arXiv 1801.01401)
+    (c)  k(u, v) = -|u - v|            `energy_distance`, 2 E|u - v| - E|u - u'| - E|v - v'|
 
-The kernel (2) sees moments up to the third and nothing else, (3) all that differs.
+The kernel (b) sees moments up to the third and nothing else, (c) all that differs.
 
 Intervals come from a jackknife. Both sets are cut into G groups; with D_g the estimate from all points but those of
 the g-th group of either set,
 
-    (4)  D +- t s,   s^2 = (G - 1) / G sum_g (D_g - mean of D_g)^2,
+    (d)  D +- t s,   s^2 = (G - 1) / G sum_g (D_g - mean of D_g)^2,
 
 t Student's 97.5 % point for G - 1 degrees of freedom. It costs no second kernel: D_g takes nothing but the sums of k
 over pairs of groups. A bootstrap will not do. It draws points twice, their pairs put k(u, u) into a mean that is to be
 without it, and every resample comes out too far by about [E k(u, u) - E k(u, u')] / n for each set, which near equality
-is no less than the estimate's own error. For equal laws s^2 is twice the variance on average, so (4) hardly ever lies
+is no less than the estimate's own error. For equal laws s^2 is twice the variance on average, so (d) hardly ever lies
 above 0 where there is nothing to find; where few directions carry all variance it may lie below 0 one time in fifteen.
 
 A batch z can be held against N(0, I) itself, `gaussian_mmd`: for k(u, v) = exp(-|u - v|^2 / (2 s^2)) the integrals are
 those of a product of Gaussians in D dimensions, u fixed or u, v of N(0, I),
 
-    (5)  E_v k(u, v) = (s^2 / (s^2 + 1))^(D/2) exp(-|u|^2 / (2 (s^2 + 1))),   E_uv k(u, v) = (s^2 / (s^2 + 2))^(D/2):
+    (e)  E_v k(u, v) = (s^2 / (s^2 + 1))^(D/2) exp(-|u|^2 / (2 (s^2 + 1))),   E_uv k(u, v) = (s^2 / (s^2 + 2))^(D/2):
 
 k is (2 pi s^2)^(D/2) times the density of N(v, s^2 I) at u. Averaging over v adds 1 to s^2 in the density, at u and
 mean 0; averaging over u adds 1 again, at 0.
@@ -33,7 +33,7 @@ mean 0; averaging over u adds 1 again, at 0.
 The autocorrelation of chains at lag l compares them with each other, at the same times, so that a drift that all share
 is no memory: with f_t the features at time t of 0 .. T-1, and covariances over chains,
 
-    (6)  sum_t tr cov(f_t, f_(t+l))  /  sum_t [tr cov(f_t) + tr cov(f_(t+l))] / 2,   both over t = 0 .. T-1-l.
+    (f)  sum_t tr cov(f_t, f_(t+l))  /  sum_t [tr cov(f_t) + tr cov(f_(t+l))] / 2,   both over t = 0 .. T-1-l.
 """
 
 import math
@@ -69,12 +69,12 @@ def ratio(a: Estimate, b: Estimate) -> Estimate:
 
 
 def kernel_distance(a: Points, b: Points, *, groups: int = 20, together: tuple[int, int] = (1, 1)) -> Estimate:
-    """The squared distance (1) of two sets of features under the polynomial kernel (2): (n, d) and (m, d).
+    """The squared distance (a) of two sets of features under the polynomial kernel (b): (n, d) and (m, d).
 
     In float64, time O((n + m)^2 d), memory bounded. The kernel wants entries of order 1 (see `features.Extractor`); in
     which unit decides how much the third moments count.
 
-    The interval (4) takes consecutive rows as a group: the rows of each set must be in random order, or, where some
+    The interval (d) takes consecutive rows as a group: the rows of each set must be in random order, or, where some
     depend on each other, lie in one group. `together` says how many consecutive rows of either set belong together,
     such as late states of one chain: pairs among them are left out as a row's pair with itself is, so that the value
     stays unbiased. The sets must be independent of one another.
@@ -85,7 +85,7 @@ def kernel_distance(a: Points, b: Points, *, groups: int = 20, together: tuple[i
 
 
 def energy_distance(a: Points, b: Points, *, groups: int = 20) -> Estimate:
-    """The energy distance (3) of two sets of points, (n, d) and (m, d), in their unit: 0 for equal laws only.
+    """The energy distance (c) of two sets of points, (n, d) and (m, d), in their unit: 0 for equal laws only.
 
     Rows, cost, interval and errors as in `kernel_distance`.
     """
@@ -106,7 +106,7 @@ def spectral_distance(a: Points, b: Points, *, least: float = 0.0, groups: int =
     """Root mean square difference of two sets' log mean power over frequencies: spectra (n, K) and (m, K), in nats.
 
     `least`, such as the power of rounding to grey levels, is added to the means before the logarithm. 0 for equal
-    means; chance differences count too, so it comes out above 0, as sets of photographs show. Interval by (4), rows as
+    means; chance differences count too, so it comes out above 0, as sets of photographs show. Interval by (d), rows as
     in `kernel_distance`. Raises `ValueError` for shapes that do not fit and for fewer rows than groups.
     """
     a, b = _points(a), _points(b)
@@ -124,17 +124,17 @@ def spectral_distance(a: Points, b: Points, *, least: float = 0.0, groups: int =
 
 
 def _cubic(u: Tensor, v: Tensor) -> Tensor:
-    """The kernel (2)."""
+    """The kernel (b)."""
     return (u @ v.mT / u.shape[1] + 1) ** 3
 
 
 def _minus_length(u: Tensor, v: Tensor) -> Tensor:
-    """The kernel of (3)."""
+    """The kernel of (c)."""
     return -torch.cdist(u, v, compute_mode="use_mm_for_euclid_dist")
 
 
 def _estimate(every: np.ndarray) -> Estimate:
-    """The value and its interval (4), of a value from all points and from those without each group: (1 + G,)."""
+    """The value and its interval (d), of a value from all points and from those without each group: (1 + G,)."""
     return Estimate(*map(float, _jackknife(every[0], every[1:])))
 
 
@@ -147,7 +147,7 @@ def _every(
     centre: bool = False,
     together: tuple[int, int] = (1, 1),
 ) -> np.ndarray:
-    """Equation (1) of all points, then without each group: (1 + G,).
+    """Equation (a) of all points, then without each group: (1 + G,).
 
     `centre` takes a common mean out first, for kernels that do not change but by rounding.
     """
@@ -190,7 +190,7 @@ def _all_and_without(sums: np.ndarray, points: Tensor) -> tuple[np.ndarray, np.n
 
 
 def _jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Equation (4): a value (...), and what it is without each of G groups (G, ...), to value, low and high."""
+    """Equation (d): a value (...), and what it is without each of G groups (G, ...), to value, low and high."""
     from scipy.stats import t
 
     count = len(without)
@@ -217,7 +217,7 @@ def _float64(values: Points) -> Tensor:
 
 
 def gaussian_mmd(z: Tensor, scales: Sequence[float] = (0.25, 1, 4)) -> Tensor:
-    """The squared distance (1) of a batch `z` (B, D) from N(0, I), with (5) in place of a second sample: a scalar.
+    """The squared distance (a) of a batch `z` (B, D) from N(0, I), with (e) in place of a second sample: a scalar.
 
     The mean over Gaussian kernels with s^2 = D times each of `scales`, as |u - v|^2 is 2 D on average under N(0, I).
     Unbiased over independent rows, so below 0 about half the time where these are N(0, I). Differentiable; in the type
@@ -246,7 +246,7 @@ def gaussian_mmd(z: Tensor, scales: Sequence[float] = (0.25, 1, 4)) -> Tensor:
 
 
 def autocorrelation(states: Points, lags: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Equation (6) with its 95 % interval: features (T, N, d) of N independent chains to three (len(lags),).
+    """Equation (f) with its 95 % interval: features (T, N, d) of N independent chains to three (len(lags),).
 
     Values, lows and highs, by a jackknife over chains. 1 for chains that stand still, 0 for states that are independent
     of those `lag` before. nan where the chains never differ from one another. Raises `ValueError` for another shape,
@@ -278,7 +278,7 @@ def autocorrelation(states: Points, lags: Sequence[int]) -> tuple[np.ndarray, np
 
 
 def pair_correlation(a: Points, b: Points) -> Estimate:
-    """Equation (6) for pairs, such as starts and ends of chains: features (N, d) and (N, d), T = 2 and lag 1.
+    """Equation (f) for pairs, such as starts and ends of chains: features (N, d) and (N, d), T = 2 and lag 1.
 
     Raises `ValueError` as `autocorrelation`, and for shapes that differ.
     """

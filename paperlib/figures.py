@@ -4,7 +4,7 @@ Figures are made by functions that take a run's arrays and return a matplotlib f
 and closes it. seaborn and matplotlib are imported on use, since a test or a training needs neither.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ PALETTE = (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc",
     "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
 )  # fmt: skip
+BLUE, ORANGE, GREEN, RED, GREY = (PALETTE[k] for k in (0, 1, 2, 3, 7))
 
 
 def new(columns: int = 1, rows: int = 1, *, width: float = WIDTH, height: float = 3.0, **options: Any) -> Any:
@@ -61,6 +62,15 @@ def show_images(axis: Any, images: np.ndarray, columns: int, *, low: float = 0.0
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
+
+
+def show_pictures(
+    axis: Any, arrays: Mapping[str, np.ndarray], images: np.ndarray, columns: int, title: str = ""
+) -> None:
+    """A grid of images (N, H, W, C) from black, 0, to white, the last of the data set's grey levels in `arrays`."""
+    images = images[..., 0] if images.shape[-1] == 1 else images
+    show_images(axis, images, columns, high=float(arrays["levels"]) - 1)
+    axis.set_title(title)
 
 
 def show_estimates(axis: Any, places: np.ndarray, estimates: np.ndarray, colours: Sequence[str]) -> None:

@@ -15,9 +15,8 @@ so where Var_q[x|z] is large the sample is the average of images that differ: it
 measures and judges; `fuzziness_figures` draws what was measured.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,16 +58,15 @@ class Settings:
     max_halves: float = option(0.05, "relative difference between N and N/2 up to which it is quoted")
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            numbers = value if isinstance(value, tuple) else [value]
-            if not numbers or any(isinstance(number, (int, float)) and not 0 < number < math.inf for number in numbers):
-                raise ValueError(f"{name} is {value}, but must be above 0 and finite")
+        presets.check_numbers(self, ())
         for name in ("kl_weights", "decoders"):
             values = getattr(self, name)
             if list(values) != sorted(set(values)) or len(values) < 2:
                 raise ValueError(f"{name} is {values}, but takes two or more values in rising order")
         if self.codes < ROWS * COLUMNS:
             raise ValueError(f"codes is {self.codes}, but the picture needs {ROWS * COLUMNS}")
+        if not self.hidden:
+            raise ValueError("hidden is empty, but takes the units of one layer or more")
         if self.code_dim < 2:
             raise ValueError(f"code_dim is {self.code_dim}, but the map needs at least 2")
 
@@ -392,7 +390,12 @@ def _swept(run: results.Run, images: Images, vae: VAE) -> dict[str, float]:
 
 
 def correlations(
-    arrays: Mapping[str, np.ndarray], name: str, prefix: str = "", within_classes: bool = False
+    arrays: Mapping[str, np.ndarray],
+    name: str,
+    prefix: str = "",
+    *,
+    within_classes: bool = False,
+    held_fixed: tuple[str, ...] = ("ink", "log_q"),
 ) -> list[float]:
     """For each seed the partial rank correlation of tr Var_q with `name`, ink and log q(z) held fixed (claim F2).
 
@@ -404,7 +407,7 @@ def correlations(
         if good.sum() < 10:
             found.append(np.nan)
             continue
-        variance, other, *controls = (arrays[prefix + n][k][good] for n in ("variance", name, "ink", "log_q"))
+        variance, other, *controls = (arrays[prefix + n][k][good] for n in ("variance", name, *held_fixed))
         if within_classes:
             best = arrays["labels"][k][good].argmax(1)
             controls += [best == label for label in np.unique(best)[1:]]
@@ -426,6 +429,9 @@ def controls(arrays: Mapping[str, np.ndarray]) -> "Controls":
             "F1: share, average over held-out images": arrays["gap_held_out"].mean(1) / between,
             "F1: of which noise of the held-out list": arrays["noise_held_out"].mean(1) / between,
             "F2: greyness (F1 restated)": correlations(arrays, "greyness"),
+            "F2: edge width, greyness held fixed too": correlations(
+                arrays, "edge_width", held_fixed=("ink", "log_q", "greyness")
+            ),
             "F2: edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
             "F2: spectral slope, Bernoulli decoder": [-r for r in correlations(arrays, "slope", "bernoulli_")],
             "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),

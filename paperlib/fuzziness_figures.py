@@ -112,6 +112,7 @@ def plane(arrays: Arrays) -> Any:
     drawn = variance.imshow(trusted, cmap="viridis", **span)
     figure.colorbar(drawn, ax=variance, shrink=0.85)
     variance.set_title("tr Var q(x|z) per ink (white: too few samples)")
+    _draw_borders(variance, arrays["plane_labels"])
 
     best, purity = arrays["plane_labels"].argmax(-1), arrays["plane_labels"].max(-1)
     colours = np.array([_rgb(colour) for colour in figures.PALETTE])[best]
@@ -129,6 +130,20 @@ def plane(arrays: Arrays) -> Any:
     for axis in (variance, labels, samples):
         axis.set(xlabel="$z_1$", ylabel="$z_2$")
     return figure
+
+
+def _draw_borders(axis: Any, mixtures: np.ndarray) -> None:
+    """Lines between the regions of classes: where, smoothed over a cell or two, another label (S, S, K) weighs most."""
+    from scipy.ndimage import gaussian_filter
+
+    smooth = gaussian_filter(mixtures, sigma=(1.5, 1.5, 0), mode="nearest")
+    best = smooth.argmax(-1)
+    side = len(best)
+    places = (np.arange(side) + 0.5) * 6 / side - 3
+    for label in np.unique(best):
+        rest = np.delete(smooth, label, axis=-1).max(-1)
+        lead = smooth[..., label] - rest
+        axis.contour(places, -places, lead, levels=[0.0], colors="black", linewidths=0.6)
 
 
 def _rgb(colour: str) -> tuple[float, ...]:

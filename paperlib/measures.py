@@ -6,7 +6,7 @@ Two measures of the fuzziness of single images, neither of which knows how brigh
 Its width is its height over the steepest gradient on it: how far it would have to climb at its steepest. The image's
 edge width is the mean over all ramps, each weighted by the part of the image's gradient that it carries,
 
-    (1)  sum_ramps w h / g  /  sum_ramps w,   h = sum |d|,  g = max |grad|,  w = sum d^2 / |grad|
+    (a)  sum_ramps w h / g  /  sum_ramps w,   h = sum |d|,  g = max |grad|,  w = sum d^2 / |grad|
 
 with sums and maximum over the ramp's steps d from pixel to pixel. The weights make it the same for all directions:
 d_x^2 + d_y^2 = |grad|^2, so rows and columns together weigh the total variation. A straight edge blurred by a Gaussian
@@ -32,7 +32,7 @@ LEAST = torch.finfo(torch.float64).tiny  # in place of a gradient of 0, so that 
 
 @torch.no_grad()
 def edge_width(images: Tensor) -> Tensor:
-    """The mean width of the ramps of each image, equation (1): (N, H, W) or (N, C, H, W) to (N,), pixels, float64.
+    """The mean width of the ramps of each image, equation (a): (N, H, W) or (N, C, H, W) to (N,), pixels, float64.
 
     Any unit of grey level will do: width does not change with contrast or sign. 1 is the least that a straight edge
     along rows or columns can have. Channels are pooled. nan for an image without any ramp. Raises `ValueError` for
@@ -141,34 +141,6 @@ def partial_rank_correlation(
     """
     columns = _observations(a, b, controls)
     return float(_partial(columns[:, None])[0])
-
-
-def rank_correlation_interval(
-    a: np.ndarray | Sequence[float],
-    b: np.ndarray | Sequence[float],
-    controls: Sequence[np.ndarray] = (),
-    *,
-    resamples: int = 500,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The 95 % interval (low, high) of `partial_rank_correlation` over independent observations.
-
-    Fisher's transform atanh of the correlation, plus or minus 1.96 times its deviation over bootstrap resamples of the
-    observations; textbook deviations hold for data near a Gaussian, which codes are not. It speaks about other
-    observations of the same model, not about other trainings. (nan, nan) and (+-1, +-1) where the correlation is nan
-    or +-1. Raises as there.
-    """
-    columns = _observations(a, b, controls)
-    value = float(_partial(columns[:, None])[0])
-    if math.isnan(value) or abs(value) == 1:
-        return value, value
-    count, generator = columns.shape[1], np.random.default_rng(seed)
-    at_once = max(1, PIXELS // columns.size)
-    parts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
-    again = [_partial(columns[:, generator.integers(count, size=(part, count))]) for part in parts]
-    # A resample in which a control happens to say all has no correlation, one of very few observations may have 1.
-    half = 1.96 * np.nanstd(np.arctanh(np.clip(np.concatenate(again), -1 + 1e-12, 1 - 1e-12)), ddof=1)
-    return math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half)
 
 
 def _observations(a: object, b: object, controls: Sequence[object]) -> np.ndarray:

@@ -266,9 +266,9 @@ class _Streams:
         self.double_ul = [_Doubling(layer) for layer in network.double_ul]
         ((self.last,),) = _taps(network.last)
         self.last_bias = network.last.bias.detach()
-        self._make_columns(widths, f)
+        self._make_columns(f)
 
-    def _make_columns(self, widths: list[int], f: int) -> None:
+    def _make_columns(self, f: int) -> None:
         """Views of the buffers, made once: making one takes as long as a small product."""
         self.left_pixels = self.image.unbind(1)  # that of column j is at j, its left neighbour's place
         self.up_x = [s.x[:, 1:-1].unbind(1) for s in self.up_ul]

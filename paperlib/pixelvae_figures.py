@@ -6,18 +6,10 @@ from typing import Any
 import numpy as np
 
 from paperlib import figures
+from paperlib.figures import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
 from paperlib.pixelvae_samples import CODED, LAGS, PROBES, SETS, VARIANTS
 
 Arrays = Mapping[str, np.ndarray]
-
-BLUE, ORANGE, GREEN, RED, GREY = (figures.PALETTE[k] for k in (0, 1, 2, 3, 7))
-
-
-def _show(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: str = "") -> None:
-    """A grid of uint8 images (N, S, S, C), on the data set's own grey scale."""
-    images = images[..., 0] if images.shape[-1] == 1 else images
-    figures.show_images(axis, images, columns, high=float(arrays["levels"]) - 1)
-    axis.set_title(title)
 
 
 def chain(arrays: Arrays) -> Any:
@@ -25,7 +17,7 @@ def chain(arrays: Arrays) -> Any:
     figure, axes = figures.new(rows=2, height=4.4)
     titles = {"none": "without the KL", "elbo": "under the ELBO"}
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
-        _show(axis, arrays, arrays[f"chain_{model}"][:60], 15, title)
+        show_pictures(axis, arrays, arrays[f"chain_{model}"][:60], 15, title)
     return figure
 
 
@@ -99,7 +91,7 @@ def _panels(arrays: Arrays, names: Mapping[str, str], columns: int = 8, count: i
     rows = -(-len(names) // 3)
     figure, axes = figures.new(3, rows, height=1.15 * rows)
     for axis, (name, title) in zip(np.ravel(axes), names.items(), strict=True):
-        _show(axis, arrays, arrays[f"shown_{name}"][:count], columns, title)
+        show_pictures(axis, arrays, arrays[f"shown_{name}"][:count], columns, title)
     return figure
 
 
@@ -142,9 +134,9 @@ def many(arrays: Arrays) -> Any:
     """36 chains after their last step, and two decodes of one z, without the KL and under the ELBO."""
     figure, axes = figures.new(2, 2, height=3.1, height_ratios=[2, 1])
     for (top, bottom), model, title in zip(axes.T, ("none", "elbo"), ("without the KL", "ELBO"), strict=True):
-        _show(top, arrays, arrays[f"many_{model}"], 9, f"{title}: 36 chains")
+        show_pictures(top, arrays, arrays[f"many_{model}"], 9, f"{title}: 36 chains")
         pairs = arrays[f"shown_decodes_{model}"]
-        _show(
+        show_pictures(
             bottom, arrays, pairs.reshape(-1, *pairs.shape[2:]), pairs.shape[1], "two decodes (rows) of one z (columns)"
         )
     return figure
@@ -174,7 +166,7 @@ def glasses(arrays: Arrays) -> Any:
             arrays["glasses_sample"].swapaxes(0, 1),
         ]
     )
-    _show(axis, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    show_pictures(axis, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
     names = ["photograph", "Gaussian, mean", "Gaussian, draw", *["PixelCNN++, draw"] * 4]
     side = sheet.shape[2] + 1
     axis.set_yticks([side * (k + 0.5) for k in range(rows)], names)
@@ -188,6 +180,6 @@ def continued(states: np.ndarray, levels: int) -> Any:
 
     figure, axis = figures.new(width=3.6, height=3.6)
     by_chain = states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
-    _show(axis, {"levels": np.array(levels)}, by_chain, len(states), "from photographs (left), step by step")
+    show_pictures(axis, {"levels": np.array(levels)}, by_chain, len(states), "from photographs (left), step by step")
     pyplot.close(figure)
     return figure

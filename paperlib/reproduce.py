@@ -38,7 +38,6 @@ EXPERIMENTS = {
     "03_lsun_sequential_vae": "sequential",
     "04_cifar_pixelvae": "pixelvae",
 }
-PARAMETERS = ("preset", "seed", "device", "weights", "overrides")
 
 
 @dataclass(frozen=True)

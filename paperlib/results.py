@@ -65,8 +65,14 @@ class Quantity:
         return cls(*map(float, estimate), unit)
 
     def __str__(self) -> str:
-        interval = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"
-        return f"{self.value:.3g}{interval}{' ' * bool(self.unit)}{self.unit}"
+        interval = "" if self.low is None else f" [{_short(self.low)}, {_short(self.high)}]"
+        return f"{_short(self.value)}{interval}{' ' * bool(self.unit)}{self.unit}"
+
+
+def _short(value: float) -> str:
+    """Three digits, thousands written out."""
+    text = f"{value:.3g}"
+    return f"{float(text):,.0f}" if 1e3 <= abs(value) < 1e9 else text
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,13 @@ from typing import Any
 import numpy as np
 
 from paperlib import figures
+from paperlib.figures import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
 from paperlib.sequential_samples import KINDS, SETS, per_step
 
 Arrays = Mapping[str, np.ndarray]
 
 CELL = 0.78  # inches that an image of a chain takes
 ONE_TWO_FIVE = [float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 2, 5)]
-BLUE, ORANGE, GREEN, RED, GREY = (figures.PALETTE[k] for k in (0, 1, 2, 3, 7))
-
-
-def _show(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: str = "") -> None:
-    """A grid of uint8 images (N, S, S, C), on the data set's own grey scale."""
-    figures.show_images(axis, images, columns, high=float(arrays["levels"]) - 1)
-    axis.set_title(title)
 
 
 def _rows(states: np.ndarray) -> np.ndarray:
@@ -55,7 +49,7 @@ def more_samples(arrays: Arrays) -> Any:
 def _chains(arrays: Arrays, states: np.ndarray) -> Any:
     count, rows, side = states.shape[:3]
     figure, axis = figures.new(width=CELL * count, height=CELL * rows)
-    _show(axis, arrays, _rows(states), count)
+    show_pictures(axis, arrays, _rows(states), count)
     _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count))], side)
     return figure
 
@@ -70,7 +64,7 @@ def reconstructions(arrays: Arrays) -> Any:
         axis.remove()
     top, (error, lost, rate) = figure.add_subplot(grid[0, :]), axes[1]
     sheet = np.concatenate([arrays["targets"][None], rebuilt])
-    _show(top, arrays, _rows(sheet), count + 1)
+    show_pictures(top, arrays, _rows(sheet), count + 1)
     _label_columns(top, ["photograph", *(f"x({t})" for t in range(1, count + 1))], side)
     steps, found = np.arange(1, count + 1), per_step(arrays)
     error.plot(steps, arrays["sequential_error"].mean(0), "o-", color=BLUE, markersize=3, label="sequential")
@@ -107,7 +101,7 @@ def swapped(arrays: Arrays) -> Any:
     figure, (left, right) = figures.new(2, height=4.2)
     names = [f"x({t})" for t in range(1, count + 1)]
     for axis, states, title in ((left, arrays["rebuilt"], "own codes"), (right, images, "code t from the row below")):
-        _show(axis, arrays, _rows(np.concatenate([arrays["targets"][None], states])), count + 1)
+        show_pictures(axis, arrays, _rows(np.concatenate([arrays["targets"][None], states])), count + 1)
         _label_columns(axis, ["", *names], side)
         axis.tick_params(axis="x", labelsize=6)
         axis.set_xlabel(title)
@@ -115,7 +109,7 @@ def swapped(arrays: Arrays) -> Any:
 
 
 def models(arrays: Arrays) -> Any:
-    """S2 to S4: samples of the three models (means of the last step) beside photographs, and infusion's chains."""
+    """S2 to S4: samples of the three models, means of the last step, beside photographs."""
     figure, axes = figures.new(2, 2, height=5.6)
     titles = {
         "training photographs": "photographs",
@@ -124,7 +118,7 @@ def models(arrays: Arrays) -> Any:
         "infusion": "infusion (last mean)",
     }
     for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
-        _show(axis, arrays, arrays[f"shown_{name}"][:24], 6, title)
+        show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], 6, title)
     return figure
 
 
@@ -133,7 +127,7 @@ def infusion(arrays: Arrays) -> Any:
     states = np.concatenate([arrays["chain_infusion"], arrays["chain_infusion_means"][None]])
     count, rows, side = states.shape[:3]
     figure, axis = figures.new(width=CELL * count, height=CELL * rows)
-    _show(axis, arrays, _rows(states), count)
+    show_pictures(axis, arrays, _rows(states), count)
     _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count - 1)), "mean"], side)
     return figure
 
@@ -175,7 +169,7 @@ def nearest(arrays: Arrays) -> Any:
         axis.remove()
     top = figure.add_subplot(grid[0, :])
     sheet = np.stack([arrays["near"], arrays["neighbours_pixels"], arrays["neighbours_thumbnails"]])
-    _show(top, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    show_pictures(top, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
     top.set_yticks([(side + 1) * (k + 0.5) for k in range(3)], ["sample", "nearest by pixels", "by 8 x 8 means"])
     top.tick_params(length=0)
     for axis, view in zip(axes[1], ("pixels", "thumbnails"), strict=True):
@@ -201,18 +195,18 @@ def distances(arrays: Arrays) -> Any:
 
 def training(arrays: Arrays) -> Any:
     """What each training watched on held-out images, and the rate of the single step steered to that of the chain."""
-    figure, (left, right) = figures.new(2, height=2.8)
     colours = {"sequential": BLUE, "single": ORANGE, "infusion": GREEN, "depth": GREY}
-    for name, colour in colours.items():
-        if f"{name}_history" not in arrays:
-            continue
-        steps, _, watched, kl = arrays[f"{name}_history"].T
-        left.plot(steps, watched, color=colour, label=name, linewidth=1.2)
+    histories = {name: arrays[f"{name}_history"].T for name in colours}
+    figure, ((*above, rate), (*below, none)) = figures.new(3, 2, height=4.0)
+    none.remove()
+    for axis, (name, (steps, _, watched, kl)) in zip([*above, *below], histories.items(), strict=True):
+        axis.plot(steps, watched, color=colours[name], linewidth=1.2)
+        axis.set(title=name, xlabel="updates")
         if name in ("sequential", "single"):
-            right.plot(steps, kl, color=colour, label=name, linewidth=1.2)
-    left.set(xlabel="updates", ylabel="watched, held out\n(nats per dimension)")
-    right.set(xlabel="updates", ylabel="rate, held out\n(KL in nats an image)")
-    left.legend(frameon=False, fontsize=7)
+            rate.plot(steps, kl, color=colours[name], label=name, linewidth=1.2)
+    figure.supylabel("watched, held out (nats per dimension)", fontsize=9)
+    rate.set(xlabel="updates", ylabel="KL (nats an image)", title="rate, held out")
+    rate.legend(frameon=False, fontsize=7)
     return figure
 
 

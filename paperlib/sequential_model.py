@@ -32,7 +32,6 @@ from paperlib.sequential_chain import (
 )
 from paperlib.sequential_networks import Size
 
-MODELS = ("sequential", "single", "infusion", "depth")
 STEERED_AT_MOST = math.log(1000.0)  # up and down, of the weight of single's KL
 
 
@@ -80,7 +79,7 @@ def smaller(dataset: data.Dataset, side: int) -> data.Dataset:
 
 
 def build(settings: Any, shape: tuple[int, int, int], name: str) -> SequentialVAE:
-    """A new model, one of `MODELS` or the `picture`, for images of `shape`, with weights from torch's generator."""
+    """A new model, `name` as in the module's table, for images of `shape`, with weights from torch's generator."""
     channels, side, _ = shape
     size = Size(channels, side, settings.widths, settings.units, settings.maps, settings.kernel)
     if name == "single":
@@ -93,7 +92,7 @@ def build(settings: Any, shape: tuple[int, int, int], name: str) -> SequentialVA
 
 
 def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
-    """Train all of `MODELS`, or continue, or load the recorded model `sequential`: by name.
+    """Train all models of the table, or continue, or load the recorded model `sequential`: by name.
 
     Where the settings ask for one there is also `picture`, the same chain on larger images, for the figure alone.
     """
@@ -106,8 +105,7 @@ def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
     parent = trained["sequential"].model
     trained["single"] = fit_model(run, images, "single", settings.single_updates, rates=rates(run, images, parent))
     trained["infusion"] = fit_model(run, images, "infusion", settings.infusion_updates)
-    if settings.steps > 1:
-        trained["depth"] = fit_model(run, images, "depth", settings.depth_updates, parent=parent)
+    trained["depth"] = fit_model(run, images, "depth", settings.depth_updates, parent=parent)
     if settings.picture_side:
         larger = load_images(run, settings.picture_side)
         trained["picture"] = fit_model(run, larger, "picture", settings.picture_updates)

@@ -15,7 +15,6 @@ from paperlib.measures import (
     interval_over_seeds,
     partial_rank_correlation,
     power_spectrum,
-    rank_correlation_interval,
     spectral_slope,
 )
 
@@ -336,63 +335,6 @@ def test_observations_that_are_refused(rng):
         partial_rank_correlation(a, np.where(b == b.max(), np.nan, b))
     with pytest.raises(ValueError, match="too few"):
         partial_rank_correlation(a, b, [a, b, a])
-    with pytest.raises(ValueError, match="finite"):
-        rank_correlation_interval(a, b, [a * np.inf])
-
-
-def gaussian_columns(rng, count):
-    """Four columns, and their partial correlation: ranks of Gaussian data correlate by 6 / pi asin(rho / 2)."""
-    correlation = np.array([[1, 0.8, 0.3, -0.3], [0.8, 1, 0.2, -0.1], [0.3, 0.2, 1, 0.2], [-0.3, -0.1, 0.2, 1]])
-    inverse = np.linalg.inv(6 / math.pi * np.arcsin(correlation / 2))
-    truth = -inverse[0, 1] / math.sqrt(inverse[0, 0] * inverse[1, 1])
-    return (rng.normal(size=(count, 4)) @ np.linalg.cholesky(correlation).T).T, truth
-
-
-def mirrored_columns(rng, count):
-    """Two columns that agree in size, and in sign three times of four: a has the rank of b, or the opposite one."""
-    a = rng.normal(size=count)
-    return np.stack([a, np.where(rng.random(count) < 0.75, a, -a)]), 0.5
-
-
-@pytest.mark.parametrize("draw", [gaussian_columns, mirrored_columns])
-def test_the_interval_covers_the_truth_95_times_in_100(rng, draw):
-    repeats, observations, covered, textbook = 300, 150, 0, 0
-    for repeat in range(repeats):
-        (a, b, *controls), truth = draw(rng, observations)
-        low, high = rank_correlation_interval(a, b, controls, resamples=150, seed=repeat)
-        covered += low < truth < high
-        value = partial_rank_correlation(a, b, controls)
-        half = 1.96 * math.sqrt((1 + value**2 / 2) / (observations - 3 - len(controls)))  # Bonett and Wright 2000
-        textbook += abs(math.atanh(value) - math.atanh(truth)) < half
-    assert abs(covered / repeats - 0.95) < 4 * math.sqrt(0.95 * 0.05 / repeats)
-    if draw is mirrored_columns:
-        assert textbook / repeats < 0.9  # why it is a bootstrap
-
-
-def test_the_interval_is_fishers_for_gaussian_data(rng):
-    (a, b, *controls), _ = gaussian_columns(rng, 1000)
-    low, high = rank_correlation_interval(a, b, controls)
-    value = partial_rank_correlation(a, b, controls)
-    half = 1.96 * math.sqrt((1 + value**2 / 2) / (1000 - 5))
-    assert (math.atanh(high) - math.atanh(low)) / 2 == pytest.approx(half, rel=0.15)
-    assert (math.atanh(high) + math.atanh(low)) / 2 == pytest.approx(math.atanh(value), rel=1e-12)
-    assert rank_correlation_interval(a, b, controls) == (low, high)
-    assert rank_correlation_interval(a, b, controls, seed=1) != (low, high)
-    assert rank_correlation_interval(a, -b, controls) == pytest.approx((-high, -low))
-
-
-def test_a_long_bootstrap_in_parts_is_the_same_as_in_one(rng, monkeypatch):
-    (a, b, c, _), _ = gaussian_columns(rng, 40)
-    whole = rank_correlation_interval(a, b, [c], resamples=25)
-    monkeypatch.setattr(measures, "PIXELS", 10 * 3 * 40)  # 10, 10 and 5 resamples
-    assert rank_correlation_interval(a, b, [c], resamples=25) == pytest.approx(whole, rel=1e-12)
-
-
-def test_intervals_of_what_is_certain_or_nothing(rng):
-    a, b = rng.normal(size=(2, 30))
-    assert rank_correlation_interval(a, np.exp(a)) == (1, 1)
-    assert rank_correlation_interval(a, -a) == (-1, -1)
-    assert all(math.isnan(end) for end in rank_correlation_interval(a, b, [b]))
 
 
 def test_the_interval_over_seeds_is_students(rng):

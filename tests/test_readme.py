@@ -65,7 +65,7 @@ def environment(tmp_path):
 
 def test_the_recipe_of_a_new_objective(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", RECIPES, re.DOTALL)
-    assert len(code.splitlines()) <= 12
+    assert len(code.splitlines()) <= 10
     said = said_by([sys.executable, "-c", code], env=environment(tmp_path))
     measured = eval(said.splitlines()[-1], {"__builtins__": {}})
     assert measured["bits_per_dim"] > 0 and measured["kl"] > 0
