@@ -80,7 +80,7 @@ def _table(found: list[Recorded]) -> str:
         verdict, device = results.verdict_text(entry), _escaped(one.provenance["device"])
         cells = [
             f"<b>{claim}</b> {_escaped(entry['statement'])}",
-            _escaped(entry["expected"]),
+            re.sub("`([^`]+)`", r"<code>\1</code>", _escaped(entry["expected"])),
             f"{_escaped(results.measured_text(entry))} (<code>{one.preset}</code>)",
             f'<span class="{verdict.replace(" ", "-")}">{verdict}</span>',
             f"<code>{_escaped(one.command())}</code>, {one.minutes:.0f} minutes on {device}",
