@@ -113,7 +113,7 @@ def main() -> int:
         print(f"{claim} {results.verdict_text(entry)} ({one.preset}): {entry['statement']}")
         print(f"   expected  {entry['expected']}")
         print(f"   measured  {results.measured_text(entry)}")
-        print(f"   again     {one.command()}  ({one.minutes:.0f} minutes of {one.provenance['device']})")
+        print(f"   again     {one.command()}  ({one.minutes:.1f} minutes on {one.provenance['device']})")
     if only_list:
         return 0
     wrong = [text for one in found for text in differences(one)]

@@ -374,7 +374,11 @@ def main() -> None:
     command.add_argument("--subset", action="store_true", help=subset)
     arguments = parser.parse_args()
     if arguments.command == "prepare":
-        print(prepare(arguments.name, arguments.source, arguments.side, arguments.subset))
+        folder = prepare(arguments.name, arguments.source, arguments.side, arguments.subset)
+        print(
+            f"{len(_read_array(arguments.name, folder / 'train-images.npy')):,} images to train with", file=sys.stderr
+        )
+        print(folder)
         return
     for name, source in SETS.items():
         there = "with scikit-learn" if name not in _SHAPES else f"in {_folder(name)}"

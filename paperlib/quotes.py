@@ -106,6 +106,8 @@ def speed_block() -> str:
         what = f"training the {row['network']}, batch {row['batch']}, in {row['precision']}"
         shares = f"{row['% of matrix rate']:.0f} % ({row['% plainly']:.0f} % plainly)"
         lines.append(f"| {what} | {row['times']:.2f} (plain PyTorch) | {shares} |")
+    rates = [f"{name}: {', '.join(_table(name)['notes'])}" for name in ("sampling", "training")]
+    lines += ["", f"A share is of the matrix rate of its own precision, as measured beside it ({'; '.join(rates)})."]
     lines += [
         "",
         "| times as fast, by deviation of q(z\\|x): | 1 | 0.1 | 0.01 | GiB, at most |",
@@ -127,10 +129,13 @@ def speed_block() -> str:
 
 
 def _benchmark(name: str) -> list[dict[str, Any]]:
-    """The rows of one of the tables, by column; none where it was not measured."""
-    path = paths.results_root() / "benchmarks" / f"{name}-cpu.json"
-    table = results.load_json(path) if path.exists() else {"columns": [], "rows": []}
+    """The rows of one of the tables, by column."""
+    table = _table(name)
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
+def _table(name: str) -> dict[str, Any]:
+    return results.load_json(paths.results_root() / "benchmarks" / f"{name}-cpu.json")
 
 
 def texts() -> Iterable[tuple[Path, str, str]]:

@@ -52,8 +52,8 @@ def load_images(run: results.Run, side: int = 0) -> Images:
     found, least = len(dataset.held_out.images), max(80, settings.evaluation_images + 40)
     if found < least:
         raise UserError(
-            f"{settings.dataset} holds out {found} images, and intervals need {least}: prepare {10 * least} images "
-            "or more, or lower evaluation_images"
+            f"{settings.dataset} holds out {found} images ({dataset.source}), and intervals need {least}: prepare "
+            f"{10 * least} images or more, or lower evaluation_images"
         )
     return resident.load(dataset, run.device, training_set=settings.resident)
 

@@ -35,6 +35,7 @@ the result equal but for rounding; a resumed training may have another number.
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -195,7 +196,8 @@ def fit(
     - `provenance`: JSON values that say which revision trains; others are stored as their `str`.
     - `partial`: there are steps in which some parameters have no part.
 
-    The first Ctrl-C ends the step, writes a checkpoint and raises `KeyboardInterrupt`; a second one
+    A training that is finished there is returned at once, and stderr says so; a loss that has changed since is not
+    noticed. The first Ctrl-C ends the step, writes a checkpoint and raises `KeyboardInterrupt`; a second one
     raises it at once.
 
     Raises `UserError` when a loss, a weight or the watched number is not finite (the checkpoint
@@ -212,6 +214,8 @@ def fit(
         raise UserError(f"{name}: there is no held-out data for patience; set patience to 0")
     with locked(run.directory, "training") if run.rank == 0 else nullcontext():
         _restore(run)
+        if run.state.stopped and run.rank == 0:
+            print(f"{name}: trained before, taken from {run.directory}", file=sys.stderr)
         if not run.state.stopped:
             run.state.provenance.append(json.dumps(dict(provenance or {}), default=str))
             _go_on(run, loss, batch, evaluate, partial)

@@ -227,7 +227,7 @@ FAULTS = [
     Fault("ladder", ["-m", "paperlib.sequential", "--set", "ladder=[1]"], r"ladder is \(1,\), but there are 4 scales"),
     Fault("widths", ["-m", "paperlib.sequential", "--set", "widths=[6,8,8,8]"], r"widths \[6\] are no multiples of 4"),
     Fault("odd side", ["-m", "paperlib.sequential", "--set", "side=18"], "18 pixels cannot be halved 4 times"),
-    Fault("too few", ["-m", "paperlib.sequential", "--set", "evaluation_images=1600"], "holds out 1560 .* need 1640"),
+    Fault("too few", ["-m", "paperlib.sequential", "--set", "evaluation_images=1600"], "holds out 1560 .*need 1640"),
     Fault("data set", [*REPRODUCE, "--set", "dataset=mnits"], "unknown data set 'mnits': choose from digits", 1),
     Fault("seed", [*REPRODUCE, "--seed", "-1"], "seed is -1, but takes a whole number from 0"),
     Fault("device", [*REPRODUCE, "--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda"),
