@@ -397,7 +397,7 @@ def correlations(
     within_classes: bool = False,
     held_fixed: tuple[str, ...] = ("ink", "log_q"),
 ) -> list[float]:
-    """For each seed the partial rank correlation of tr Var_q with `name`, ink and log q(z) held fixed (claim F2).
+    """For each seed the partial rank correlation of tr Var_q with `name`, given the arrays `held_fixed` (claim F2).
 
     `within_classes` also holds fixed which label weighs most. nan for a seed with fewer than ten codes to go by.
     """

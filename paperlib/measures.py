@@ -139,8 +139,19 @@ def partial_rank_correlation(
     constant, say all about `a` or `b`. Raises `ValueError` for lengths that differ, values that are not finite, and
     fewer observations than a residual takes.
     """
-    columns = _observations(a, b, controls)
-    return float(_partial(columns[:, None])[0])
+    from scipy.stats import rankdata
+
+    ranks = rankdata(_observations(a, b, controls), axis=-1)
+    ranks -= ranks.mean(-1, keepdims=True)
+    products = ranks @ ranks.T
+    left = wanted = products[:2, :2]  # covariance of what is left of the ranks of a and b
+    if len(products) > 2:
+        both = products[2:, :2]
+        left = wanted - both.T @ np.linalg.pinv(products[2:, 2:], rcond=1e-12, hermitian=True) @ both
+    variances = np.diagonal(left)
+    if (variances <= 1e-10 * np.diagonal(wanted)).any():
+        return math.nan
+    return float(np.clip(left[0, 1] / math.sqrt(variances.prod()), -1, 1))
 
 
 def _observations(a: object, b: object, controls: Sequence[object]) -> np.ndarray:
@@ -153,23 +164,6 @@ def _observations(a: object, b: object, controls: Sequence[object]) -> np.ndarra
     if not all(np.isfinite(c).all() for c in columns):
         raise ValueError("ranks of values that are not finite mean nothing: leave these observations out")
     return np.stack(columns)
-
-
-def _partial(columns: np.ndarray) -> np.ndarray:
-    """Partial rank correlation of the first two of `columns` (K, B, n) given the others, for each of B samples."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata(columns, axis=-1)
-    ranks -= ranks.mean(-1, keepdims=True)
-    products = np.einsum("ibn,jbn->bij", ranks, ranks)
-    left = wanted = products[:, :2, :2]  # covariance of what is left of the ranks of a and b
-    if len(columns) > 2:
-        both = products[:, 2:, :2]
-        left = wanted - both.mT @ np.linalg.pinv(products[:, 2:, 2:], rcond=1e-12, hermitian=True) @ both
-    variances = np.diagonal(left, axis1=1, axis2=2)
-    empty = (variances <= 1e-10 * np.diagonal(wanted, axis1=1, axis2=2)).any(1)
-    lengths = np.sqrt(np.where(empty, 1, variances.clip(0).prod(1)))
-    return np.where(empty, math.nan, np.clip(left[:, 0, 1] / lengths, -1, 1))
 
 
 def interval_over_seeds(values: np.ndarray | Sequence[float]) -> tuple[float, float, float]:

@@ -106,8 +106,8 @@ def speed_block() -> str:
         what = f"training the {row['network']}, batch {row['batch']}, in {row['precision']}"
         shares = f"{row['% of matrix rate']:.0f} % ({row['% plainly']:.0f} % plainly)"
         lines.append(f"| {what} | {row['times']:.2f} (plain PyTorch) | {shares} |")
-    rates = [f"{name}: {', '.join(_table(name)['notes'])}" for name in ("sampling", "training")]
-    lines += ["", f"A share is of the matrix rate of its own precision, as measured beside it ({'; '.join(rates)})."]
+    notes = [f"- {name}: {note}." for name in ("sampling", "training") for note in _table(name)["notes"]]
+    lines += ["", "A share is of the matrix rate of its own precision, as measured beside it:", "", *notes]
     lines += [
         "",
         "| times as fast, by deviation of q(z\\|x): | 1 | 0.1 | 0.01 | GiB, at most |",
