@@ -27,7 +27,7 @@ reproduce: install ## run every notebook: PRESET=cpu ONLY=02 SEED=1 SET="steps=5
 	@$(RUN)
 
 claims: install ## list all claims, failed ones first, and compute their numbers again from the recorded arrays
-	@$(BIN)/python -m paperlib.claims
+	@$(BIN)/python -m paperlib.report claims
 
 report: install ## one page of everything recorded, that needs no network: report/index.html
 	@$(BIN)/python -m paperlib.report
@@ -52,7 +52,7 @@ format: install ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 notebooks: install ## run the committed notebooks in place with smoke, as they are to be committed
-	$(BIN)/python -m paperlib.quotes
+	$(BIN)/python -m paperlib.report tables
 	runs=$$(mktemp -d) && PAPERLIB_RUNS=$$runs TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR \
 		--ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=50 \
 		--to notebook --execute --inplace notebooks/[0-9]*.ipynb && rm -r $$runs

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from timing import matrix_rate, options, peak_memory, ratio, seconds, side_by_side, write
 
-from paperlib import aggregate
+from paperlib.stats import aggregate_posterior
 
 POINTS, CODES, PIXELS = 60_000, 1_000, 784
 TILE = 2**26  # numbers in an array of (codes, N, D): 0.5 GiB
@@ -41,7 +41,7 @@ def _rows(asked, points, codes):
     for dims, deviation in cases:
         generator = torch.Generator().manual_seed(0)
         mean = torch.randn(points, dims, generator=generator, dtype=torch.float64)
-        table = aggregate.Codes(mean, torch.full((dims,), deviation).log())
+        table = aggregate_posterior.Codes(mean, torch.full((dims,), deviation).log())
         z = table.mean[:codes] + deviation * torch.randn(codes, dims, generator=generator, dtype=torch.float64)
         yield _variance(asked, table, z, x, dims, deviation)
         yield _information(asked, table, dims, deviation)
@@ -50,7 +50,7 @@ def _rows(asked, points, codes):
 def _variance(asked, table, z, x, dims, deviation):
     tensor, few, found = torch.from_numpy(x), slice(0, 20), {}
     works = {
-        "ours": lambda: found.update(ours=aggregate.conditional(z, table, tensor).variance.numpy()),
+        "ours": lambda: found.update(ours=aggregate_posterior.conditional(z, table, tensor).variance.numpy()),
         "usual": lambda: found.update(usual=usual_variance(z.numpy(), table.mean.numpy(), deviation, x)),
     }
     memory = [peak_memory(work) for work in works.values()]
@@ -65,13 +65,15 @@ def _information(asked, table, dims, deviation):
     count, draw = len(table), torch.Generator().manual_seed(1)
     times = []
     memory = peak_memory(
-        lambda: times.append(seconds(lambda: aggregate.mutual_information(table, generator=draw), asked.device))
+        lambda: times.append(
+            seconds(lambda: aggregate_posterior.mutual_information(table, generator=draw), asked.device)
+        )
     )
     few = min(100, count)
     z = table.mean[:few] + deviation * torch.randn(few, dims, generator=draw, dtype=torch.float64)
     usual = seconds(lambda: usual_log_density(z.numpy(), table.mean.numpy(), deviation), asked.device) * count / few
     exact = exact_log_density(z[:20].numpy(), table.mean.numpy(), deviation)
-    ours = aggregate.log_density(z[:20], table).numpy()
+    ours = aggregate_posterior.log_density(z[:20], table).numpy()
     theirs = usual_log_density(z[:20].numpy(), table.mean.numpy(), deviation)
     errors = [float(np.abs(one - exact).max()) for one in (ours, theirs)]
     whole = 8 * count**2 / 2**30

@@ -12,8 +12,8 @@ import statistics
 import torch
 from timing import flops, matrix_rate, options, ratio, side_by_side, write
 
-from paperlib.pixelcnn import PixelCNN, PixelCNNSettings, initialise
-from paperlib.pixelcnn_sampler import Sampler
+from paperlib.nn.pixelcnn import PixelCNN, PixelCNNSettings, initialise
+from paperlib.nn.pixelcnn_sampler import Sampler
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import time
 
 from timing import options, write
 
-from paperlib import paths
 from paperlib.reproduce import EXPERIMENTS
+from paperlib.system import files
 
 MODULES = ["torch", "paperlib.elbo", "paperlib.fuzziness", "paperlib.sequential", "paperlib.pixelvae", "paperlib.data"]
 HEAVY = ["torchvision", "sklearn", "scipy", "pandas", "matplotlib", "seaborn", "PIL", "torch._dynamo"]
@@ -47,7 +47,7 @@ def _timed(arguments, **variables):
     """Seconds of a new Python, and what it prints."""
     began, environment = time.perf_counter(), os.environ | variables
     said = subprocess.run(
-        [sys.executable, *arguments], check=True, capture_output=True, text=True, env=environment, cwd=paths.ROOT
+        [sys.executable, *arguments], check=True, capture_output=True, text=True, env=environment, cwd=files.ROOT
     )
     return time.perf_counter() - began, said.stdout
 

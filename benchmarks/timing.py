@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib import paths, results
-from paperlib.machine import pick_device
+from paperlib.runs import results
+from paperlib.system import files
+from paperlib.system.devices import pick_device
 
 
 def options(description: str | None) -> argparse.Namespace:
@@ -115,8 +116,8 @@ def write(
     print(*notes, content["device"], sep="\n")
     if asked.quick:
         return
-    path = paths.results_root() / "benchmarks" / f"{name}-{asked.device.type}.json"
-    with paths.replacing(path) as file:
+    path = files.results_root() / "benchmarks" / f"{name}-{asked.device.type}.json"
+    with files.replacing(path) as file:
         file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
 

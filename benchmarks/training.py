@@ -17,8 +17,13 @@ import torch
 from plain_pixelcnn import PlainPixelCNN, nats
 from timing import flops, matrix_rate, options, ratio, side_by_side, write
 
-from paperlib import machine, pixelcnn, pixelvae, sequential, sequential_chain, sequential_model
-from paperlib.pixelvae_model import PixelVAE
+from paperlib.nn import pixelcnn
+from paperlib.pixelvae import experiment as pixelvae
+from paperlib.pixelvae.model import PixelVAE
+from paperlib.sequential import experiment as sequential
+from paperlib.sequential import model as sequential_chain
+from paperlib.sequential import training as sequential_model
+from paperlib.system import devices
 
 
 def main() -> None:
@@ -47,7 +52,7 @@ def _pixelvae(asked, blocks, filters, batch, rates):
     settings = replace(pixelvae.PRESETS["cpu"], blocks=blocks, filters=filters, mixtures=10)
     ours = PixelVAE(settings, channels=3, side=32, levels=256, classes=10, encoder="nothing").to(asked.device)
     pixelcnn.initialise(ours.decoder, x)
-    plain, fast = PlainPixelCNN(blocks, filters).to(asked.device), machine.compiled(ours)
+    plain, fast = PlainPixelCNN(blocks, filters).to(asked.device), devices.compiled(ours)
 
     def cost():
         return -fast(x, None).log_p.mean()
@@ -72,7 +77,7 @@ def _sequential(asked, preset, rates):
     shape = (3, settings.side, settings.side)
     x = torch.rand(settings.batch_size, *shape, device=asked.device) * 2 - 1
     vae = sequential_model.build(settings, shape, "sequential").to(asked.device)
-    fast = machine.compiled(vae)
+    fast = devices.compiled(vae)
     chosen = [2, settings.steps]  # as one batch in training may choose
 
     def loss(call):
@@ -94,7 +99,7 @@ def _step(network, loss, device, precision, fused=False):
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-5, fused=fused or None)
 
     def step():
-        with machine.autocast(device, precision):
+        with devices.autocast(device, precision):
             value = loss()
         optimiser.zero_grad(set_to_none=True)
         value.backward()

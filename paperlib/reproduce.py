@@ -28,9 +28,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from paperlib import paths, presets, results
-from paperlib.errors import UserError, run_command
-from paperlib.machine import pick_device
+from paperlib.runs import presets, results
+from paperlib.system import files
+from paperlib.system.devices import pick_device
+from paperlib.system.errors import UserError, run_command
 
 EXPERIMENTS = {
     "01_elbo_derivation": "elbo",
@@ -106,8 +107,8 @@ def run_notebook(job: Job) -> Outcome:
     status, message = "ok", ""
     with _kernel() as kernel, _progress(job.notebook.stem):
         try:
-            paths.make_folder(job.directory)
-            with paths.explained(executing):
+            files.make_folder(job.directory)
+            with files.explained(executing):
                 papermill.execute_notebook(
                     job.notebook,
                     executing,
@@ -251,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _select(only: list[str]) -> list[Path]:
     """The numbered notebooks in order, all of them or those that `only` names by number or stem."""
-    notebooks = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    notebooks = sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     chosen = []
     for name in only:
         matches = [n for n in notebooks if n.stem == name.removesuffix(".ipynb") or n.stem[:2] == name.zfill(2)]
@@ -270,7 +271,7 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
         "overrides": {},
     }
     if (experiment := _experiment(notebook)) is None:
-        return Job(notebook, parameters, paths.runs_root() / notebook.stem / options.preset)
+        return Job(notebook, parameters, files.runs_root() / notebook.stem / options.preset)
     try:
         settings = presets.choose(experiment.PRESETS, options.preset)
         overrides = presets.parse(settings, options.set)
@@ -281,13 +282,13 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
         name = results.run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
     except UserError as error:
         raise UserError(f"{notebook.stem}: {error}") from error
-    return Job(notebook, parameters, paths.runs_root() / name)
+    return Job(notebook, parameters, files.runs_root() / name)
 
 
 def _experiment(notebook: Path) -> ModuleType | None:
     """The module behind a notebook; None for a notebook of the reader's own."""
     name = EXPERIMENTS.get(notebook.stem)
-    return importlib.import_module(f"paperlib.{name}") if name else None
+    return importlib.import_module(f"paperlib.{name}.experiment") if name else None
 
 
 def _check_recordable(options: argparse.Namespace) -> None:
@@ -358,7 +359,7 @@ def _listing(notebooks: list[Path]) -> str:
 
 def _short(path: Path) -> str:
     """`path` as seen from the repository, where it lies inside."""
-    return str(path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path)
+    return str(path.relative_to(files.ROOT) if path.is_relative_to(files.ROOT) else path)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib import aggregate
-from paperlib.aggregate import Codes, conditional, heaviest, log_density, log_weights
-from paperlib.paths import ROOT
+from paperlib.stats import aggregate_posterior
+from paperlib.stats.aggregate_posterior import Codes, conditional, heaviest, log_density, log_weights
+from paperlib.system.files import ROOT
 
 
 def slow(z, codes, x=None):
@@ -58,12 +58,12 @@ def generator():
 def path(request, monkeypatch):
     """Force differences, force matrix products, or cut everything into tiles with rests."""
     if request.param == "few":
-        monkeypatch.setattr(aggregate, "FEW", 10**6)
+        monkeypatch.setattr(aggregate_posterior, "FEW", 10**6)
     else:
-        monkeypatch.setattr(aggregate, "FEW", 0 if request.param == "many" else 40)
+        monkeypatch.setattr(aggregate_posterior, "FEW", 0 if request.param == "many" else 40)
     if request.param == "small tiles":
         for name, value in [("ROWS", 7), ("COLUMNS", 101), ("GATHERED", 500)]:
-            monkeypatch.setattr(aggregate, name, value)
+            monkeypatch.setattr(aggregate_posterior, name, value)
     return request.param
 
 
@@ -126,7 +126,7 @@ def test_sharp_codes_of_many_near_duplicates(generator, path):
     mean += 5e-4 * torch.randn(600, 400, generator=generator)
     codes = Codes(mean, math.log(0.01))
     z = codes.mean[:4] + 1e-3
-    assert aggregate._Table(codes).is_coarse(z)
+    assert aggregate_posterior._Table(codes).is_coarse(z)
     assert 50 < check(z, codes, images(generator, 600, 12)).ess.min() < 301
 
 
@@ -175,7 +175,7 @@ def test_one_point(generator, path):
     assert torch.equal(result.mean, x.double().expand(5, -1))
     assert not result.variance.any()
     assert torch.equal(result.labels, torch.eye(3).double()[[2] * 5])
-    information = aggregate.mutual_information(codes, generator=generator)
+    information = aggregate_posterior.mutual_information(codes, generator=generator)
     assert information == pytest.approx((0, 0, 0), abs=1e-12)
 
 
@@ -212,7 +212,7 @@ def test_nearly_equal_images(generator, path):
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_reduced_precision_asked_for_elsewhere(generator, monkeypatch, precision):
-    monkeypatch.setattr(aggregate, "FEW", 0)
+    monkeypatch.setattr(aggregate_posterior, "FEW", 0)
     codes, x = random_codes(generator, 300, 2, 0.5), images(generator, 300, 12)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -267,11 +267,11 @@ def test_half_of_the_points(generator):
 def test_information_of_codes_far_apart_and_of_equal_codes():
     apart = Codes(1e3 * torch.arange(64.0)[:, None], -1.0)
     generator = torch.Generator().manual_seed(0)
-    nats, error, ceiling = aggregate.mutual_information(apart, generator=generator)
+    nats, error, ceiling = aggregate_posterior.mutual_information(apart, generator=generator)
     assert ceiling == math.log(64)
     assert nats == pytest.approx(ceiling, abs=1e-12) and error < 1e-12
     equal = Codes(torch.ones(64, 5), -1.0)
-    nats, error, _ = aggregate.mutual_information(equal, generator=generator)
+    nats, error, _ = aggregate_posterior.mutual_information(equal, generator=generator)
     assert abs(nats) < 1e-9 and error < 1e-9
 
 
@@ -291,7 +291,7 @@ def test_information_against_quadrature(generator):
     entropy = -torch.trapezoid(torch.xlogy(density, density), grid)
     exact = (entropy - log_std.mean() - 0.5 * math.log(2 * math.pi * math.e)).item()
 
-    runs = [aggregate.mutual_information(codes, samples=500, generator=generator) for _ in range(8)]
+    runs = [aggregate_posterior.mutual_information(codes, samples=500, generator=generator) for _ in range(8)]
     found = torch.tensor([run.nats for run in runs]).double()
     # Over seeds only the noise of z varies; the reported error adds that between points.
     spread = found.std().item() / math.sqrt(8)
@@ -301,13 +301,14 @@ def test_information_against_quadrature(generator):
 
 def test_information_from_some_points(generator):
     codes = random_codes(generator, 2000, 2, 0.3)
-    whole = aggregate.mutual_information(codes, samples=2, generator=generator)
-    some = aggregate.mutual_information(codes, points=500, generator=generator)
+    whole = aggregate_posterior.mutual_information(codes, samples=2, generator=generator)
+    some = aggregate_posterior.mutual_information(codes, points=500, generator=generator)
     assert some.ceiling == whole.ceiling and some.standard_error > 1.5 * whole.standard_error
     assert abs(some.nats - whole.nats) < 4 * some.standard_error
-    assert math.isnan(aggregate.mutual_information(codes, points=1, generator=generator).standard_error)
+    assert math.isnan(aggregate_posterior.mutual_information(codes, points=1, generator=generator).standard_error)
     again = [
-        aggregate.mutual_information(codes, points=50, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        aggregate_posterior.mutual_information(codes, points=50, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
     ]
     assert again[0] == again[1]
 
@@ -336,8 +337,8 @@ def test_mistakes_are_refused(generator):
         ("labels", lambda: conditional(z, codes, x, labels + 3, classes=3)),
         ("labels", lambda: conditional(z, codes, x, labels - 1)),
         ("31 heaviest of 30", lambda: heaviest(z, codes, 31)),
-        ("0 samples", lambda: aggregate.mutual_information(codes, samples=0)),
-        ("31 of 30", lambda: aggregate.mutual_information(codes, points=31)),
+        ("0 samples", lambda: aggregate_posterior.mutual_information(codes, samples=0)),
+        ("31 of 30", lambda: aggregate_posterior.mutual_information(codes, points=31)),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

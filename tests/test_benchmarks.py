@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib import aggregate, paths
+from paperlib.stats import aggregate_posterior
+from paperlib.system import files
 
-FOLDER = paths.ROOT / "benchmarks"
+FOLDER = files.ROOT / "benchmarks"
 SCRIPTS = ["aggregates", "sampling", "startup", "training"]
 
 
@@ -33,7 +34,7 @@ def test_the_plain_network_has_the_arithmetic_of_ours(scripts):
     from plain_pixelcnn import PlainPixelCNN
     from timing import flops
 
-    from paperlib.pixelcnn import PixelCNN, PixelCNNSettings
+    from paperlib.nn.pixelcnn import PixelCNN, PixelCNNSettings
 
     x = torch.zeros(1, 3, 32, 32)
     ours, plain = PixelCNN(PixelCNNSettings(blocks=2, filters=8)), PlainPixelCNN(2, 8)
@@ -46,12 +47,15 @@ def test_the_usual_way_computes_what_ours_does(scripts, dims):
 
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(300, dims, generator=generator, dtype=torch.float64)
-    codes, x = aggregate.Codes(mean, torch.tensor(-0.5)), torch.randint(256, (300, 20), generator=generator).byte()
+    codes, x = (
+        aggregate_posterior.Codes(mean, torch.tensor(-0.5)),
+        torch.randint(256, (300, 20), generator=generator).byte(),
+    )
     z, deviation = torch.randn(7, dims, generator=generator, dtype=torch.float64), np.exp(-0.5)
     usual = aggregates.usual_variance(z.numpy(), mean.numpy(), deviation, x.numpy())
-    np.testing.assert_allclose(usual, aggregate.conditional(z, codes, x).variance, rtol=1e-4)
+    np.testing.assert_allclose(usual, aggregate_posterior.conditional(z, codes, x).variance, rtol=1e-4)
     density = aggregates.usual_log_density(z.numpy(), mean.numpy(), deviation)
-    np.testing.assert_allclose(density, aggregate.log_density(z, codes), atol=1e-6)
+    np.testing.assert_allclose(density, aggregate_posterior.log_density(z, codes), atol=1e-6)
 
 
 def test_peak_memory_is_that_of_the_work(scripts):

@@ -12,12 +12,12 @@ import urllib.request
 
 import pytest
 
-from paperlib import paths
+from paperlib.system import files
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: run `make browser-test`")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NOTEBOOKS = sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted(path.stem for path in files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
 
@@ -100,7 +100,7 @@ def test_failed_claims_come_first(browser, report):
 def test_the_report_names_every_recorded_preset(browser, report):
     opened = browser.new_page()
     opened.goto((report / "index.html").as_uri())
-    for metrics in (paths.results_root()).glob("*/*/metrics.json"):
+    for metrics in (files.results_root()).glob("*/*/metrics.json"):
         preset, notebook = metrics.parts[-3:-1]
         assert opened.locator(f'[id="{notebook}-{preset}"]').count() == 1
     opened.close()
@@ -113,8 +113,8 @@ def test_the_report_names_every_recorded_preset(browser, report):
 def lab(tmp_path_factory):
     """JupyterLab on copies of the notebooks, with runs of its own: (address, folder)."""
     root = tmp_path_factory.mktemp("lab")
-    folder = shutil.copytree(paths.NOTEBOOKS, root / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    shutil.copytree(paths.figures_root(), root / "figures")
+    folder = shutil.copytree(files.NOTEBOOKS, root / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(files.figures_root(), root / "figures")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

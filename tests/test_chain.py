@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib import chain, finite
+from paperlib.elbo import chain, finite
 
 
 def random_code(seed, x=5, z=4, zeros=0.0):

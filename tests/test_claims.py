@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 
-from paperlib import claims
-from paperlib.results import Quantity
+from paperlib.report import records
+from paperlib.runs.results import Quantity
 
-RECORDED = list(claims.recorded())
+RECORDED = list(records.recorded())
 TRAINED = [one for one in RECORDED if one.provenance["trainings"]]  # notebook 01 takes a minute, and is run by nbval
 
 
 @pytest.mark.parametrize("one", TRAINED, ids=lambda one: f"{one.preset}-{one.notebook}")
 def test_recorded_numbers_follow_from_the_recorded_arrays(one):
-    assert not claims.differences(one)
+    assert not records.differences(one)
 
 
 def test_another_number_or_verdict_is_noticed():
@@ -25,18 +25,18 @@ def test_another_number_or_verdict_is_noticed():
         entry | {"holds": not entry["holds"]},
         entry | {"measured": {}},
     ):
-        (said,) = claims.differences(dataclasses.replace(one, claims=one.claims | {key: changed}))
+        (said,) = records.differences(dataclasses.replace(one, claims=one.claims | {key: changed}))
         assert said.startswith(key)
 
 
 def test_numbers_that_could_not_be_measured_agree_with_themselves():
-    assert claims._same(Quantity(None), Quantity(float("nan")))
-    assert not claims._same(Quantity(1.0), Quantity(float("nan")))
-    assert not claims._same(Quantity(1.0, 0.5, 2.0), Quantity(1.0, 0.5, 2.1))
+    assert records._same(Quantity(None), Quantity(float("nan")))
+    assert not records._same(Quantity(1.0), Quantity(float("nan")))
+    assert not records._same(Quantity(1.0, 0.5, 2.0), Quantity(1.0, 0.5, 2.1))
 
 
 def test_failed_claims_come_first():
-    holds = [entry["holds"] for *_, entry in claims.rows(RECORDED)]
+    holds = [entry["holds"] for *_, entry in records.rows(RECORDED)]
     assert holds == sorted(holds, key=lambda held: held is not False) and False in holds
 
 

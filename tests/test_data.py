@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from paperlib import data, image_arrays
-from paperlib.errors import UserError, run_command
-from paperlib.paths import data_root
+from paperlib.data import datasets, image_arrays
+from paperlib.system.errors import UserError, run_command
+from paperlib.system.files import data_root
 
 REAL = data_root() / "prepared"
 
@@ -78,55 +78,55 @@ def complaint(action, *arguments, **options):
 def test_every_grey_level_to_float_and_back(levels):
     grey = np.arange(levels, dtype=np.uint8).reshape(-1, 1, 1, 1)
     exact = np.arange(levels) / (levels - 1)
-    unit, signed = data.to_unit(grey, levels), data.to_signed(grey, levels)
+    unit, signed = datasets.to_unit(grey, levels), datasets.to_signed(grey, levels)
     assert unit.dtype == signed.dtype == torch.float32
     np.testing.assert_allclose(unit.numpy().ravel(), exact, rtol=2**-24, atol=0)
     np.testing.assert_allclose(signed.numpy().ravel(), 2 * exact - 1, rtol=0, atol=2**-23)
     assert (unit.min(), unit.max(), signed.min(), signed.max()) == (0, 1, -1, 1)
-    np.testing.assert_array_equal(data.from_unit(unit, levels), grey)
-    np.testing.assert_array_equal(data.from_signed(signed, levels), grey)
+    np.testing.assert_array_equal(datasets.from_unit(unit, levels), grey)
+    np.testing.assert_array_equal(datasets.from_signed(signed, levels), grey)
 
 
 def test_axes_move_and_nothing_else():
     images = pixels(2, 4, 3, 3)
-    unit = data.to_unit(images)
+    unit = datasets.to_unit(images)
     assert unit.shape == (2, 3, 4, 3)
     assert unit.is_contiguous()
     for n, h, w, c in np.ndindex(images.shape):
         assert unit[n, c, h, w] == np.float32(images[n, h, w, c]) / np.float32(255)
-    np.testing.assert_array_equal(data.from_unit(unit), images)
-    torch.testing.assert_close(data.to_unit(torch.from_numpy(images)), unit, rtol=0, atol=0)
+    np.testing.assert_array_equal(datasets.from_unit(unit), images)
+    torch.testing.assert_close(datasets.to_unit(torch.from_numpy(images)), unit, rtol=0, atol=0)
 
 
 def test_the_nearest_level_within_the_range():
     values = torch.tensor([-3.0, 0.49 / 255, 0.51 / 255, 254.4 / 255, 254.6 / 255, 1.7, torch.inf])
-    assert data.from_unit(values.reshape(1, 1, 1, -1)).ravel().tolist() == [*(0, 0, 1, 254, 255, 255, 255)]
+    assert datasets.from_unit(values.reshape(1, 1, 1, -1)).ravel().tolist() == [*(0, 0, 1, 254, 255, 255, 255)]
     signed = torch.tensor([-1.2, -1 + 2 * 3.4 / 16, -1 + 2 * 3.6 / 16, 5]).double()
-    assert data.from_signed(signed.reshape(1, 1, 1, -1), 17).ravel().tolist() == [0, 3, 4, 16]
+    assert datasets.from_signed(signed.reshape(1, 1, 1, -1), 17).ravel().tolist() == [0, 3, 4, 16]
     half = torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True).reshape(1, 1, 1, 1)
-    assert data.from_unit(half, 17).item() == 8
+    assert datasets.from_unit(half, 17).item() == 8
 
 
 def test_scaling_refuses_what_it_cannot_mean():
     with pytest.raises(TypeError, match="float32, not uint8"):
-        data.to_unit(np.zeros((1, 2, 2, 1), np.float32))
+        datasets.to_unit(np.zeros((1, 2, 2, 1), np.float32))
     with pytest.raises(ValueError, match=r"\(2, 2\), not \(N, H, W, C\)"):
-        data.to_unit(np.zeros((2, 2), np.uint8))
+        datasets.to_unit(np.zeros((2, 2), np.uint8))
     with pytest.raises(ValueError, match="a pixel is 17, but 17 grey levels end at 16"):
-        data.to_unit(np.full((1, 2, 2, 1), 17, np.uint8), levels=17)
+        datasets.to_unit(np.full((1, 2, 2, 1), 17, np.uint8), levels=17)
     with pytest.raises(ValueError, match="not numbers"):
-        data.from_unit(torch.full((1, 1, 2, 2), torch.nan))
+        datasets.from_unit(torch.full((1, 1, 2, 2), torch.nan))
     with pytest.raises(ValueError, match=r"not \(N, C, H, W\)"):
-        data.from_unit(torch.zeros(2, 2))
+        datasets.from_unit(torch.zeros(2, 2))
 
 
 def test_memory_maps_are_read_without_warnings_or_writes(put, root):
     put("mnist", **small_mnist())
-    images = data.load("mnist").train.images
+    images = datasets.load("mnist").train.images
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data.to_unit(images).add_(1)
-        data.to_signed(images[3:5])
+        datasets.to_unit(images).add_(1)
+        datasets.to_signed(images[3:5])
     np.testing.assert_array_equal(images, small_mnist()["train_images"])
     assert not images.flags.writeable
 
@@ -150,12 +150,12 @@ def rows(split):
 def test_digits():
     from sklearn.datasets import load_digits
 
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     assert dataset.levels == 17
     assert dataset.train.images.shape == (1500, 8, 8, 1)
     assert dataset.held_out.images.shape == (297, 8, 8, 1)
     everything = load_digits()
-    split = data.Split(everything.images.astype(np.uint8), everything.target)
+    split = datasets.Split(everything.images.astype(np.uint8), everything.target)
     assert sorted(rows(dataset.train) + rows(dataset.held_out)) == sorted(rows(split))
     assert not set(rows(dataset.train)) & set(rows(dataset.held_out))
     share = np.bincount(everything.target) * 297 / 1797
@@ -171,7 +171,7 @@ def test_photos_are_patches_of_two_regions(side):
     from sklearn.datasets import load_sample_images
 
     regions = {"train": (0, 512), "held_out": (512, 640)}
-    dataset = data.load("photos", side)
+    dataset = datasets.load("photos", side)
     for part, (left, right) in regions.items():
         want = [
             photograph[y : y + side, x : x + side]
@@ -186,9 +186,9 @@ def test_photos_are_patches_of_two_regions(side):
 
 
 def test_photos_have_a_usual_side_and_limits():
-    assert data.load("photos").train.images.shape[1:] == (32, 32, 3)
+    assert datasets.load("photos").train.images.shape[1:] == (32, 32, 3)
     for side in (3, 129):
-        assert "4 to 128 pixels" in complaint(data.load, "photos", side)
+        assert "4 to 128 pixels" in complaint(datasets.load, "photos", side)
 
 
 # Prepared sets
@@ -197,7 +197,7 @@ def test_photos_have_a_usual_side_and_limits():
 def test_mnist_holds_out_its_test_set(put):
     arrays = small_mnist()
     put("mnist", **arrays)
-    dataset = data.load("mnist", side=28)
+    dataset = datasets.load("mnist", side=28)
     np.testing.assert_array_equal(dataset.train.images, arrays["train_images"])
     np.testing.assert_array_equal(dataset.held_out.images, arrays["test_images"])
     np.testing.assert_array_equal(dataset.held_out.labels, arrays["test_labels"])
@@ -209,7 +209,7 @@ def test_mnist_holds_out_its_test_set(put):
 def test_cifar10_holds_out_the_end_of_its_training_images(put):
     arrays = small_cifar10()
     put("cifar10", **arrays)
-    dataset = data.load("cifar10")
+    dataset = datasets.load("cifar10")
     np.testing.assert_array_equal(dataset.train.images, arrays["train_images"][:54])
     np.testing.assert_array_equal(dataset.train.labels, arrays["train_labels"][:54])
     np.testing.assert_array_equal(dataset.held_out.images, arrays["train_images"][54:])
@@ -222,7 +222,7 @@ def test_cifar10_holds_out_the_end_of_its_training_images(put):
     ("count", "most", "held"), [(2, 500, 1), (19, 500, 1), (10_000, 500, 500), (50_000, 5000, 5000)]
 )
 def test_how_many_are_held_out(count, most, held):
-    assert count - data._first_held_out("cifar10", count, most) == held
+    assert count - datasets._first_held_out("cifar10", count, most) == held
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def bedrooms(put):
 
 def test_lsun_holds_out_its_end_less_near_copies(bedrooms):
     _, images = bedrooms
-    dataset = data.load("lsun_bedroom", side=64)
+    dataset = datasets.load("lsun_bedroom", side=64)
     np.testing.assert_array_equal(dataset.train.images, images[:54])
     np.testing.assert_array_equal(dataset.held_out.images, images[[54, 56, 58, 59]])
     assert isinstance(dataset.train.images, np.memmap)
@@ -246,48 +246,48 @@ def test_lsun_holds_out_its_end_less_near_copies(bedrooms):
 
 def test_near_copies_are_looked_for_once(bedrooms, put, monkeypatch):
     folder, images = bedrooms
-    first = data.load("lsun_bedroom").describe()
+    first = datasets.load("lsun_bedroom").describe()
     search = image_arrays.near_copies
     calls = []
     monkeypatch.setattr(image_arrays, "near_copies", lambda *a, **k: calls.append(1) or search(*a, **k))
-    assert data.load("lsun_bedroom").describe() == first
+    assert datasets.load("lsun_bedroom").describe() == first
     assert not calls
     for damaged in ("{", "[]", '{"key": 1}', json.dumps({"key": None, "copies": [99]})):
         (folder / "near-copies.json").write_text(damaged)
-        assert data.load("lsun_bedroom").describe() == first
+        assert datasets.load("lsun_bedroom").describe() == first
     assert len(calls) == 4
     images[57] = 255 - images[57]
     put("lsun_bedroom", train_images=images)
-    assert len(data.load("lsun_bedroom").held_out.images) == 5
+    assert len(datasets.load("lsun_bedroom").held_out.images) == 5
 
 
 def test_lsun_is_read_where_nothing_can_be_written(bedrooms):
     folder, _ = bedrooms
     (folder / "near-copies.json").mkdir()  # so that neither reading nor writing it can succeed
-    assert len(data.load("lsun_bedroom").held_out.images) == 4
+    assert len(datasets.load("lsun_bedroom").held_out.images) == 4
 
 
 def test_lsun_with_nothing_to_hold_out(put):
     put("lsun_bedroom", train_images=pixels(1, 64, 64, 3))
-    assert "holds 1 image, too few" in complaint(data.load, "lsun_bedroom")
+    assert "holds 1 image, too few" in complaint(datasets.load, "lsun_bedroom")
     put("lsun_bedroom", train_images=pixels(1, 64, 64, 3).repeat(20, 0))
-    assert "its last 2 images are near-copies" in complaint(data.load, "lsun_bedroom")
+    assert "its last 2 images are near-copies" in complaint(datasets.load, "lsun_bedroom")
 
 
 def test_side_must_be_the_images_own(put):
     put("mnist", **small_mnist())
-    assert "'mnist' are 28 pixels a side, not 32" in complaint(data.load, "mnist", 32)
-    assert "'digits' are 8 pixels a side, not 16" in complaint(data.load, "digits", 16)
+    assert "'mnist' are 28 pixels a side, not 32" in complaint(datasets.load, "mnist", 32)
+    assert "'digits' are 8 pixels a side, not 16" in complaint(datasets.load, "digits", 16)
 
 
-@pytest.mark.parametrize("action", [data.load, data.prepare])
+@pytest.mark.parametrize("action", [datasets.load, datasets.prepare])
 def test_an_unknown_name_lists_the_valid_ones(action):
     valid = "digits, photos, mnist, cifar10, lsun_bedroom, own_images"
     assert complaint(action, "mnits") == f"unknown data set 'mnits': choose from {valid}"
 
 
 def test_missing_lsun_names_folder_file_and_command(root):
-    text = complaint(data.load, "lsun_bedroom")
+    text = complaint(datasets.load, "lsun_bedroom")
     assert f"{root / 'prepared' / 'lsun_bedroom'} has no train-images.npy" in text
     assert "python -m paperlib.data prepare lsun_bedroom --source FOLDER" in text
 
@@ -310,7 +310,7 @@ FAULTS = {
 def test_unfit_arrays_are_named(put, fault):
     key, array, said = FAULTS[fault]
     folder = put("mnist", **{**small_mnist(), key: array})
-    text = complaint(data.load, "mnist")
+    text = complaint(datasets.load, "mnist")
     assert text.startswith(f"{folder / key.replace('_', '-')}.npy ")
     assert said in text
     assert text.endswith("write it again with python -m paperlib.data prepare mnist")
@@ -318,7 +318,7 @@ def test_unfit_arrays_are_named(put, fault):
 
 def test_images_that_are_not_square(put):
     put("lsun_bedroom", train_images=pixels(20, 64, 32, 3))
-    assert "not uint8 images side x side x 3" in complaint(data.load, "lsun_bedroom")
+    assert "not uint8 images side x side x 3" in complaint(datasets.load, "lsun_bedroom")
 
 
 @pytest.mark.parametrize("file", ["train-images.npy", "test-labels.npy"])
@@ -326,20 +326,20 @@ def test_images_that_are_not_square(put):
 def test_truncated_arrays_are_named(put, file, keep):
     path = put("mnist", **small_mnist()) / file
     path.write_bytes(path.read_bytes()[:keep])
-    text = complaint(data.load, "mnist")
+    text = complaint(datasets.load, "mnist")
     assert text.startswith(f"{path} is damaged (")
 
 
 def test_a_file_in_place_of_the_data_folder(tmp_path, monkeypatch):
     (tmp_path / "data").write_text("")
     monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path / "data"))
-    assert "a file stands where a folder is needed" in complaint(data.load, "mnist")
+    assert "a file stands where a folder is needed" in complaint(datasets.load, "mnist")
 
 
 def test_a_folder_that_cannot_be_written(put, monkeypatch):
     folder = put("mnist")
     (folder / ".lock").mkdir()
-    assert f"cannot write {folder / '.lock'}: a folder stands" in complaint(data.load, "mnist")
+    assert f"cannot write {folder / '.lock'}: a folder stands" in complaint(datasets.load, "mnist")
 
 
 def test_processes_that_ask_together_prepare_once(root, put, monkeypatch):
@@ -351,9 +351,9 @@ def test_processes_that_ask_together_prepare_once(root, put, monkeypatch):
         time.sleep(0.3)
         put("mnist", **small_mnist())
 
-    monkeypatch.setattr(data, "_prepare_original", slowly)
+    monkeypatch.setattr(datasets, "_prepare_original", slowly)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(data.load("mnist").describe())) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(datasets.load("mnist").describe())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -369,7 +369,7 @@ def test_processes_that_ask_together_prepare_once(root, put, monkeypatch):
 def test_description_holds_counts_and_checksums(put):
     arrays = small_cifar10()
     put("cifar10", **arrays)
-    found = data.load("cifar10").describe()
+    found = datasets.load("cifar10").describe()
     assert json.loads(json.dumps(found)) == found
     assert list(found["parts"]) == ["train", "held_out", "test"]
     assert found["parts"]["held_out"] == {
@@ -382,11 +382,11 @@ def test_description_holds_counts_and_checksums(put):
 
 
 def test_of_huge_parts_a_sample_is_hashed(monkeypatch):
-    monkeypatch.setattr(data, "_HASH_WHOLE", 4999 * 3)
+    monkeypatch.setattr(datasets, "_HASH_WHOLE", 4999 * 3)
     images = pixels(5000, 1, 1, 3)
 
     def described(images):
-        return data._describe(data.Split(images))
+        return datasets._describe(datasets.Split(images))
 
     found = described(images)
     assert found["hashed"] == "4096 evenly spaced images"
@@ -409,7 +409,7 @@ def test_of_huge_parts_a_sample_is_hashed(monkeypatch):
 def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["data", *map(str, words)])
     with pytest.raises(SystemExit) as left:
-        run_command(data.main)
+        run_command(datasets.main)
     return left.value.code
 
 
@@ -423,7 +423,7 @@ def test_prepare_from_a_folder(name, root, tmp_path, monkeypatch, capsys):
     words = ("prepare", name, "--source", tmp_path / "images", "--side", 32)
     assert run(monkeypatch, *words) == 0
     assert capsys.readouterr().out.strip() == str(root / "prepared" / name)
-    dataset = data.load(name)
+    dataset = datasets.load(name)
     np.testing.assert_array_equal(dataset.train.images, images[:11])
     np.testing.assert_array_equal(dataset.held_out.images, images[11:])
 
@@ -433,9 +433,9 @@ def test_prepare_says_what_is_wrong(root, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: say where the images are: python -m paperlib.data prepare")
     assert said.count("\n") == 1
-    assert "takes no --source" in complaint(data.prepare, "mnist", tmp_path)
+    assert "takes no --source" in complaint(datasets.prepare, "mnist", tmp_path)
     for name in ("digits", "photos"):
-        assert "nothing to prepare" in complaint(data.prepare, name)
+        assert "nothing to prepare" in complaint(datasets.prepare, name)
     assert not root.exists()
 
 
@@ -444,7 +444,7 @@ def test_list_says_what_is_there(root, put, monkeypatch, capsys):
     put("cifar10", train_images=small_cifar10()["train_images"])
     assert run(monkeypatch, "list") == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert list(lines) == list(data.SETS)
+    assert list(lines) == list(datasets.SETS)
     assert lines["digits"].startswith("with scikit-learn; ")
     assert lines["mnist"].startswith(f"in {folder}; ")
     assert lines["cifar10"].startswith("missing; ")
@@ -457,7 +457,7 @@ def test_list_says_what_is_there(root, put, monkeypatch, capsys):
 def test_the_real_cifar10(root):
     (root / "prepared").mkdir(parents=True)
     (root / "prepared" / "cifar10").symlink_to(REAL / "cifar10")
-    dataset = data.load("cifar10")
+    dataset = datasets.load("cifar10")
     assert dataset.train.images.shape == (45_000, 32, 32, 3)
     assert dataset.held_out.images.shape == (5000, 32, 32, 3)
     both = np.concatenate([dataset.train.labels, dataset.held_out.labels])
@@ -470,7 +470,7 @@ def test_the_real_bedrooms(root):
     folder = root / "prepared" / "lsun_bedroom"
     folder.mkdir(parents=True)
     (folder / "train-images.npy").symlink_to(REAL / "lsun_bedroom" / "train-images.npy")
-    dataset = data.load("lsun_bedroom", side=64)
+    dataset = datasets.load("lsun_bedroom", side=64)
     if len(dataset.train.images) != 9500:
         pytest.skip("another selection of bedrooms")
     # Two of the last 500 are training images again, seen by eye: 9625 is 3711, 9939 is 6571.

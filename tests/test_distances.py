@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 
-from paperlib import distances
-from paperlib.distances import (
+from paperlib.stats import two_sample
+from paperlib.stats.two_sample import (
     Estimate,
     accuracy_gain,
     autocorrelation,
@@ -64,7 +64,7 @@ def slow_estimate(a, b, kernel, groups):
 @pytest.mark.parametrize(("distance", "kernel"), TWO_SAMPLES)
 @pytest.mark.parametrize("pairs", [2**22, 17])  # whole groups, or a row or two at a time
 def test_two_samples_are_the_loops(rng, monkeypatch, distance, kernel, pairs):
-    monkeypatch.setattr(distances, "PAIRS", pairs)
+    monkeypatch.setattr(two_sample, "PAIRS", pairs)
     a, b = rng.normal(size=(11, 3)), 0.5 + rng.normal(size=(8, 3)) ** 2  # groups of unequal size
     expected = slow_estimate(a, b, kernel, 4)
     assert distance(a, torch.from_numpy(b).float().double(), groups=4) == pytest.approx(expected, rel=1e-5)
@@ -144,7 +144,7 @@ def test_a_bootstrap_is_too_far(rng):
 
 def test_a_ratio_leaves_the_same_groups_out_of_all_three(rng):
     a, b, reference = rng.normal(0.5, 1, (60, 3)), rng.normal(1, 1, (50, 3)), rng.normal(0, 1, (70, 3))
-    found = distances.kernel_distance_ratio(a, b, reference, groups=5)
+    found = two_sample.kernel_distance_ratio(a, b, reference, groups=5)
     whole = [kernel_distance(points, reference, groups=5).value for points in (a, b)]
     assert found.value == pytest.approx(whole[0] / whole[1])
     without = []
@@ -156,13 +156,13 @@ def test_a_ratio_leaves_the_same_groups_out_of_all_three(rng):
         without.append(values[0] / values[1])
     half = stats.t.ppf(0.975, 4) * math.sqrt(4 / 5 * np.square(np.array(without) - np.mean(without)).sum())
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
-    equal = distances.kernel_distance_ratio(a, a, reference)
+    equal = two_sample.kernel_distance_ratio(a, a, reference)
     assert equal == pytest.approx((1, 1, 1)), "what the reference does to both cancels"
 
 
 def test_spectral_distance_by_hand(rng):
     a, b = rng.exponential(2.0, (30, 6)), rng.exponential(1.0, (25, 6))
-    found = distances.spectral_distance(a, b, least=0.1, groups=5)
+    found = two_sample.spectral_distance(a, b, least=0.1, groups=5)
 
     def value(a, b):
         return math.sqrt(np.mean((np.log(a.mean(0) + 0.1) - np.log(b.mean(0) + 0.1)) ** 2))
@@ -172,12 +172,12 @@ def test_spectral_distance_by_hand(rng):
     without = [value(*(np.concatenate(part[:g] + part[g + 1 :]) for part in groups)) for g in range(5)]
     half = stats.t.ppf(0.975, 4) * math.sqrt(4 / 5 * np.square(np.array(without) - np.mean(without)).sum())
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
-    assert distances.spectral_distance(3 * a, a).value == pytest.approx(math.log(3))
-    assert distances.spectral_distance(a, a).value == 0
+    assert two_sample.spectral_distance(3 * a, a).value == pytest.approx(math.log(3))
+    assert two_sample.spectral_distance(a, a).value == 0
     with pytest.raises(ValueError, match="frequencies"):
-        distances.spectral_distance(a, b[:, :5])
+        two_sample.spectral_distance(a, b[:, :5])
     with pytest.raises(ValueError, match="groups"):
-        distances.spectral_distance(a, b, groups=26)
+        two_sample.spectral_distance(a, b, groups=26)
 
 
 def test_energy_distance_does_not_know_where_the_origin_is(rng):
@@ -460,7 +460,7 @@ def test_pairs_that_belong_together_are_left_out():
         return sum((u[i] @ v[j] / 3 + 1) ** 3 for i, j in pairs) / len(pairs)
 
     expected = mean(a, a, 3) + mean(b, b, 1) - 2 * mean(a, b)
-    found = distances.kernel_distance(a, b, groups=2, together=(3, 1))
+    found = two_sample.kernel_distance(a, b, groups=2, together=(3, 1))
     assert found.value == pytest.approx(float(expected), rel=1e-12)
 
 
@@ -473,9 +473,9 @@ def test_states_of_one_chain_do_not_bias_the_distance():
         copies = a.repeat_interleave(4, 0)
         values.append(
             [
-                distances.kernel_distance(copies, b, groups=10, together=(4, 1)).value,
-                distances.kernel_distance(copies, b, groups=10).value,
-                distances.kernel_distance(a, b, groups=10).value,
+                two_sample.kernel_distance(copies, b, groups=10, together=(4, 1)).value,
+                two_sample.kernel_distance(copies, b, groups=10).value,
+                two_sample.kernel_distance(a, b, groups=10).value,
             ]
         )
     apart, plain, single = np.mean(values, 0)
@@ -485,4 +485,4 @@ def test_states_of_one_chain_do_not_bias_the_distance():
 def test_rows_that_belong_together_stay_in_one_group():
     a = torch.randn(40, 2)
     with pytest.raises(ValueError, match="belong together"):
-        distances.kernel_distance(a, a[:30], groups=10, together=(3, 1))
+        two_sample.kernel_distance(a, a[:30], groups=10, together=(3, 1))

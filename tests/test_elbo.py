@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib import chain, elbo, elbo_examples, elbo_figures, finite, gaussian, results
-from paperlib.errors import UserError
-from paperlib.results import Quantity
+from paperlib.elbo import chain, finite, gaussian
+from paperlib.elbo import examples as elbo_examples
+from paperlib.elbo import experiment as elbo
+from paperlib.elbo import figures as elbo_figures
+from paperlib.runs import results
+from paperlib.runs.results import Quantity
+from paperlib.system.errors import UserError
 
 SMALL = {
     "models": 100,

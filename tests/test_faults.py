@@ -21,7 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
-from paperlib import fuzziness, paths, results
+from paperlib.fuzziness import experiment as fuzziness
+from paperlib.runs import results
+from paperlib.system import files
 
 ROOTS = ("data", "runs", "results", "figures")
 TINY = {"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]}  # notebook 02
@@ -181,7 +183,7 @@ class Code:
 
 def of_other_settings(home):
     """The trained folder under the name that other settings have."""
-    from paperlib import pixelvae
+    from paperlib.pixelvae import experiment as pixelvae
 
     settings = dataclasses.replace(pixelvae.PRESETS["smoke"], **(SMALL | {"learning_rate": 0.5}))
     run = checkpoint(home).parent.parent
@@ -334,7 +336,7 @@ def run(command, home, more=(), variables=None, limit=""):
     line = [sys.executable, *command, *more]
     if limit:
         line = ["bash", "-c", f'ulimit {limit}; exec "$@"', "limited", *line]
-    return subprocess.run(line, cwd=paths.ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(line, cwd=files.ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def files(home):
@@ -370,7 +372,7 @@ def test_a_fault_is_said_in_one_line_and_nothing_is_lost(fault, outcomes):
     assert len(line) < 900 and "Traceback" not in text
     if fault.code == 2:
         assert said.stderr.startswith("error: ") or f"\nerror: {line.removeprefix('error: ')}" in "\n" + said.stderr
-    lost = [str(path) for path, content in before.items() if after.get(path) != content and path.name != paths.LOCK]
+    lost = [str(path) for path, content in before.items() if after.get(path) != content and path.name != files.LOCK]
     assert not lost
     assert not [path for path in after if ".partial" in path.name], "half a file stays"
     assert not Path("/tmp/paperlib-was-run").exists()

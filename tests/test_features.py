@@ -8,14 +8,15 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from paperlib import data, features
-from paperlib.distances import kernel_distance
-from paperlib.features import Classifier, RandomNetwork, augmented, extractor, fit_classifier, raw_features
+from paperlib.data import datasets
+from paperlib.stats import features
+from paperlib.stats.features import Classifier, RandomNetwork, augmented, extractor, fit_classifier, raw_features
+from paperlib.stats.two_sample import kernel_distance
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits")
+    return datasets.load("digits")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_the_classifier_learns_held_out_digits(digits, trained):
     assert trained.steps == row["step"] == 200 and trained.provenance == {"revision": "abc"}
     assert row["held_out_accuracy"] > 0.9
     with torch.no_grad():
-        logits = trained.model(data.to_signed(digits.held_out.images, 17))
+        logits = trained.model(datasets.to_signed(digits.held_out.images, 17))
     labels = torch.from_numpy(digits.held_out.labels)
     assert row["held_out_accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), rel=1e-6)
     entropy = -logits.double().log_softmax(1)[torch.arange(len(labels)), labels].mean().item()
@@ -78,9 +79,9 @@ def test_colour_images_are_mirrored_and_grey_ones_are_not(digits, tmp_path, monk
     seen = []
     monkeypatch.setattr(features, "augmented", lambda x, mirror: (seen.append(mirror), x)[1])
     for channels in (1, 3):
-        parts = [data.Split(p.images.repeat(channels, 3), p.labels // 4) for p in (digits.train, digits.held_out)]
+        parts = [datasets.Split(p.images.repeat(channels, 3), p.labels // 4) for p in (digits.train, digits.held_out)]
         settings = {"width": 16, "steps": 1, "batch_size": 8, "seed": 0, "device": "cpu"}
-        some = data.Dataset("some", *parts, levels=17, source="")
+        some = datasets.Dataset("some", *parts, levels=17, source="")
         assert fit_classifier(some, tmp_path / str(channels), **settings).model.classes.out_features == 3
     assert seen == [False, True]
 
@@ -129,7 +130,7 @@ def test_thumbnails_are_means_over_a_grid():
 
 def test_images_without_labels_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no labels"):
-        fit_classifier(data.load("photos", 8), tmp_path, width=16, steps=1, batch_size=1, seed=0, device="cpu")
+        fit_classifier(datasets.load("photos", 8), tmp_path, width=16, steps=1, batch_size=1, seed=0, device="cpu")
 
 
 # The random network
@@ -176,7 +177,7 @@ def test_raw_features_are_the_networks_in_order(digits, monkeypatch):
     network, images = RandomNetwork(0, channels=1, width=16).train(), digits.train.images[:25]
     whole = raw_features(network, images, 17)
     assert whole.dtype == torch.float64 and whole.shape == (25, 56) and network.training
-    torch.testing.assert_close(whole, network.features(data.to_signed(images, 17)).double())
+    torch.testing.assert_close(whole, network.features(datasets.to_signed(images, 17)).double())
     monkeypatch.setattr(features, "BATCH", 10)
     torch.testing.assert_close(raw_features(network, images, 17), whole)
     torch.testing.assert_close(raw_features(network, torch.from_numpy(images), 17), whole)
@@ -197,7 +198,7 @@ def test_raw_features_are_those_of_evaluation(digits):
             return F.dropout(self.scale * x.flatten(1), 0.5, self.training)
 
     network, images = Noisy(), digits.train.images[:5]
-    expected = data.to_signed(images, 17).flatten(1).double()
+    expected = datasets.to_signed(images, 17).flatten(1).double()
     torch.testing.assert_close(raw_features(network, images, 17), expected)
     assert not raw_features(network, images, 17).requires_grad and network.training
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from paperlib import finite
-from paperlib.finite import Finite
+from paperlib.elbo import finite
+from paperlib.elbo.finite import Finite
 
 
 def generator(seed=0):

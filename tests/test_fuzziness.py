@@ -11,10 +11,15 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
-from paperlib import aggregate, fuzziness, fuzziness_figures, fuzziness_vae, measures, paths, results
-from paperlib.errors import UserError
-from paperlib.fuzziness import Settings
-from paperlib.fuzziness_vae import BERNOULLI, MAIN, Variant
+from paperlib.fuzziness import experiment as fuzziness
+from paperlib.fuzziness import figures as fuzziness_figures
+from paperlib.fuzziness import model as fuzziness_vae
+from paperlib.fuzziness.experiment import Settings
+from paperlib.fuzziness.model import BERNOULLI, MAIN, Variant
+from paperlib.runs import results
+from paperlib.stats import aggregate_posterior, sharpness
+from paperlib.system import files
+from paperlib.system.errors import UserError
 
 QUICK = {"steps": 400, "hidden": (32,), "codes": 300, "min_samples": 120.0, "seeds": 2, "decoders": (2, 64)}
 INDEPENDENT = {"rtol": 1e-5}  # of float32 decoders and of aggregate's own accuracy
@@ -102,7 +107,7 @@ def lists(models, images, z, seed, variant=MAIN, held_out=False):
     """q(x|z) the plain way, all at once in float64: weights (M, N), mean, trace, effective sample size."""
     x = (images.held_out if held_out else images.x).double()
     codes = fuzziness_vae.encode(models.vaes[seed][variant].model, x.float())
-    weights = torch.softmax(aggregate.log_weights(z, codes), 1)
+    weights = torch.softmax(aggregate_posterior.log_weights(z, codes), 1)
     mean = weights @ x
     return weights, mean, weights @ x.square().sum(1) - mean.square().sum(1), 1 / weights.square().sum(1)
 
@@ -128,7 +133,7 @@ def test_the_bernoulli_arrays_are_those_of_the_bernoulli_decoder(finished):
         z = torch.from_numpy(arrays["z"][seed])
         _, _, trace, _ = lists(models, images, z, seed, BERNOULLI)
         np.testing.assert_allclose(arrays["bernoulli_variance"][seed], trace, **INDEPENDENT)
-        widths = measures.edge_width(images.pictures(models.vaes[seed][BERNOULLI].model.p_x_given_z(z)))
+        widths = sharpness.edge_width(images.pictures(models.vaes[seed][BERNOULLI].model.p_x_given_z(z)))
         np.testing.assert_allclose(arrays["bernoulli_edge_width"][seed], widths)
 
 
@@ -141,7 +146,7 @@ def test_the_noise_of_a_list_is_that_of_its_average(finished):
     halves = []
     for rows in (one, ~one):
         x = images.x[rows]
-        halves.append(aggregate.conditional(z, fuzziness_vae.encode(models.main, x), x))
+        halves.append(aggregate_posterior.conditional(z, fuzziness_vae.encode(models.main, x), x))
     apart = (halves[0].mean - halves[1].mean).square().sum(1).mean()
     noise = sum((half.trace / (half.ess - 1)).mean() for half in halves)
     assert 0.8 < apart / noise < 1.25
@@ -178,7 +183,7 @@ def test_codes_are_ranked_by_variance_per_ink_and_only_where_it_can_be_trusted(f
     assert len(set(rows.tolist())) == len(images.x) // 2
     codes = fuzziness_vae.encode(models.main, images.x)[rows]
     z = torch.from_numpy(arrays["z"][0][:5])
-    half = aggregate.conditional(z, codes, images.x[rows]).variance.sum(1).numpy()
+    half = aggregate_posterior.conditional(z, codes, images.x[rows]).variance.sum(1).numpy()
     np.testing.assert_allclose(arrays["halves"][0][:5], abs(half / arrays["variance"][0][:5] - 1), atol=1e-5)
 
 
@@ -190,7 +195,7 @@ def test_what_the_figures_draw_is_what_the_arrays_say(finished):
     decoded = models.main.p_x_given_z(z).detach().numpy().reshape(arrays["decoded"].shape)
     np.testing.assert_array_equal(arrays["decoded"], decoded)
     codes = fuzziness_vae.encode(models.main, images.x)
-    average = torch.softmax(aggregate.log_weights(z, codes), 1) @ images.x.double()
+    average = torch.softmax(aggregate_posterior.log_weights(z, codes), 1) @ images.x.double()
     np.testing.assert_allclose(arrays["average"].reshape(len(z), -1), average, atol=2e-6)
     for name in ("fuzziness", "made_of", "error_split", "plane", "sharpness", "better_q"):
         assert getattr(fuzziness_figures, name)(arrays).axes
@@ -202,7 +207,9 @@ def test_the_map_has_its_corners_where_the_axes_say(finished):
     edge = 3 * (1 - 1 / side)
     corners = {(0, 0): (-edge, edge), (0, -1): (edge, edge), (-1, 0): (-edge, -edge)}
     for place, z in corners.items():
-        found = aggregate.conditional(torch.tensor([z]), fuzziness_vae.encode(models.main, images.x), images.x)
+        found = aggregate_posterior.conditional(
+            torch.tensor([z]), fuzziness_vae.encode(models.main, images.x), images.x
+        )
         assert arrays["plane_samples"][place] == pytest.approx(found.ess.item(), rel=1e-5)
         assert arrays["plane_variance"][place] == pytest.approx((found.trace / found.mean.sum()).item(), rel=1e-4)
 
@@ -211,7 +218,7 @@ def test_correlations_hold_the_controls_fixed(finished):
     arrays = dict(finished[-1])
     good = arrays["reliable"][1]
     ink, log_q, variance = (arrays[name][1][good] for name in ("ink", "log_q", "variance"))
-    expected = measures.partial_rank_correlation(variance, arrays["edge_width"][1][good], [ink, log_q])
+    expected = sharpness.partial_rank_correlation(variance, arrays["edge_width"][1][good], [ink, log_q])
     assert fuzziness.correlations(arrays, "edge_width")[1] == expected
     assert abs(expected - spearmanr(variance, arrays["edge_width"][1][good]).statistic) > 1e-3
     assert np.isnan(fuzziness.correlations(arrays | {"reliable": 0 * arrays["reliable"] > 0}, "edge_width")).all()
@@ -219,7 +226,9 @@ def test_correlations_hold_the_controls_fixed(finished):
     best = arrays["labels"][1][good].argmax(1)
     classes = [best == label for label in range(10) if label != best.min()]
     controls = [ink, log_q, *(flag for flag in classes if flag.any())]
-    assert within == pytest.approx(measures.partial_rank_correlation(variance, arrays["edge_width"][1][good], controls))
+    assert within == pytest.approx(
+        sharpness.partial_rank_correlation(variance, arrays["edge_width"][1][good], controls)
+    )
     arrays["edge_width"] = arrays["ink"] + 0.5 * np.random.default_rng(0).random(arrays["ink"].shape)
     assert abs(fuzziness.correlations(arrays, "edge_width")[1]) < 0.2, "a fuzziness that is ink, with noise"
 
@@ -233,7 +242,7 @@ def test_a_frozen_encoder_sets_a_floor_that_larger_decoders_come_closer_to(finis
         z = fuzziness._aggregate_codes(run, codes)
         _, _, trace, samples = lists(models, images, z, seed)
         rows = fuzziness.random_half(images)
-        half = aggregate.conditional(z, codes[rows], images.x[rows]).trace
+        half = aggregate_posterior.conditional(z, codes[rows], images.x[rows]).trace
         good = (samples >= run.settings.min_samples) & ((half / trace - 1).abs() <= run.settings.max_halves)
         assert good.any()
         np.testing.assert_allclose(arrays["floor"][seed], trace[good].mean(), **INDEPENDENT)
@@ -253,14 +262,14 @@ def test_the_swept_numbers_are_those_of_their_models(finished):
         mean, log_std = vae.q_z_given_x(images.held_out)
         kl = (0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)).sum(1).mean()
         assert arrays["swept_rate"][1, k] == pytest.approx(kl.item(), rel=1e-4)
-        information = aggregate.mutual_information(fuzziness_vae.encode(vae, images.x), samples=3)
+        information = aggregate_posterior.mutual_information(fuzziness_vae.encode(vae, images.x), samples=3)
         assert arrays["swept_information"][1, k] == pytest.approx(information.nats, abs=0.1)
         draws = [mean + log_std.exp() * torch.randn_like(mean) for _ in range(20)]
         errors = [(vae.p_x_given_z(z) - images.held_out).square().sum(1).mean().item() for z in draws]
         assert arrays["swept_error"][1, k] == pytest.approx(np.mean(errors), abs=5 * np.std(errors))
         assert np.std(errors) < 0.05 * np.mean(errors)
         z = fuzziness._aggregate_codes(run, fuzziness_vae.encode(vae, images.x))
-        widths = measures.edge_width(images.pictures(vae.p_x_given_z(z.float())))
+        widths = sharpness.edge_width(images.pictures(vae.p_x_given_z(z.float())))
         assert arrays["swept_width"][1, k] == pytest.approx(widths.nanmean().item(), rel=1e-6)
         _, _, trace, samples = lists(models, images, z, 1, Variant(kl_weight=weight))
         _, found, good = fuzziness._at_aggregate_codes(run, images, vae)
@@ -316,7 +325,7 @@ def test_a_finished_training_is_used_again_and_recorded_weights_serve_without_on
     assert again.vaes[1][BERNOULLI].seconds == models.vaes[1][BERNOULLI].seconds
     verdicts = fuzziness.conclude(run, arrays, models, images)
     assert verdicts.decided() == dict.fromkeys(fuzziness.CLAIMS, "not claimed")
-    target = paths.results_root() / "smoke" / run.notebook
+    target = files.results_root() / "smoke" / run.notebook
     target.mkdir(parents=True)
     recorded = fuzziness.start("smoke", 0, "cpu", "recorded", QUICK)
     with pytest.raises(UserError, match="nothing is recorded"):

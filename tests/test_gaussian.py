@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paperlib import gaussian
+from paperlib.elbo import gaussian
 
 
 def generator(seed=0):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paperlib import image_arrays
-from paperlib.errors import UserError
+from paperlib.data import image_arrays
+from paperlib.system.errors import UserError
 
 RNG = np.random.default_rng(0)
 

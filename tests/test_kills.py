@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from paperlib import checkpoints, paths
+from paperlib.runs import checkpoints
+from paperlib.system import files
 
 
 def start(home, arguments):
     environment = os.environ | {"PAPERLIB_RUNS": str(home / "runs"), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, "-m", "paperlib.reproduce", "--preset", "smoke", *arguments]
     return subprocess.Popen(
-        command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=files.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib import paths
+from paperlib.system import files
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FEW = {  # steps of every training; a row of the history for each, to compare
@@ -31,7 +31,7 @@ def launch(name, runs, count, settings, progress=""):
     environment = os.environ | {"PAPERLIB_RUNS": str(runs), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     environment |= {"PAPERLIB_PROGRESS": str(progress)}
     return subprocess.Popen(
-        command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=files.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

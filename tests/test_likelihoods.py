@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
-from paperlib import likelihoods
+from paperlib.nn import likelihoods
 
 SHAPES = [(5,), (5, 7), (5, 3, 4, 2), (1, 7)]
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paperlib import data, image_arrays, lsun
-from paperlib.errors import UserError
-from paperlib.paths import ROOT
+from paperlib.data import datasets, image_arrays, lsun
+from paperlib.system.errors import UserError
+from paperlib.system.files import ROOT
 
 SIDE = 16
 
@@ -110,7 +110,7 @@ def test_the_command(images, packed, wanted, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path / "data"))
     words = ["prepare", "lsun_bedroom", "--source", packed.parent, "--side", SIDE, "--subset"]
     monkeypatch.setattr(sys, "argv", ["data", *map(str, words)])
-    data.main()
+    datasets.main()
     folder = Path(capsys.readouterr().out.strip())
     found = np.load(folder / "train-images.npy")
     assert len(found) == len(wanted) == 10
@@ -167,9 +167,9 @@ def test_a_subset_of_something_else(images, packed, tmp_path, monkeypatch):
         assert f"{source} is no LMDB: --subset takes" in complaint(source, tmp_path, subset=True)
     monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path / "data"))
     with pytest.raises(UserError, match="'mnist' takes no --subset"):
-        data.prepare("mnist", subset=True)
+        datasets.prepare("mnist", subset=True)
     with pytest.raises(UserError, match="say where the images are"):
-        data.prepare("lsun_bedroom", subset=True)
+        datasets.prepare("lsun_bedroom", subset=True)
     assert not (tmp_path / "data").exists()
 
 

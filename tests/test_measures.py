@@ -9,8 +9,8 @@ from scipy import stats
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
-from paperlib import measures
-from paperlib.measures import (
+from paperlib.stats import sharpness
+from paperlib.stats.sharpness import (
     edge_width,
     interval_over_seeds,
     partial_rank_correlation,
@@ -80,7 +80,7 @@ def test_edge_width_is_equation_1(rng, monkeypatch):
     images[1:3, :, :2] = images[3:, :, -3:] = 0  # and at their ends
     expected = [slow_edge_width(image) for image in images]
     np.testing.assert_allclose(edge_width(torch.from_numpy(images)), expected, rtol=1e-12)
-    monkeypatch.setattr(measures, "PIXELS", 2 * 9 * 13)  # blocks of 2, 2 and 1
+    monkeypatch.setattr(sharpness, "PIXELS", 2 * 9 * 13)  # blocks of 2, 2 and 1
     np.testing.assert_allclose(edge_width(torch.from_numpy(images)), expected, rtol=1e-12)
 
 
@@ -180,7 +180,7 @@ def test_power_spectrum_against_explicit_sums(rng, size, window, monkeypatch):
             power = (np.abs((centred * taper * wave).sum((2, 3))) ** 2).mean(1) / (taper**2).sum()
             if round(math.hypot(u, v)) in found:
                 found[round(math.hypot(u, v))].append((math.hypot(u, v) / size, power))
-    monkeypatch.setattr(measures, "PIXELS", 2 * 2 * size**2)  # blocks of 2 and 1
+    monkeypatch.setattr(sharpness, "PIXELS", 2 * 2 * size**2)  # blocks of 2 and 1
     frequencies, power = power_spectrum(torch.from_numpy(images), window=window)
     np.testing.assert_allclose(frequencies, [np.mean([f for f, _ in ring]) for ring in found.values()], rtol=1e-12)
     expected = np.stack([np.mean([p for _, p in ring], axis=0) for ring in found.values()], axis=1)

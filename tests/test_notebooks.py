@@ -6,9 +6,10 @@ import json
 import nbformat
 import pytest
 
-from paperlib import paths, reproduce
+from paperlib import reproduce
+from paperlib.system import files
 
-NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(files.NOTEBOOKS.glob("*.ipynb"))
 DEFAULTS = {"preset": "smoke", "seed": 0, "device": "auto", "weights": "train", "overrides": {}}
 EXEMPT = "nbval-ignore-output"
 
@@ -64,7 +65,7 @@ def test_the_file_is_clean(path):
     assert "papermill" not in notebook["metadata"]
     for cell in notebook["cells"]:
         assert not set(cell["metadata"]) - {"tags"}
-    assert str(paths.ROOT) not in path.read_text()
+    assert str(files.ROOT) not in path.read_text()
 
 
 def test_it_has_a_module_behind_it_which_the_runner_knows(path):

@@ -15,9 +15,9 @@ import threading
 import numpy as np
 import pytest
 
-from paperlib import data, originals
-from paperlib.errors import UserError
-from paperlib.paths import data_root
+from paperlib.data import datasets, downloads
+from paperlib.system.errors import UserError
+from paperlib.system.files import data_root
 
 REAL = data_root() / "MNIST" / "raw"
 FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
@@ -55,7 +55,7 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def mnist(root, monkeypatch):
     """The folder with four archives; the mirror leads nowhere."""
-    kind = originals._torchvision().datasets.MNIST
+    kind = downloads._torchvision().datasets.MNIST
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     contents = [idx(array) for part in MNIST.values() for array in part]
@@ -71,7 +71,7 @@ def mnist(root, monkeypatch):
 @pytest.fixture
 def cifar(root, monkeypatch):
     """The archive with six pickled batches; its address leads nowhere."""
-    kind = originals._torchvision().datasets.CIFAR10
+    kind = downloads._torchvision().datasets.CIFAR10
     images, labels = CIFAR["train"]
     batches = {f"data_batch_{k + 1}": (images[10 * k : 10 * k + 10], labels[10 * k : 10 * k + 10]) for k in range(5)}
     batches["test_batch"] = CIFAR["test"]
@@ -97,7 +97,7 @@ def cifar(root, monkeypatch):
 
 def complaint(name="mnist"):
     with pytest.raises(UserError) as caught:
-        data.load(name)
+        datasets.load(name)
     text = str(caught.value)
     assert "\n" not in text
     assert text.endswith(f"run python -m paperlib.data prepare {name}")
@@ -105,20 +105,20 @@ def complaint(name="mnist"):
 
 
 def test_mnist_is_prepared_on_first_use(mnist, root):
-    dataset = data.load("mnist")
+    dataset = datasets.load("mnist")
     for part, want in ((dataset.train, MNIST["train"]), (dataset.held_out, MNIST["test"])):
         np.testing.assert_array_equal(part.images, want[0][..., None])
         np.testing.assert_array_equal(part.labels, want[1])
     assert isinstance(dataset.train.images, np.memmap)
     for file in FILES:
         (mnist / file).unlink()
-    assert data.load("mnist").describe() == dataset.describe()
+    assert datasets.load("mnist").describe() == dataset.describe()
     names = {path.name for path in (root / "prepared" / "mnist").glob("[!.]*")}
     assert names == {f"{part}-{kind}.npy" for part in MNIST for kind in ("images", "labels")}
 
 
 def test_cifar10_is_prepared_on_first_use(cifar):
-    dataset = data.load("cifar10")
+    dataset = datasets.load("cifar10")
     images, labels = CIFAR["train"]
     parts = (
         (dataset.train, images[:45], labels[:45]),
@@ -137,17 +137,17 @@ def test_half_of_an_unpacked_copy_is_not_trusted(mnist):
     for file in FILES:
         unpacked = gzip.decompress((mnist / file).read_bytes())
         (mnist / file).with_suffix("").write_bytes(unpacked[: len(unpacked) // 2])
-    np.testing.assert_array_equal(data.load("mnist").train.images[..., 0], MNIST["train"][0])
+    np.testing.assert_array_equal(datasets.load("mnist").train.images[..., 0], MNIST["train"][0])
     assert (mnist / FILES[0]).with_suffix("").read_bytes() == whole
 
 
 def test_missing_archives(root, monkeypatch):
-    monkeypatch.setattr(originals._torchvision().datasets.MNIST, "mirrors", [NOWHERE])
+    monkeypatch.setattr(downloads._torchvision().datasets.MNIST, "mirrors", [NOWHERE])
     text = complaint()
     for file in FILES:
         assert f"{file} is missing" in text
     assert f"into {root / 'MNIST' / 'raw'} and run" in text
-    assert data._missing("mnist"), "nothing may look prepared"
+    assert datasets._missing("mnist"), "nothing may look prepared"
 
 
 def test_truncated_archive(mnist):
@@ -171,7 +171,7 @@ def test_truncated_cifar10_archive(cifar):
 
 
 def test_archives_that_cannot_be_unpacked(mnist, monkeypatch):
-    utils = originals._torchvision().datasets.utils
+    utils = downloads._torchvision().datasets.utils
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -190,9 +190,9 @@ def test_damaged_archives_are_downloaded_again(mnist, tmp_path, monkeypatch):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=mirror)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        kind = originals._torchvision().datasets.MNIST
+        kind = downloads._torchvision().datasets.MNIST
         monkeypatch.setattr(kind, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        dataset = data.load("mnist")
+        dataset = datasets.load("mnist")
         server.shutdown()
     np.testing.assert_array_equal(dataset.train.images[..., 0], MNIST["train"][0])
     np.testing.assert_array_equal(dataset.held_out.labels, MNIST["test"][1])
@@ -206,11 +206,11 @@ def test_only_the_known_import_error_is_mended(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match="nms is odd"):
-        originals._torchvision()
+        downloads._torchvision()
 
 
 def test_transforms_and_grids_work_too():
-    torchvision = originals._torchvision()
+    torchvision = downloads._torchvision()
     import torch
     from torchvision.transforms import v2
 
@@ -224,7 +224,7 @@ def test_the_real_mnist(root):
     raw.mkdir(parents=True)
     for file in FILES:
         shutil.copy(REAL / file, raw)
-    dataset = data.load("mnist")
+    dataset = datasets.load("mnist")
     assert dataset.train.images.shape == (60_000, 28, 28, 1)
     assert dataset.held_out.images.shape == (10_000, 28, 28, 1)
     # Published with the set: it begins 5, 0, 4, 1, 9; mean 0.1307, deviation 0.3081.

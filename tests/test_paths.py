@@ -5,25 +5,25 @@ import sys
 
 import pytest
 
-from paperlib import paths
-from paperlib.errors import UserError, run_command
+from paperlib.system import files
+from paperlib.system.errors import UserError, run_command
 
 
 def test_roots_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("PAPERLIB_RUNS")
-    before = paths.runs_root()
+    before = files.runs_root()
     monkeypatch.chdir(tmp_path)
-    assert paths.runs_root() == before == paths.ROOT / "runs"
+    assert files.runs_root() == before == files.ROOT / "runs"
     monkeypatch.setenv("PAPERLIB_DATA", "elsewhere")
-    assert paths.data_root() == paths.ROOT / "elsewhere"
+    assert files.data_root() == files.ROOT / "elsewhere"
     monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path))
-    assert paths.data_root() == tmp_path.resolve()
+    assert files.data_root() == tmp_path.resolve()
 
 
 def test_replacing_writes_whole_files_and_leaves_nothing_else(tmp_path):
     target = tmp_path / "new" / "file.json"
     for text in ("old", "newer"):
-        with paths.replacing(target) as partial:
+        with files.replacing(target) as partial:
             assert partial.parent == target.parent, "the move must not cross file systems"
             assert partial.suffix == ".json"
             partial.write_text(text)
@@ -34,7 +34,7 @@ def test_replacing_writes_whole_files_and_leaves_nothing_else(tmp_path):
 def test_an_error_while_writing_keeps_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("old")
-    with pytest.raises(UnicodeEncodeError), paths.replacing(target) as partial:
+    with pytest.raises(UnicodeEncodeError), files.replacing(target) as partial:
         partial.write_text("half of it \ud800")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
@@ -75,18 +75,18 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path, number):
-    with pytest.raises(UserError, match="cannot write"), paths.replacing(tmp_path / "file.txt"):
+    with pytest.raises(UserError, match="cannot write"), files.replacing(tmp_path / "file.txt"):
         raise OSError(number, os.strerror(number))
 
 
 def test_a_file_in_place_of_a_folder_is_said_in_one_line(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="a file stands where a folder is needed"):
-        paths.make_folder(tmp_path / "runs" / "deeper")
+        files.make_folder(tmp_path / "runs" / "deeper")
 
 
 def test_other_system_errors_are_not_disguised(tmp_path):
-    with pytest.raises(OSError, match="Interrupted"), paths.replacing(tmp_path / "file.txt"):
+    with pytest.raises(OSError, match="Interrupted"), files.replacing(tmp_path / "file.txt"):
         raise OSError(errno.EINTR, "Interrupted")
 
 

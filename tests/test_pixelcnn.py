@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib import pixelcnn
-from paperlib.likelihoods import discretized_mix_logistic_log_prob
-from paperlib.pixelcnn import PixelCNN, PixelCNNSettings, initialise, log_prob, mean_bits_per_dim
+from paperlib.nn import pixelcnn
+from paperlib.nn.likelihoods import discretized_mix_logistic_log_prob
+from paperlib.nn.pixelcnn import PixelCNN, PixelCNNSettings, initialise, log_prob, mean_bits_per_dim
 
 TINY = {"blocks": 1, "filters": 6, "mixtures": 3, "dropout": 0.0}
 

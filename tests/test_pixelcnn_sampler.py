@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_pixelcnn import images, network
 
-from paperlib import pixelcnn_sampler
-from paperlib.likelihoods import mix_logistic_noise, sample_discretized_mix_logistic
-from paperlib.pixelcnn_sampler import Sampler, draw_by_full_passes
+from paperlib.nn import pixelcnn_sampler
+from paperlib.nn.likelihoods import mix_logistic_noise, sample_discretized_mix_logistic
+from paperlib.nn.pixelcnn_sampler import Sampler, draw_by_full_passes
 
 # channels, height, width, batch, settings, shape of h
 CASES = [

@@ -8,11 +8,17 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from paperlib import aggregate, distances, paths, pixelvae, pixelvae_figures, pixelvae_model, pixelvae_samples, results
-from paperlib.errors import UserError
-from paperlib.pixelvae import CLAIMS, Settings
-from paperlib.pixelvae_samples import CODED, LAGS, PROBES, SETS, VARIANTS
-from paperlib.results import Quantity
+from paperlib.pixelvae import experiment as pixelvae
+from paperlib.pixelvae import figures as pixelvae_figures
+from paperlib.pixelvae import measurements as pixelvae_samples
+from paperlib.pixelvae import model as pixelvae_model
+from paperlib.pixelvae.experiment import CLAIMS, Settings
+from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS, VARIANTS
+from paperlib.runs import results
+from paperlib.runs.results import Quantity
+from paperlib.stats import aggregate_posterior, two_sample
+from paperlib.system import files
+from paperlib.system.errors import UserError
 
 QUICK = {"trunk_steps": 60, "branch_steps": 12, "control_steps": 12, "classifier_steps": 40, "filters": 8}
 
@@ -64,7 +70,7 @@ def test_fitted_laws_are_those_of_the_codes(finished):
     for points in drawn.values():
         torch.testing.assert_close(points.mean(0), z.mean(0), rtol=0, atol=0.25)
         torch.testing.assert_close(points.T.cov(), z.T.cov(), rtol=0.1, atol=0.05)
-    distance = {law: distances.energy_distance(points, z).value for law, points in drawn.items()}
+    distance = {law: two_sample.energy_distance(points, z).value for law, points in drawn.items()}
     assert distance["mixture"] < 0.02 < 0.1 < distance["Gaussian"]
     halves = drawn["mixture"][:1500].mean(0) - drawn["mixture"][1500:].mean(0)
     assert halves.abs().max() < 0.4, "in the order of its components"
@@ -74,7 +80,9 @@ def test_codes_tell_what_they_tell(finished):
     _run, images, trained, arrays = finished
     vae = trained["none"].model
     mean, log_std = pixelvae_model.encode(vae, images, images.train)
-    told = aggregate.mutual_information(aggregate.Codes(mean, log_std), generator=torch.Generator().manual_seed(9))
+    told = aggregate_posterior.mutual_information(
+        aggregate_posterior.Codes(mean, log_std), generator=torch.Generator().manual_seed(9)
+    )
     row = CODED.index("none")
     assert abs(arrays["information"][row] - told.nats) < 0.1 and 1 < told.nats < told.ceiling + 1e-9
     assert arrays["information_ceiling"] == pytest.approx(np.log(1500))
@@ -91,7 +99,7 @@ def test_probes_are_of_what_their_names_say(finished):
     assert right["none"].shape == (297,)
     train, held_out = (part.flatten(1).double() for part in (images.train, images.held_out))
     _, _, axes = torch.linalg.svd(train - train.mean(0), full_matrices=False)
-    own = distances.linear_probe(
+    own = two_sample.linear_probe(
         (train - train.mean(0)) @ axes[: run.settings.code_dim].T,
         images.labels,
         (held_out - train.mean(0)) @ axes[: run.settings.code_dim].T,
@@ -190,16 +198,16 @@ def test_reference_photographs_made_nothing(finished, monkeypatch):
     monkeypatch.setattr(pixelvae_samples, "markov_chain", standing)
     monkeypatch.setattr(pixelvae_samples, "fitted", lambda *rest: laws)
     references, starts, pairs = [], [], []
-    true = distances.kernel_distance
-    true_memory, true_pair = distances.autocorrelation, distances.pair_correlation
+    true = two_sample.kernel_distance
+    true_memory, true_pair = two_sample.autocorrelation, two_sample.pair_correlation
 
     def kernel_distance(a, b, together):
         references.append((a, b, together))
         return true(a, b, together=together)
 
-    monkeypatch.setattr(distances, "kernel_distance", kernel_distance)
-    monkeypatch.setattr(distances, "autocorrelation", lambda s, lags: starts.append(s) or true_memory(s, lags))
-    monkeypatch.setattr(distances, "pair_correlation", lambda a, b: pairs.append((a, b)) or true_pair(a, b))
+    monkeypatch.setattr(two_sample, "kernel_distance", kernel_distance)
+    monkeypatch.setattr(two_sample, "autocorrelation", lambda s, lags: starts.append(s) or true_memory(s, lags))
+    monkeypatch.setattr(two_sample, "pair_correlation", lambda a, b: pairs.append((a, b)) or true_pair(a, b))
     describe = {kind: lambda pictures: pictures.flatten(1).double() for kind in ("classifier", "random")}
     found = pixelvae_samples.samples(run, images, {name: trained[name].model for name in VARIANTS}, describe)
     sources, reference = seen[run.settings.draws].flatten(1).double(), references[0][1]
@@ -397,9 +405,9 @@ def test_each_quantity_is_what_its_name_says():
 def test_a_ratio_of_estimates():
     generator = np.random.default_rng(0)
     a, b = generator.normal(2.0, 0.05, 100_000), generator.normal(5.0, 0.1, 100_000)
-    found = distances.ratio(
-        distances.Estimate(2.0, 2.0 - 1.96 * 0.05, 2.0 + 1.96 * 0.05),
-        distances.Estimate(5.0, 5.0 - 1.96 * 0.1, 5.0 + 1.96 * 0.1),
+    found = two_sample.ratio(
+        two_sample.Estimate(2.0, 2.0 - 1.96 * 0.05, 2.0 + 1.96 * 0.05),
+        two_sample.Estimate(5.0, 5.0 - 1.96 * 0.1, 5.0 + 1.96 * 0.1),
     )
     assert found.value == 0.4
     assert found.high - found.value == pytest.approx(1.96 * (a / b).std(), rel=0.02)
@@ -421,7 +429,7 @@ def test_verdicts_and_recorded_weights_that_draw(finished, monkeypatch):
     verdicts = pixelvae.conclude(run, arrays, trained, images)
     assert set(verdicts) == set(CLAIMS)
     assert verdicts.decided() == {key: "holds" if key == "P7" else "not claimed" for key in CLAIMS}
-    target = paths.results_root() / "smoke" / pixelvae.NOTEBOOK
+    target = files.results_root() / "smoke" / pixelvae.NOTEBOOK
     target.mkdir(parents=True)
     for name in ("arrays.npz", "run.json", "metrics.json", "weights.safetensors"):
         shutil.copy(run.directory / name, target / name)

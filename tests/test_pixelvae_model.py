@@ -10,10 +10,14 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib import checkpoints, data, likelihoods, pixelcnn, pixelvae, pixelvae_model, results, train
-from paperlib.errors import UserError
-from paperlib.pixelcnn_sampler import Sampler
-from paperlib.pixelvae_model import OBJECTIVES, VARIANTS, Images, PixelVAE, Variant
+from paperlib.data import datasets
+from paperlib.nn import likelihoods, pixelcnn
+from paperlib.nn.pixelcnn_sampler import Sampler
+from paperlib.pixelvae import experiment as pixelvae
+from paperlib.pixelvae import model as pixelvae_model
+from paperlib.pixelvae.model import OBJECTIVES, VARIANTS, Images, PixelVAE, Variant
+from paperlib.runs import checkpoints, results, train
+from paperlib.system.errors import UserError
 
 TINY = pixelvae.Settings(code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=3, filters=4, mixtures=2)
 
@@ -23,8 +27,8 @@ def tiny_images(count=24, channels=1, levels=5, seed=0):
     shape = (count, 8, 8, channels)
     pictures = torch.randint(levels, shape, generator=generator, dtype=torch.uint8)
     labels = torch.arange(count) % 3
-    split = data.Split(pictures.numpy(), labels.numpy())
-    dataset = data.Dataset("tiny", split, split, levels, "noise")
+    split = datasets.Split(pictures.numpy(), labels.numpy())
+    dataset = datasets.Dataset("tiny", split, split, levels, "noise")
     return Images(dataset, pictures, labels, pictures, labels)
 
 
@@ -118,10 +122,10 @@ def test_terms_of_a_batch(encoder):
 @pytest.mark.parametrize("encoder", ["conv", "linear"])
 def test_initial_weights_keep_deviations(encoder):
     """Means vary over images, and the map over codes, by about 1; with torch's own weights by a few hundredths."""
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     torch.manual_seed(0)
     vae = PixelVAE(pixelvae.PRESETS["smoke"], 1, 8, 17, 10, encoder)
-    mean, log_std = vae.q_z_given_x(data.to_signed(dataset.train.images[:200], 17))
+    mean, log_std = vae.q_z_given_x(datasets.to_signed(dataset.train.images[:200], 17))
     assert 0.3 < mean.std(0).median() < 3 and 0.4 < log_std.exp().median() < 0.8
     assert 0.2 < vae.h(mean).std(0).mean() < 3
 

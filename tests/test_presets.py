@@ -2,9 +2,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from paperlib import presets
-from paperlib.errors import UserError
-from paperlib.presets import option
+from paperlib.runs import presets
+from paperlib.runs.presets import option
+from paperlib.system.errors import UserError
 
 
 @dataclass(frozen=True)

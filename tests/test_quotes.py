@@ -6,10 +6,13 @@ import re
 
 import pytest
 
-from paperlib import paths, quotes, reproduce, results
-from paperlib.results import Quantity
+from paperlib import reproduce
+from paperlib.report import tables
+from paperlib.runs import results
+from paperlib.runs.results import Quantity
+from paperlib.system import files
 
-RECORDED = sorted(paths.results_root().glob("*/[0-9][0-9]_*/run.json"))
+RECORDED = sorted(files.results_root().glob("*/[0-9][0-9]_*/run.json"))
 NAMES = [f"{file.parts[-3]}-{file.parts[-2]}" for file in RECORDED]
 
 
@@ -20,18 +23,18 @@ def test_something_is_recorded_for_every_notebook():
 @pytest.mark.parametrize("file", RECORDED, ids=NAMES)
 def test_records_are_of_the_settings_that_the_library_has_now(file):
     preset, notebook = file.parts[-3:-1]
-    experiment = reproduce._experiment(paths.NOTEBOOKS / f"{notebook}.ipynb")
+    experiment = reproduce._experiment(files.NOTEBOOKS / f"{notebook}.ipynb")
     run = json.loads(file.read_text())
     assert (run["notebook"], run["preset"], run["modified"]) == (notebook, preset, False)
     settings = json.loads(json.dumps(dataclasses.asdict(experiment.PRESETS[preset])))
     assert run["settings"] == settings, f"run make reproduce PRESET={preset} ONLY={notebook[:2]} FLAGS=--record again"
-    assert (paths.figures_root() / preset / f"{experiment.HEADLINE[0]}.png").exists()
+    assert (files.figures_root() / preset / f"{experiment.HEADLINE[0]}.png").exists()
 
 
 @pytest.mark.parametrize("file", RECORDED, ids=NAMES)
 def test_verdicts_follow_from_the_recorded_numbers_by_the_criteria_in_the_code(file):
     preset, notebook = file.parts[-3:-1]
-    claims = reproduce._experiment(paths.NOTEBOOKS / f"{notebook}.ipynb").CLAIMS
+    claims = reproduce._experiment(files.NOTEBOOKS / f"{notebook}.ipynb").CLAIMS
     recorded = json.loads((file.parent / "metrics.json").read_text())["claims"]
     assert list(recorded) == list(claims)
     for key, entry in recorded.items():
@@ -42,16 +45,16 @@ def test_verdicts_follow_from_the_recorded_numbers_by_the_criteria_in_the_code(f
 
 
 def test_readme_and_notebooks_quote_what_is_recorded():
-    stale = [path.name for path, old, new in quotes.texts() if old != new]
-    assert not stale, "run python -m paperlib.quotes"
+    stale = [path.name for path, old, new in tables.texts() if old != new]
+    assert not stale, "run python -m paperlib.report tables"
 
 
 def test_the_blocks_hold_the_recorded_numbers():
     """The check above compares the texts with themselves; this one looks for the numbers."""
-    readme = (paths.ROOT / "README.md").read_text()
+    readme = (files.ROOT / "README.md").read_text()
     for notebook in reproduce.EXPERIMENTS:
-        recorded = quotes.best(notebook)
-        opening = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"][0]["source"]
+        recorded = tables.best(notebook)
+        opening = json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"][0]["source"]
         for key, entry in recorded.claims.items():
             few = recorded.experiment.CLAIMS[key].shows
             assert 1 <= len(few) <= 3
@@ -70,20 +73,20 @@ def test_the_blocks_hold_the_recorded_numbers():
 def test_every_recorded_figure_stands_below_that_of_the_committed_outputs():
     for notebook in reproduce.EXPERIMENTS:
         text = "".join("".join(cell["source"]) for cell in _cells(notebook) if cell["cell_type"] == "markdown")
-        names = [name for cell in _cells(notebook) for name in quotes.FIGURE.findall("".join(cell["source"]))]
+        names = [name for cell in _cells(notebook) for name in tables.FIGURE.findall("".join(cell["source"]))]
         assert len(names) >= 3
         for name in names:
-            assert text.count(f"/{quotes.best(notebook).preset}/{name}.png)") == 1, name
+            assert text.count(f"/{tables.best(notebook).preset}/{name}.png)") == 1, name
 
 
 def _cells(notebook):
-    return json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    return json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
 
 
 def test_a_text_without_its_marks_is_an_error(tmp_path):
-    from paperlib.errors import UserError
+    from paperlib.system.errors import UserError
 
     with pytest.raises(UserError, match="needs one line"):
-        quotes._filled("no marks", "block", tmp_path)
-    filled = quotes._filled(f"a {quotes.BEGIN}old{quotes.END} b", "new", tmp_path)
-    assert filled == f"a {quotes.BEGIN}\n\nnew\n\n{quotes.END} b"
+        tables._filled("no marks", "block", tmp_path)
+    filled = tables._filled(f"a {tables.BEGIN}old{tables.END} b", "new", tmp_path)
+    assert filled == f"a {tables.BEGIN}\n\nnew\n\n{tables.END} b"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paperlib import paths
+from paperlib.system import files
 
-README = (paths.ROOT / "README.md").read_text()
-TEXT = README + (paths.ROOT / "docs" / "running.md").read_text()
+README = (files.ROOT / "README.md").read_text()
+TEXT = README + (files.ROOT / "docs" / "running.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 COMMANDS += [words for words in re.findall(r"`((?:make|python -m|source) [^`\n]+)`", TEXT)]
@@ -22,7 +22,7 @@ RECIPES = README.split("## Trying an idea")[1].split("\n## ")[0]
 
 
 def said_by(words, **options):
-    done = subprocess.run(words, cwd=paths.ROOT, capture_output=True, text=True, timeout=600, **options)
+    done = subprocess.run(words, cwd=files.ROOT, capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, f"{shlex.join(words)}: {(done.stdout + done.stderr)[-2000:]}"
     return done.stdout
 
@@ -50,7 +50,7 @@ def test_a_command_is_known(command, help_of, tmp_path):
         called = " ".join(after[:2] if after[0] == "paperlib.data" else after[:1])
         assert all(flag in help_of(called) for flag in after if flag.startswith("--"))
     elif words[0] == "papermill":
-        source = nbformat.read(paths.ROOT / words[1], 4)
+        source = nbformat.read(files.ROOT / words[1], 4)
         parameters = next(c.source for c in source.cells if "parameters" in c.metadata.get("tags", []))
         named = [words[k + 1] for k, word in enumerate(words) if word == "-p"]
         assert named and all(f"{name}:" in parameters for name in named)

@@ -4,12 +4,13 @@ import re
 
 import pytest
 
-from paperlib import claims, paths, report
+from paperlib.report import page, records
+from paperlib.system import files
 
 
 @pytest.fixture(scope="module")
 def index():
-    return report.index(list(claims.recorded()))
+    return page.index(list(records.recorded()))
 
 
 def test_nothing_on_it_comes_from_elsewhere(index):
@@ -18,23 +19,23 @@ def test_nothing_on_it_comes_from_elsewhere(index):
 
 
 def test_every_recorded_figure_and_claim_is_there(index):
-    for one in claims.recorded():
-        names = [name for name in report.captions(one.notebook)]
-        drawn = [name for name in names if (paths.figures_root() / one.preset / f"{name}.png").exists()]
+    for one in records.recorded():
+        names = [name for name in page.captions(one.notebook)]
+        drawn = [name for name in names if (files.figures_root() / one.preset / f"{name}.png").exists()]
         assert drawn == names, "every figure of the notebook is recorded"
         for claim in one.claims:
             assert f"<b>{claim}</b>" in index
-    assert index.count("<figure>") == sum(len(report.captions(one.notebook)) for one in claims.recorded())
+    assert index.count("<figure>") == sum(len(page.captions(one.notebook)) for one in records.recorded())
 
 
 def test_formulas_become_mathml_but_not_in_code():
-    text = report.markdown(r"Let $x^2$ and `$HOME` be. $$\sum_t x_t \tag{1}$$")
+    text = page.markdown(r"Let $x^2$ and `$HOME` be. $$\sum_t x_t \tag{1}$$")
     assert text.count("<math") == 2 and "<code>$HOME</code>" in text and r"\sum" not in text
     assert "<mi>x</mi>" in text and "FORMULA" not in text
 
 
 def test_a_notebook_page_loads_nothing(tmp_path):
-    text = report.notebook_page(paths.NOTEBOOKS / "02_mnist_fuzziness.ipynb")
+    text = page.notebook_page(files.NOTEBOOKS / "02_mnist_fuzziness.ipynb")
     assert "<mi>x</mi>" in text and "FORMULA" not in re.sub(r"<[^>]*>", "", text)
     assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|png)', text)
     assert not re.search(r'src="(?!data:)[^"]*\.png"', text)

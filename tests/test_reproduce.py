@@ -11,8 +11,9 @@ import time
 import nbformat
 import pytest
 
-from paperlib import paths, reproduce
-from paperlib.errors import UserError
+from paperlib import reproduce
+from paperlib.system import files
+from paperlib.system.errors import UserError
 
 PARAMETERS = 'preset = "smoke"\nseed = 0\ndevice = "auto"\nweights = "train"\noverrides = {}'
 
@@ -20,21 +21,21 @@ PARAMETERS = 'preset = "smoke"\nseed = 0\ndevice = "auto"\nweights = "train"\nov
 @pytest.fixture
 def notebooks(monkeypatch, tmp_path):
     """A folder that stands for `notebooks/`; `notebooks(stem, *cells)` writes one into it."""
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path / "runs"))
-    paths.NOTEBOOKS.mkdir()
+    files.NOTEBOOKS.mkdir()
 
     def write(stem, *cells, parameters=PARAMETERS):
         first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
         cells = [first, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), paths.NOTEBOOKS / f"{stem}.ipynb")
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), files.NOTEBOOKS / f"{stem}.ipynb")
 
     return write
 
 
 def executed(stem, preset="smoke", name="notebook.ipynb"):
-    return nbformat.read(paths.runs_root() / stem / preset / name, as_version=4)
+    return nbformat.read(files.runs_root() / stem / preset / name, as_version=4)
 
 
 def outputs(notebook):
@@ -89,7 +90,7 @@ def test_a_failure_leaves_the_copy_of_an_earlier_success_alone(notebooks):
     notebooks("10_some", "print('again')")
     assert reproduce.main([]) == 0
     assert "again" in outputs(executed("10_some"))
-    assert not (paths.runs_root() / "10_some" / "smoke" / "notebook.failed.ipynb").exists()
+    assert not (files.runs_root() / "10_some" / "smoke" / "notebook.failed.ipynb").exists()
 
 
 def test_a_full_disk_is_a_status_and_later_notebooks_run(notebooks, monkeypatch, capsys):
@@ -112,7 +113,7 @@ def test_a_full_disk_is_a_status_and_later_notebooks_run(notebooks, monkeypatch,
     assert "10_big: not written" in said
     assert "no space left" in said
     assert "11_good: ok" in said
-    assert not list((paths.runs_root() / "10_big" / "smoke").iterdir())
+    assert not list((files.runs_root() / "10_big" / "smoke").iterdir())
 
 
 def test_a_dead_kernel_is_not_taken_for_success(notebooks, capsys):
@@ -153,7 +154,7 @@ def test_an_interrupt_reaches_the_kernel_and_ends_the_run(notebooks, tmp_path, n
         "import sys; from pathlib import Path; from paperlib import errors, paths, reproduce\n"
         "paths.NOTEBOOKS = Path(sys.argv.pop(1)); errors.run_command(reproduce.main)"
     )
-    command = [sys.executable, "-c", script, str(paths.NOTEBOOKS)]
+    command = [sys.executable, "-c", script, str(files.NOTEBOOKS)]
     runner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline and runner.poll() is None:
@@ -209,7 +210,7 @@ def test_settings_of_every_type_reach_the_notebook(notebooks, monkeypatch):
     notebooks("10_some", "import json; print(json.dumps(overrides))")
     monkeypatch.setitem(reproduce.EXPERIMENTS, "10_some", "fuzziness")
     reproduce.main(arguments)
-    (copy,) = paths.runs_root().glob("*/*/notebook*.ipynb")
+    (copy,) = files.runs_root().glob("*/*/notebook*.ipynb")
     assert json.loads(outputs(nbformat.read(copy, as_version=4))) == overrides
 
 
@@ -221,7 +222,7 @@ def test_the_list_shows_notebooks_presets_and_settings_with_help(capsys):
 
 
 def test_plain_papermill_works_from_any_folder_and_names_the_presets(tmp_path):
-    source = paths.ROOT / "notebooks" / "02_mnist_fuzziness.ipynb"
+    source = files.ROOT / "notebooks" / "02_mnist_fuzziness.ipynb"
     command = [sys.executable, "-m", "papermill", str(source), "out.ipynb", "-p", "preset", "smokee"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib import figures, paths, results
-from paperlib.errors import UserError
-from paperlib.results import Claim, Quantity
+from paperlib.runs import plotting, results
+from paperlib.runs.results import Claim, Quantity
+from paperlib.system import files
+from paperlib.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def test_figures_and_arrays_are_byte_equal_when_made_again():
     digests = []
     for _ in range(2):
         run = start()
-        figure, axis = figures.new()
+        figure, axis = plotting.new()
         axis.plot([1, 2])
-        figures.show_images(axis, np.ones((3, 4, 4)), columns=2)
+        plotting.show_images(axis, np.ones((3, 4, 4)), columns=2)
         results.save_figure(run, figure, "plot")
         results.save_arrays(run, a=np.arange(5))
         digests += [[hashlib.sha256((run.directory / n).read_bytes()).hexdigest() for n in ("plot.png", "arrays.npz")]]
@@ -115,9 +116,9 @@ def test_figures_and_arrays_are_byte_equal_when_made_again():
 
 
 def test_image_grids_keep_one_grey_scale():
-    _, axis = figures.new()
+    _, axis = plotting.new()
     dim, bright = np.full((2, 2), 0.25), np.full((2, 2), 2.0)
-    figures.show_images(axis, np.stack([dim, bright, dim]), columns=2)
+    plotting.show_images(axis, np.stack([dim, bright, dim]), columns=2)
     sheet = axis.images[0].get_array()
     assert sheet.shape == (5, 5)
     assert (sheet[:2, :2] == 0.25).all()
@@ -135,7 +136,7 @@ def test_recorded_weights_are_half_precision_and_bound_to_their_settings():
     results.finish(run, CLAIMS, MEASURED)
     with pytest.raises(UserError, match="nothing is recorded"):
         results.load_recorded_weights(run)
-    target = paths.results_root() / "cpu" / "99_test" / "weights.safetensors"
+    target = files.results_root() / "cpu" / "99_test" / "weights.safetensors"
     target.parent.mkdir(parents=True)
     for name in ("run.json", "arrays.npz", "weights.safetensors"):
         (target.parent / name).write_bytes((run.directory / name).read_bytes())
@@ -177,7 +178,7 @@ def test_nothing_that_was_made_by_modified_code_is_recorded(monkeypatch, code, t
     finish(monkeypatch, run, code, **training)
     with pytest.raises(UserError, match="not committed"):
         results.record(run.directory, Settings())
-    assert not paths.results_root().exists()
+    assert not files.results_root().exists()
 
 
 def test_only_finished_trainings_of_the_presets_settings_are_recorded(monkeypatch):
@@ -193,7 +194,7 @@ def test_only_finished_trainings_of_the_presets_settings_are_recorded(monkeypatc
     with pytest.raises(UserError, match="not a training"):
         results.record(recorded.directory, Settings())
     (run.directory / "picture.png").write_bytes(b"png")
-    written = {str(path.relative_to(paths.results_root().parent)) for path in results.record(run.directory, Settings())}
+    written = {str(path.relative_to(files.results_root().parent)) for path in results.record(run.directory, Settings())}
     assert written == {"results/cpu/99_test/metrics.json", "results/cpu/99_test/run.json", "figures/cpu/picture.png"}
 
 

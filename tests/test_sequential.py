@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib import (
-    distances,
-    measures,
-    paths,
-    results,
-    sequential,
-    sequential_chain,
-    sequential_figures,
-    sequential_model,
-    sequential_samples,
-)
-from paperlib.errors import UserError
-from paperlib.results import Quantity
-from paperlib.sequential import CLAIMS, Settings
-from paperlib.sequential_samples import KINDS, SETS
+from paperlib.runs import results
+from paperlib.runs.results import Quantity
+from paperlib.sequential import experiment as sequential
+from paperlib.sequential import figures as sequential_figures
+from paperlib.sequential import measurements as sequential_samples
+from paperlib.sequential import model as sequential_chain
+from paperlib.sequential import training as sequential_model
+from paperlib.sequential.experiment import CLAIMS, Settings
+from paperlib.sequential.measurements import KINDS, SETS
+from paperlib.stats import sharpness, two_sample
+from paperlib.system import files
+from paperlib.system.errors import UserError
 
 QUICK = {"updates": 80, "single_updates": 20, "infusion_updates": 16, "depth_updates": 20, "picture_updates": 3}
 QUICK |= {"picture_side": 32, "measured_images": 60, "samples": 44}
@@ -87,8 +84,8 @@ def test_spectra_are_of_the_drawn_images(finished):
     run, images, trained, arrays = finished
     models = {name: one.model for name, one in trained.items()}
     drawn = sequential_samples.drawings(run, images, models)
-    power = measures.power_spectrum(drawn["sequential"].states[2].permute(0, 3, 1, 2))[1]
-    photographs = measures.power_spectrum(images.held_out.permute(0, 3, 1, 2))[1]
+    power = sharpness.power_spectrum(drawn["sequential"].states[2].permute(0, 3, 1, 2))[1]
+    photographs = sharpness.power_spectrum(images.held_out.permute(0, 3, 1, 2))[1]
     np.testing.assert_allclose(arrays["power_sequential"][1], power.mean(0))
     logs = [np.log(one.mean(0).numpy() + 1 / 12) for one in (power, photographs)]
     assert arrays["spectral_sequential"][1, 0] == pytest.approx(np.sqrt(np.square(logs[0] - logs[1]).mean()))
@@ -101,11 +98,11 @@ def test_sets_are_compared_with_photographs_that_made_none_of_them(finished, mon
     assert arrays["kernel_random"].shape == arrays["kernel_thumbnails"].shape == (len(SETS), 3)
     assert len({arrays[f"shown_{name}"].tobytes() for name in SETS}) == len(SETS), "no set is another's copy"
     rebuilt, references = [], []
-    true_rebuilt, true_kernel = sequential_samples.reconstruct, distances.kernel_distance
+    true_rebuilt, true_kernel = sequential_samples.reconstruct, two_sample.kernel_distance
     monkeypatch.setattr(
         sequential_samples, "reconstruct", lambda vae, images, x: rebuilt.append(x) or true_rebuilt(vae, images, x)
     )
-    monkeypatch.setattr(distances, "kernel_distance", lambda a, b: references.append(b) or true_kernel(a, b))
+    monkeypatch.setattr(two_sample, "kernel_distance", lambda a, b: references.append(b) or true_kernel(a, b))
     monkeypatch.setattr(
         sequential_samples.features, "extractor", lambda *rest: lambda pictures: pictures.flatten(1).double() / 128
     )
@@ -220,7 +217,7 @@ def test_verdicts_and_recorded_weights_that_draw(finished):
     run, images, trained, arrays = finished
     verdicts = sequential.conclude(run, arrays, trained, images)
     assert verdicts.decided() == {key: "holds" if key == "S3" else "not claimed" for key in CLAIMS}
-    target = paths.results_root() / "smoke" / sequential.NOTEBOOK
+    target = files.results_root() / "smoke" / sequential.NOTEBOOK
     target.mkdir(parents=True)
     for name in ("arrays.npz", "run.json", "metrics.json", "weights.safetensors"):
         shutil.copy(run.directory / name, target / name)

@@ -10,11 +10,15 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib import data, results, sequential, sequential_chain, sequential_model, train
-from paperlib.resident import Images
-from paperlib.sequential_chain import chain, depth_links, draw, objective, pixel_codes, random_steps, swap
-from paperlib.sequential_model import build
-from paperlib.sequential_networks import Size, StepNetwork
+from paperlib.data import datasets
+from paperlib.data.device_images import Images
+from paperlib.runs import results, train
+from paperlib.sequential import experiment as sequential
+from paperlib.sequential import model as sequential_chain
+from paperlib.sequential import training as sequential_model
+from paperlib.sequential.model import chain, depth_links, draw, objective, pixel_codes, random_steps, swap
+from paperlib.sequential.networks import Size, StepNetwork
+from paperlib.sequential.training import build
 
 TINY = sequential.Settings(
     steps=3,
@@ -41,8 +45,8 @@ TINY = sequential.Settings(
 def tiny_images(count=12, side=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randint(256, (count, side, side, 3), generator=generator, dtype=torch.uint8)
-    split = data.Split(pictures.numpy())
-    return Images(data.Dataset("tiny", split, split, 256, "noise"), pictures, None, pictures, None)
+    split = datasets.Split(pictures.numpy())
+    return Images(datasets.Dataset("tiny", split, split, 256, "noise"), pictures, None, pictures, None)
 
 
 def tiny(name="sequential", seed=1, shape=(3, 4, 4), **changes):
@@ -433,8 +437,8 @@ def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(run, mon
 
 def test_smaller_images_are_means_over_squares():
     pictures = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3), dtype=np.uint8)
-    split = data.Split(pictures)
-    dataset = sequential_model.smaller(data.Dataset("d", split, split, 256, "noise"), 4)
+    split = datasets.Split(pictures)
+    dataset = sequential_model.smaller(datasets.Dataset("d", split, split, 256, "noise"), 4)
     assert dataset.train.images.shape == (5, 4, 4, 3) and "2 x 2" in dataset.source
     for n, i, j, c in itertools.product(range(5), range(4), range(4), range(3)):
         mean = pictures[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c].astype(float).mean()

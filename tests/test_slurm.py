@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 
-from paperlib import launch, paths, reproduce
+from paperlib import reproduce
+from paperlib.runs import launch
+from paperlib.system import files
 
-SCRIPTS = sorted((paths.ROOT / "slurm").glob("*.sbatch"))
+SCRIPTS = sorted((files.ROOT / "slurm").glob("*.sbatch"))
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
@@ -33,7 +35,7 @@ def dry(script, tmp_path, **variables):
 
 
 def test_the_array_runs_each_notebook_once(tmp_path):
-    script = paths.ROOT / "slurm" / "notebooks.sbatch"
+    script = files.ROOT / "slurm" / "notebooks.sbatch"
     (array,) = (line for line in script.read_text().split("\n") if line.startswith("#SBATCH --array="))
     assert array == f"#SBATCH --array=1-{len(reproduce.EXPERIMENTS)}"
     for task in range(1, len(reproduce.EXPERIMENTS) + 1):
@@ -48,7 +50,7 @@ def test_the_array_runs_each_notebook_once(tmp_path):
 @pytest.mark.parametrize("module", ["pixelvae", "sequential"])
 def test_a_training_over_nodes(module, tmp_path):
     variables = {"SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
-    said = dry(paths.ROOT / "slurm" / "train.sbatch", tmp_path, MODULE=module, **variables)
+    said = dry(files.ROOT / "slurm" / "train.sbatch", tmp_path, MODULE=module, **variables)
     assert said[0] == "torchrun"
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=one:29500", "--rdzv-id=7"} <= set(said)
     at = said.index("-m")

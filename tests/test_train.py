@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from paperlib import checkpoints, machine, paths, processes, train
-from paperlib.errors import UserError
-from paperlib.train import Progress, Recipe, batch_indices, fit, pick_device
+from paperlib.runs import checkpoints, train
+from paperlib.runs.train import Progress, Recipe, batch_indices, fit, pick_device
+from paperlib.system import devices, distributed, files
+from paperlib.system.errors import UserError
 
 DATA = torch.randn(37, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 BASE = Recipe(steps=20, batch_size=8, learning_rate=0.01, ema=0.9, evaluate_every=4)
@@ -285,7 +286,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, batch=insisting)
-    assert [path.name for path in tmp_path.iterdir()] == [paths.LOCK]
+    assert [path.name for path in tmp_path.iterdir()] == [files.LOCK]
 
 
 def test_a_process_killed_outright_resumes_bit_for_bit(tmp_path):
@@ -298,7 +299,7 @@ def test_a_process_killed_outright_resumes_bit_for_bit(tmp_path):
         test_train.run(pathlib.Path(sys.argv[1]), recipe)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "a")]
-    command += [str(paths.ROOT), str(paths.ROOT / "tests")]
+    command += [str(files.ROOT), str(files.ROOT / "tests")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not (tmp_path / "a" / "previous.pt").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -573,9 +574,9 @@ def test_too_little_memory_is_explained(tmp_path, error):
 
 
 def test_memory_really_exhausted_on_the_cpu_is_recognised():
-    with pytest.raises(UserError, match="out of memory"), machine.memory_explained("buy more"):
+    with pytest.raises(UserError, match="out of memory"), devices.memory_explained("buy more"):
         torch.empty(1 << 50)
-    with pytest.raises(RuntimeError, match="other"), machine.memory_explained("buy more"):
+    with pytest.raises(RuntimeError, match="other"), devices.memory_explained("buy more"):
         raise RuntimeError("other")
 
 
@@ -629,7 +630,7 @@ def test_pick_device(monkeypatch):
 
 
 def test_without_a_compiler_training_runs_uncompiled(tmp_path, monkeypatch, capsys, whole):
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     run(tmp_path, dataclasses.replace(BASE, compile=True))
     assert capsys.readouterr().err.count("no C++ compiler") == 1
     assert_same(load(tmp_path)["model"], load(whole[0])["model"])
@@ -654,7 +655,7 @@ def test_compiled_training_agrees_with_uncompiled(tmp_path):
 
 
 def test_progress_goes_to_a_bar_or_to_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "tqdm", partial(machine.tqdm, disable=False))
+    monkeypatch.setattr(devices, "tqdm", partial(devices.tqdm, disable=False))
     run(tmp_path / "a", name="demo")
     shown = capsys.readouterr()
     assert "demo: 100%" in shown.err and "held_out_error=" in shown.err and not shown.out
@@ -696,16 +697,16 @@ def run_noisily(folder, **changes):
     """A training with noise and dropout that belong to samples, and a term over the whole batch."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), processes.Dropout(0.2), nn.Linear(9, 6)).double()
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), distributed.Dropout(0.2), nn.Linear(9, 6)).double()
 
     def loss(model, x, progress):
-        noise = processes.randn(x.shape, dtype=x.dtype)
-        moved = processes.randint(3, (len(x), 1)) + processes.rand((len(x), 1), dtype=x.dtype)
+        noise = distributed.randn(x.shape, dtype=x.dtype)
+        moved = distributed.randint(3, (len(x), 1)) + distributed.rand((len(x), 1), dtype=x.dtype)
         y = model(x + 0.1 * noise * moved)
-        every = processes.gathered(y)
+        every = distributed.gathered(y)
         return (y - x).square().sum(1).mean() + (every.T @ every / len(every)).square().mean(), {
             "pixel": x.mean(),
-            "all": processes.mean(y.mean()),
+            "all": distributed.mean(y.mean()),
         }
 
     return run(folder, OFTEN, model, loss=loss, **changes)
@@ -714,7 +715,7 @@ def run_noisily(folder, **changes):
 def by_two(folder, tmp_path, doing):
     (tmp_path / "worker.py").write_text(textwrap.dedent(WORKER))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "worker.py"), str(folder), doing, str(paths.ROOT), str(paths.ROOT / "tests")]
+    command += [str(tmp_path / "worker.py"), str(folder), doing, str(files.ROOT), str(files.ROOT / "tests")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -739,7 +740,7 @@ def test_two_processes_train_as_one_and_another_number_of_them_goes_on(tmp_path)
             torch.testing.assert_close(tensor, leaves(two["average"])[key], rtol=0, atol=1e-9)
         for a, b in zip(one["state"]["history"], two["state"]["history"], strict=True):
             assert a == pytest.approx(b, rel=1e-9)
-    quiet = run_noisily(tmp_path / "another", batch=lambda rows: DATA[rows] + processes.randn((len(rows), 6)))
+    quiet = run_noisily(tmp_path / "another", batch=lambda rows: DATA[rows] + distributed.randn((len(rows), 6)))
     assert quiet.history != one["state"]["history"], "noise has an effect"
 
 
@@ -750,7 +751,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)])
     try:
         deadline = time.monotonic() + 30
-        while not (tmp_path / paths.LOCK).exists() or not (tmp_path / paths.LOCK).read_text():
+        while not (tmp_path / files.LOCK).exists() or not (tmp_path / files.LOCK).read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         with pytest.raises(UserError, match=f"process {other.pid} is training in {tmp_path}: wait until it is done"):

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from paperlib import originals, paths
+from paperlib.data import downloads
+from paperlib.system import files
 
-SOURCES = sorted([*(paths.ROOT / "paperlib").glob("*.py"), *(paths.ROOT / "benchmarks").glob("*.py")])
-NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+SOURCES = sorted([*(files.ROOT / "paperlib").glob("*.py"), *(files.ROOT / "benchmarks").glob("*.py")])
+NOTEBOOKS = sorted(files.NOTEBOOKS.glob("*.ipynb"))
 
 
 def calls(path):
@@ -43,7 +44,7 @@ def test_a_module_runs_nothing_that_it_reads(path):
 def test_only_sets_with_checksums_are_downloaded():
     asking = [(path.stem, words) for path in SOURCES for _, words in calls(path) if "download" in words]
     assert [stem for stem, _ in asking] == ["originals"]
-    datasets = originals._torchvision().datasets
+    datasets = downloads._torchvision().datasets
     assert all(len(checksum) == 32 for _, checksum in datasets.MNIST.resources)
     assert all(len(checksum) == 32 for _, checksum in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list)
     assert len(datasets.CIFAR10.tgz_md5) == 32

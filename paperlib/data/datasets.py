@@ -1,0 +1,386 @@
+"""Named data sets as uint8 arrays with explicit splits, and the only place where pixels are scaled.
+
+| name | images | training | held out |
+| --- | --- | --- | --- |
+| `digits` | 8 x 8, grey levels 0 to 16 | 1,500 | 297, stratified |
+| `photos` | patches of two photographs | of their left 4/5 | of their right 1/5 |
+| `mnist` | 28 x 28, grey | 60,000 | the 10,000 test images |
+| `cifar10` | 32 x 32, colour | 45,000 | the last 5,000 training images |
+| `lsun_bedroom` | 64 x 64, colour | all but the last 500 | the last 500, less near-copies |
+| `own_images` | a side of choice, colour | all but the last tenth, 500 at most | the last, less near-copies |
+
+`load` gives a data set by name. The first two come with scikit-learn. The others are read from
+`prepared/<name>/{train,test}-{images,labels}.npy` below `data_root()`, memory-mapped, and `prepare`
+writes these files once:
+
+    python -m paperlib.data prepare lsun_bedroom --source FOLDER
+    python -m paperlib.data prepare lsun_bedroom --source bedroom_train_lmdb --subset
+    python -m paperlib.data list
+
+The first writes all images of a folder, of LSUN's LMDB or of an .npy file, the second those 10,000 of LSUN on which
+recorded runs trained. These runs had re-encodings of them at 256 pixels, so the pixels may differ from theirs a little.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from paperlib.data import downloads, image_arrays
+from paperlib.system.errors import UserError
+from paperlib.system.files import data_root, locked, make_folder, replacing
+
+SETS = {
+    "digits": "UCI handwritten digits (Alpaydin and Kaynak 1998), from scikit-learn",
+    "photos": "patches of two photographs, from scikit-learn, CC BY 2.0: "
+    "china.jpg by danielbuechele (flickr.com/photos/danielbuechele/6061409035), "
+    "flower.jpg by vultilion (flickr.com/photos/vultilion/6056698931)",
+    "mnist": "MNIST (LeCun, Cortes, Burges)",
+    "cifar10": "CIFAR-10 (Krizhevsky 2009)",
+    "lsun_bedroom": "LSUN bedroom (Yu et al. 2015), central squares",
+    "own_images": "a reader's own images, central squares",
+}
+_SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "lsun_bedroom": (None, None, 3), "own_images": (None, None, 3)}
+_HASH_WHOLE = 2**30  # bytes
+_HASH_SAMPLE = 4096  # images
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """`images`: uint8 (N, H, W, C), maybe a read-only memory map; `labels`: int64 (N,), or None."""
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """`levels` counts the grey levels (17 or 256); `source` says whose images these are.
+
+    `train` and `held_out` share no image. `test` is CIFAR-10's test set, else None.
+    """
+
+    name: str
+    train: Split
+    held_out: Split
+    levels: int
+    source: str
+    test: Split | None = None
+
+    def describe(self) -> dict:
+        """What a run records of its data: name, source, levels; per part count, shape, SHA-256.
+
+        The checksum is that of the bytes of `images` in C order. Of a part above 1 GiB only 4,096
+        evenly spaced images are hashed, the first and the last among them; `hashed` says which.
+        """
+        parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        return {
+            "name": self.name,
+            "source": self.source,
+            "levels": self.levels,
+            "parts": {key: _describe(part) for key, part in parts.items() if part is not None},
+        }
+
+
+def load(name: str, side: int | None = None) -> Dataset:
+    """The data set called `name`, one of `SETS`.
+
+    `side` is the patch size of `photos`, from 4 to 128 pixels, 32 unless told; their patches lie
+    half a side apart. For another set `side` only demands images of that size. MNIST and CIFAR-10
+    are prepared on first use, from the archives below `data_root()` or by download.
+
+    Raises `UserError` for an unknown name, data that is missing and cannot be had, and unfit files.
+    """
+    _check_name(name)
+    if name == "photos":
+        return _photos(32 if side is None else side)
+    dataset = _digits() if name == "digits" else _load_prepared(name)
+    found = dataset.train.images.shape[1]
+    if side not in (None, found):
+        raise UserError(f"images of {name!r} are {found} pixels a side, not {side}: leave out side")
+    return dataset
+
+
+def to_unit(
+    images: np.ndarray | torch.Tensor, levels: int = 256, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """uint8 (N, H, W, C) to float32 (N, C, H, W) in [0, 1]: grey level k is k / (levels - 1).
+
+    The bytes move to `device` before they are widened. Raises `TypeError` for another type,
+    `ValueError` for another number of dimensions or a pixel of `levels` or more.
+    """
+    if not torch.is_tensor(images):
+        # A copy, since torch warns of memory that it may not write to, such as a memory map's.
+        images = torch.from_numpy(np.array(images))
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}, not uint8")
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}, not (N, H, W, C)")
+    if levels < 256 and images.numel() and (top := int(images.max())) >= levels:
+        raise ValueError(f"a pixel is {top}, but {levels} grey levels end at {levels - 1}")
+    images = images.to(device).permute(0, 3, 1, 2).contiguous()
+    return images.to(torch.float32).div_(levels - 1)
+
+
+def to_signed(
+    images: np.ndarray | torch.Tensor, levels: int = 256, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """As `to_unit`, but in [-1, 1]."""
+    return to_unit(images, levels, device).mul_(2).sub_(1)
+
+
+def from_unit(images: torch.Tensor, levels: int = 256) -> np.ndarray:
+    """Float (N, C, H, W) in [0, 1] to uint8 (N, H, W, C), the inverse of `to_unit`.
+
+    Values go to the nearest level, those outside to the end of the range. Raises `ValueError` where
+    one is not a number.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}, not (N, C, H, W)")
+    images = images.detach().to(torch.float32)
+    if bool(images.isnan().any()):
+        raise ValueError("images hold values that are not numbers")
+    grey = (images * (levels - 1)).round().clamp(0, levels - 1).to(torch.uint8)
+    return grey.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def from_signed(images: torch.Tensor, levels: int = 256) -> np.ndarray:
+    """As `from_unit`, for images in [-1, 1]."""
+    return from_unit((images.detach().to(torch.float32) + 1) / 2, levels)
+
+
+def prepare(name: str, source: str | Path | None = None, side: int = 64, subset: bool = False) -> Path:
+    """Write the arrays of `name` into `data_root()/prepared/<name>` and return that folder.
+
+    `mnist` and `cifar10` come from the original archives below `data_root()`, or by download;
+    `lsun_bedroom` and `own_images` from `source`, a folder of images, an LMDB or an .npy file, see
+    `image_arrays.write`. `subset` takes from LSUN's `bedroom_train_lmdb` the images of `lsun.subset_keys` only.
+
+    Arrays that are there already are replaced, each whole or not at all. Raises `UserError`.
+    """
+    _check_name(name)
+    if name not in _SHAPES:
+        raise UserError(f"data set {name!r} comes with scikit-learn: there is nothing to prepare")
+    if name in downloads.NAMES and source is not None:
+        raise UserError(f"{name!r} takes no --source: its archives belong below {data_root()}")
+    if name != "lsun_bedroom" and subset:
+        raise UserError(f"{name!r} takes no --subset: it is for lsun_bedroom")
+    if name not in downloads.NAMES and source is None:
+        raise UserError(f"say where the images are: {_command(name)}")
+    folder = make_folder(_folder(name))
+    if source is not None:
+        image_arrays.write(Path(source).expanduser(), folder / "train-images.npy", side, subset)
+    else:
+        with locked(folder, "preparing data", patience=math.inf):
+            _prepare_original(name, folder)
+    return folder
+
+
+def _check_name(name: str) -> None:
+    if name not in SETS:
+        raise UserError(f"unknown data set {name!r}: choose from {', '.join(SETS)}")
+
+
+# Sets that come with scikit-learn
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images, labels = digits.images.astype(np.uint8)[..., None], digits.target.astype(np.int64)
+    rows = np.arange(len(labels))
+    parts = train_test_split(rows, test_size=297, stratify=labels, random_state=0)
+    parts = [Split(images[rows], labels[rows]) for rows in map(np.sort, parts)]
+    return Dataset("digits", *parts, levels=17, source=SETS["digits"])
+
+
+def _photos(side: int) -> Dataset:
+    from sklearn.datasets import load_sample_images
+
+    if not 4 <= side <= 128:
+        raise UserError(f"photos come in patches of 4 to 128 pixels a side, not {side}")
+    photographs = load_sample_images().images
+    cut = photographs[0].shape[1] * 4 // 5
+    train = np.concatenate([_patches(photograph[:, :cut], side) for photograph in photographs])
+    held = np.concatenate([_patches(photograph[:, cut:], side) for photograph in photographs])
+    return Dataset("photos", Split(train), Split(held), levels=256, source=SETS["photos"])
+
+
+def _patches(image: np.ndarray, side: int) -> np.ndarray:
+    windows = np.lib.stride_tricks.sliding_window_view(image, (side, side), axis=(0, 1))
+    windows = windows[:: side // 2, :: side // 2].transpose(0, 1, 3, 4, 2)
+    return np.ascontiguousarray(windows).reshape(-1, side, side, image.shape[2])
+
+
+# Prepared sets
+
+
+def _folder(name: str) -> Path:
+    return data_root() / "prepared" / name
+
+
+def _command(name: str) -> str:
+    source = "" if name in downloads.NAMES else " --source FOLDER (of images or an LMDB, or FILE.npy)"
+    return f"python -m paperlib.data prepare {name}{source}"
+
+
+def _missing(name: str) -> list[str]:
+    files = ["train-images.npy"]
+    if name in downloads.NAMES:
+        files += ["train-labels.npy", "test-images.npy", "test-labels.npy"]
+    return [file for file in files if not (_folder(name) / file).is_file()]
+
+
+def _load_prepared(name: str) -> Dataset:
+    folder = _folder(name)
+    if missing := _missing(name):
+        if name not in downloads.NAMES:
+            raise UserError(f"{folder} has no {', '.join(missing)}; write it with {_command(name)}")
+        with locked(folder, "preparing data", patience=math.inf):  # processes that train together ask at once
+            if _missing(name):
+                _prepare_original(name, folder)
+    if name == "mnist":
+        parts = [_read_split(name, "train"), _read_split(name, "test")]
+        return Dataset(name, *parts, levels=256, source=SETS[name])
+    return _cifar10() if name == "cifar10" else _prepared_here(name)
+
+
+def _cifar10() -> Dataset:
+    name = "cifar10"
+    full, test, source = _read_split(name, "train"), _read_split(name, "test"), SETS[name]
+    first = _first_held_out(name, len(full.images), most=5000)
+    parts = [Split(full.images[:first], full.labels[:first])]
+    parts += [Split(full.images[first:], full.labels[first:])]
+    if len(test.images) < 10_000:
+        source += f"; test: only the first {len(test.images):,} of the 10,000 test images"
+    return Dataset(name, *parts, levels=256, source=source, test=test)
+
+
+def _prepared_here(name: str) -> Dataset:
+    full = _read_split(name, "train").images
+    first = _first_held_out(name, len(full), most=500)
+    train, last = full[:first], full[first:]
+    copies = _near_copies(_folder(name) / "train-images.npy", train, last)
+    if copies.all():
+        raise UserError(
+            f"{_folder(name)} holds nothing to hold out: its last {len(last)} images are "
+            f"near-copies of others; write other images with {_command(name)}"
+        )
+    left_out = f"{copies.sum()} near-copies of training images"
+    source = f"{SETS[name]}; held out: the last {len(last)}, less {left_out}"
+    return Dataset(name, Split(train), Split(last[~copies]), levels=256, source=source)
+
+
+def _first_held_out(name: str, count: int, most: int) -> int:
+    if count < 2:
+        raise UserError(f"{_folder(name)} holds 1 image, too few: write more with {_command(name)}")
+    return count - min(most, max(1, count // 10))
+
+
+def _near_copies(path: Path, train: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Which of `last` have a near-copy in `train`: found once, which takes minutes for millions of
+    images, and kept beside the array in `path`."""
+    kept, file = path.with_name("near-copies.json"), path.stat()
+    key = {"bytes": file.st_size, "changed_ns": file.st_mtime_ns, "above": image_arrays.NEAR}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        found = json.loads(kept.read_text())
+        if found["key"] == key:
+            copies = np.zeros(len(last), dtype=bool)
+            copies[np.array(found["copies"], dtype=np.int64)] = True
+            return copies
+    copies = image_arrays.near_copies(last, among=train)
+    with contextlib.suppress(UserError, OSError), replacing(kept) as partial:  # else next time
+        partial.write_text(json.dumps({"key": key, "copies": np.flatnonzero(copies).tolist()}))
+    return copies
+
+
+def _read_split(name: str, part: str) -> Split:
+    path, shape = _folder(name) / f"{part}-images.npy", _SHAPES[name]
+    images = _read_array(name, path)
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == images.shape[2]
+    if not fits or not len(images) or any(shape[k] not in (None, images.shape[k + 1]) for k in range(3)):
+        wanted = " x ".join("side" if size is None else str(size) for size in shape)
+        raise _unfit(name, path, f"is {images.dtype} {images.shape}, not uint8 images {wanted}")
+    if name not in downloads.NAMES:
+        return Split(images)
+    path = _folder(name) / f"{part}-labels.npy"
+    labels = _read_array(name, path)
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        wanted = f"the labels of {len(images)} images"
+        raise _unfit(name, path, f"is {labels.dtype} {labels.shape}, not {wanted}")
+    if labels.min() < 0 or labels.max() > 9:
+        raise _unfit(name, path, f"holds labels from {labels.min()} to {labels.max()}, not 0 to 9")
+    return Split(images, np.array(labels, dtype=np.int64))
+
+
+def _read_array(name: str, path: Path) -> np.ndarray:
+    try:
+        return image_arrays.open_array(path)
+    except ValueError as error:
+        raise _unfit(name, path, f"is damaged ({error})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; allow reading it") from error
+
+
+def _unfit(name: str, path: Path, what: str) -> UserError:
+    return UserError(f"{path} {what}: write it again with {_command(name)}")
+
+
+def _prepare_original(name: str, folder: Path) -> None:
+    print(f"preparing {name} in {folder}", file=sys.stderr)
+    for part, (images, labels) in downloads.read(name, _command(name)).items():
+        for file, array in ((f"{part}-images.npy", images), (f"{part}-labels.npy", labels)):
+            with replacing(folder / file) as partial:
+                np.save(partial, np.ascontiguousarray(array))
+
+
+def _describe(part: Split) -> dict:
+    images, rows, hashed = part.images, np.arange(len(part.images)), "all images"
+    if images.nbytes > _HASH_WHOLE:
+        rows = np.linspace(0, len(images) - 1, _HASH_SAMPLE).round().astype(np.int64)
+        hashed = f"{_HASH_SAMPLE} evenly spaced images"
+    digest = hashlib.sha256()
+    for chunk in np.array_split(rows, len(rows) // 1024 + 1):
+        digest.update(np.ascontiguousarray(images[chunk]))
+    found = {"count": len(images), "shape": list(images.shape[1:])}
+    found |= {"sha256": digest.hexdigest(), "hashed": hashed}
+    if part.labels is not None:
+        labels = hashlib.sha256(part.labels.astype(np.uint8))
+        found["labels_sha256"] = labels.hexdigest()
+    return found
+
+
+def main() -> None:
+    program = "python -m paperlib.data"
+    parser = argparse.ArgumentParser(prog=program, description="Prepare and list data sets.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the data sets, and which of them are there")
+    command = commands.add_parser("prepare", help="write a data set's arrays below the data root")
+    command.add_argument("name", metavar="NAME", help=", ".join(_SHAPES))
+    source = "lsun_bedroom, own_images: a folder of images, LSUN's LMDB or an .npy file"
+    command.add_argument("--source", type=Path, metavar="PATH", help=source)
+    side = "lsun_bedroom, own_images: pixels a side (default 64)"
+    command.add_argument("--side", type=int, default=64, metavar="N", help=side)
+    subset = "lsun_bedroom from bedroom_train_lmdb: only the 10,000 images of recorded runs"
+    command.add_argument("--subset", action="store_true", help=subset)
+    arguments = parser.parse_args()
+    if arguments.command == "prepare":
+        folder = prepare(arguments.name, arguments.source, arguments.side, arguments.subset)
+        print(
+            f"{len(_read_array(arguments.name, folder / 'train-images.npy')):,} images to train with", file=sys.stderr
+        )
+        print(folder)
+        return
+    for name, source in SETS.items():
+        there = "with scikit-learn" if name not in _SHAPES else f"in {_folder(name)}"
+        missing = name in _SHAPES and _missing(name)
+        print(f"{name}: {'missing' if missing else there}; {source}")

@@ -1,0 +1,67 @@
+"""A data set on the device that trains: uint8 images, scaled batch by batch, so that no pixel is widened in advance."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paperlib.data import datasets
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images uint8 (N, S, S, C), labels (N,) or None.
+
+    `train` may be a NumPy array, such as a memory map of what the device cannot hold; then a batch is read at a time.
+    """
+
+    dataset: datasets.Dataset
+    train: Tensor | np.ndarray
+    labels: Tensor | None
+    held_out: Tensor
+    held_out_labels: Tensor | None
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S)."""
+        side, _, channels = self.train.shape[1:]
+        return channels, side, side
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """Training images, uint8 (B, S, S, C) on the device, of int64 rows (B,)."""
+        if torch.is_tensor(self.train):
+            return self.train[rows.to(self.train.device)]
+        order = rows.cpu().argsort()  # a disk likes to be read in its own order
+        found = torch.from_numpy(self.train[rows.cpu()[order].numpy()])
+        return found[order.argsort()].to(self.held_out.device)
+
+    def signed(self, images: Tensor) -> Tensor:
+        """(B, C, S, S) in [-1, 1] of uint8 (B, S, S, C)."""
+        return datasets.to_signed(images, self.dataset.levels)
+
+    def bytes(self, x: Tensor) -> Tensor:
+        """The inverse of `signed`, on the CPU."""
+        return torch.from_numpy(datasets.from_signed(x, self.dataset.levels))
+
+    def __repr__(self) -> str:
+        channels, side, _ = self.shape
+        return (
+            f"{self.dataset.name}: {len(self.train):,} training and {len(self.held_out):,} held-out images, "
+            f"{side} x {side} pixels, {channels} channels, {self.dataset.levels} levels"
+        )
+
+
+def load(dataset: datasets.Dataset, device: torch.device | str, *, training_set: bool = True) -> Images:
+    """`dataset` on `device`; without `training_set` its training images stay where they are."""
+
+    def moved(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(np.array(array)).to(device)
+
+    train, held_out = dataset.train, dataset.held_out
+    images = moved(train.images) if training_set else train.images
+    return Images(dataset, images, moved(train.labels), moved(held_out.images), moved(held_out.labels))

@@ -1,0 +1,128 @@
+"""The figures of notebook 01, each drawn from a run's arrays alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib.runs.plotting import PALETTE, new
+
+FLOWS_CAPTION = (
+    "Left: climbing the ELBO ends on the line rate + distortion = H(p), and different starts end at different rates. "
+    "The line stops at 1.30 nats, the most that a code with q(z) = p(z) can know here; H(p) is 1.50. "
+    "Right: without the KL the same starts run further to the right and down, but many of them, most with seed 0, "
+    "stop above distortion 0, where several x share a code. (Some starts lie above the frame.)"
+)
+GREY = "0.45"
+
+
+def flows(arrays: Mapping[str, np.ndarray]) -> Any:
+    """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `elbo`."""
+    figure, axes = new(2, height=3.3, sharex=True, sharey=True)
+    entropy, most = float(arrays["flow_entropy"]), float(arrays["flow_most"])
+    reach = 1.05 * max(arrays[f"flow_{name}_rate"].max() for name in ("elbo", "none"))
+    top = max(3.0, 1.02 * entropy)
+    for axis, name, title in zip(axes, ("elbo", "none"), ("ELBO", "ELBO without its KL"), strict=True):
+        rate, distortion = arrays[f"flow_{name}_rate"], arrays[f"flow_{name}_distortion"]
+        axis.fill_between([0, entropy], [entropy, 0], color="0.9", lw=0)
+        axis.plot([0, most], [entropy, entropy - most], "--", color="black", lw=1.2)
+        axis.plot(most, entropy - most, "_", color="black", ms=9, mew=1.2)
+        axis.plot(rate, distortion, color=PALETTE[0], lw=0.7, alpha=0.5)
+        axis.plot(rate[0], distortion[0], "o", color=PALETTE[9], ms=2.5, alpha=0.8, label="start")
+        axis.plot(rate[-1], distortion[-1], "o", color=PALETTE[3], ms=3.5, label="end", clip_on=False, zorder=4)
+        axis.set(title=title, xlabel="rate  E KL(q(z|x) ‖ p(z)), nats", xlim=(0, reach), ylim=(0, top))
+    axes[0].set_ylabel("distortion  −E log p(x|z), nats")
+    axes[0].text(0.17, 0.17, "impossible", color=GREY, fontsize=8)
+    axes[0].annotate(
+        "rate + distortion = H(p):\nthe ELBO is the same all along\n(up to the bar)",
+        (0.62 * entropy, 0.38 * entropy),
+        (0.62 * entropy, 0.85 * entropy),
+        arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.8},
+        fontsize=8,
+        bbox={"color": "white", "alpha": 0.85, "pad": 1},
+    )
+    axes[1].legend(loc="upper right", frameon=False)
+    return figure
+
+
+def survival(arrays: Mapping[str, np.ndarray]) -> Any:
+    """The share of I left after climbing the ELBO from a decoder that ignores z. Arrays `survival_*`."""
+    figure, axis = new(width=4.6, height=2.9)
+    speeds = arrays["survival_speeds"]
+    fine = np.geomspace(speeds[0], speeds[-1], 200)
+    axis.plot(fine, (fine / (1 + fine)) ** 2, color="black", lw=1.2, label="(s / (1 + s))², no fit")
+    labels = ("weak codes at the start", "strong codes at the start")
+    for k, (shares, label) in enumerate(zip(arrays["survival_shares"], labels, strict=True)):
+        low, middle, high = np.quantile(shares, [0.1, 0.5, 0.9], axis=1)
+        bars = np.stack([middle - low, high - middle])
+        moved = speeds * (0.95, 1.05)[k]
+        axis.errorbar(moved, middle, bars, fmt="os"[k], ms=4, lw=1, color=PALETTE[(0, 1)[k]], label=label)
+    axis.set(xscale="log", ylim=(0, None), xlabel="s, step of the decoder / step of the encoder")
+    axis.set_ylabel("I(x;z) left, share of the start's")
+    axis.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def convergence(arrays: Mapping[str, np.ndarray]) -> Any:
+    """Distance to p(x) of the worst start for each code, with the prediction of (9). Arrays `chain_*`."""
+    figure, axis = new(width=5.6, height=3.4)
+    names = [name[6:] for name in arrays if name.startswith("chain_") and not name.endswith("_predicted")]
+    for k, name in enumerate(names):
+        found, predicted = arrays[f"chain_{name}"], arrays[f"chain_{name}_predicted"]
+        steps = np.arange(len(found))
+        visible = found > 1e-9  # below that the distance is rounding
+        axis.plot(steps[visible], found[visible], color=PALETTE[k], lw=2.4, alpha=0.6)
+        axis.plot(steps[visible], predicted[visible], ":", color="black", lw=1.2)
+        last = np.flatnonzero(visible)[-1]
+        shift = {"injective": 5, "hard bit": -3, "blur 4": 10}.get(name, 0)
+        where = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axis.annotate(name, (steps[last], found[last]), (4, shift), color=PALETTE[k], **where)
+    axis.plot([], [], ":", color="black", lw=1.2, label="predicted by (9), no fit")
+    axis.set(yscale="log", xlim=(0, len(found) - 1), ylim=(1e-9, 2), xlabel="n, steps of the chain")
+    axis.set_ylabel("TV distance to p(x), worst start")
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def price(arrays: Mapping[str, np.ndarray]) -> Any:
+    """q(x|z) of ever finer codes with the best factored Gaussians, and what these cost. Arrays `price_*`."""
+    figure, axes = new(4, height=2.5, width=7.6, gridspec_kw={"width_ratios": [1, 1, 1, 0.9]})
+    ground = arrays["price_axis"]
+    counts = (1, 3, 6)
+    for axis, count in zip(axes[:3], counts, strict=True):
+        density = arrays["price_density"]
+        groups = density.reshape(count, len(density) // count, *density.shape[1:]).sum(1)
+        for k, q in enumerate(groups):
+            levels = q.max() * np.array([0.05, 0.3, 0.7])
+            axis.contour(ground, ground, q.T, levels=levels, colors=PALETTE[k], linewidths=0.8)
+            turn = np.linspace(0, 2 * np.pi, 100)
+            mean, std = arrays[f"price_{count}_fits"][k]
+            axis.plot(mean[0] + 2 * std[0] * np.cos(turn), mean[1] + 2 * std[1] * np.sin(turn), "k--", lw=0.9)
+            axis.plot(*mean, "k+", ms=6)
+        title = "1 code" if count == 1 else f"{count} codes"
+        axis.set(title=title, xlim=(-5, 5), ylim=(-5, 5), aspect="equal", xticks=[-4, 0, 4], yticks=[-4, 0, 4])
+        axis.set_xlabel("pixel 1")
+    axes[0].set_ylabel("pixel 2")
+    parts = np.stack([arrays[f"price_{count}_parts"] for count in counts])
+    place = np.arange(len(counts))
+    axes[3].bar(place, parts[:, 1], 0.6, color=PALETTE[0], label="correlation")
+    axes[3].bar(place, parts[:, 0], 0.6, bottom=parts[:, 1], color=PALETTE[1], label="negentropy")
+    axes[3].set(xticks=place, xticklabels=counts, xlabel="codes", ylabel="price, nats", ylim=(0, 1.45))
+    axes[3].legend(frameon=False, loc="upper right")
+    return figure
+
+
+def amplification(arrays: Mapping[str, np.ndarray]) -> Any:
+    """Error of the stationary law against the slowness of the chain, equal decoder error. Arrays `wrong_*`."""
+    figure, axis = new(width=4.8, height=3.1)
+    slow, apart = arrays["wrong_slowness"], arrays["wrong_apart"]
+    order = np.argsort(slow)
+    axis.plot(slow[order], np.minimum(arrays["wrong_bound"], 1)[order], "--", color="black", lw=1.2, label="bound (10)")
+    first_order = arrays["wrong_first_order"]
+    axis.plot(slow[order], first_order[order], ":", color="black", lw=1.4, label="first order (11)")
+    along = arrays["wrong_along_slowest"] == 1
+    axis.plot(slow[~along], apart[~along], "o", ms=3, alpha=0.6, color=PALETTE[0], label="random errors")
+    axis.plot(slow[along], apart[along], "D", ms=5, color=PALETTE[3], label="error along the slowest eigenfunction")
+    axis.set(xscale="log", yscale="log", xlabel="1 / (1 − τ), slowness of the chain", ylabel="TV(π, p)")
+    axis.legend(frameon=False, loc="upper left")
+    return figure

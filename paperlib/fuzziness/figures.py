@@ -1,0 +1,216 @@
+"""The figures of notebook 02, drawn from the arrays of a run alone (`fuzziness.measure` says what they are)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib.runs import plotting
+
+Arrays = Mapping[str, np.ndarray]
+
+ROWS, COLUMNS = 5, 14  # of the post's picture: codes of like variance stand in one column
+MADE_OF = 6  # codes of which is shown what q(x|z) is made of
+HEAVIEST = 4  # training digits shown for each
+MOSAIC = 20  # decoded digits a side of the map
+
+
+def label_entropy(labels: np.ndarray) -> np.ndarray:
+    """Entropy in nats of label mixtures (..., K): 0 where q(x|z) is one class."""
+    return -(labels * np.log(np.clip(labels, 1e-300, 1))).sum(-1)
+
+
+def ranked(arrays: Arrays, seed: int) -> np.ndarray:
+    """The codes of one seed where Var q(x|z) may be quoted, from least to most variance per ink."""
+    order = np.argsort(arrays["variance"][seed] / arrays["ink"][seed])
+    return order[arrays["reliable"][seed][order]]
+
+
+def ends(arrays: Arrays, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of the left and of the right tenth of `ranked`."""
+    order = ranked(arrays, seed)
+    tenth = max(1, len(order) // 10)
+    return order[:tenth], order[-tenth:]
+
+
+def error_split(arrays: Arrays) -> Any:
+    """Equation (3) at codes z ~ q(z): the decoder's error against Var q(x|z); the height above the line is its gap."""
+    figure, axis = plotting.new(width=4.2, height=3.4)
+    limit = 1.05 * arrays["error"][0].max()
+    axis.plot([0, limit], [0, limit], color="black", linewidth=0.8, label=r"$\mu(z) = E_q[x|z]$: the least possible")
+    axis.scatter(
+        arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=plotting.PALETTE[0], label="codes z ~ q(z)"
+    )
+    axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (grey levels², summed)")
+    axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (grey levels², summed)")
+    axis.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def fuzziness(arrays: Arrays) -> Any:
+    """The post's picture: decoder means in order of Var q(x|z) per ink, with variance and label entropy below."""
+    order, entropy = ranked(arrays, 0), label_entropy(arrays["labels"][0])
+    figure, (top, bottom) = plotting.new(rows=2, height=4.2, height_ratios=[5.0, 3.6])
+    by_column = arrays["decoded"].reshape(COLUMNS, ROWS, *arrays["decoded"].shape[1:]).swapaxes(0, 1)
+    plotting.show_images(top, by_column.reshape(-1, *by_column.shape[2:]), COLUMNS)
+    top.set_title("decoder mean of codes z ~ p(z), ordered from left to right by Var q(x|z) per ink")
+
+    rank = np.linspace(0, 100, len(order))
+    left, right = plotting.PALETTE[0], plotting.PALETTE[3]
+    bottom.plot(rank, (arrays["variance"][0] / arrays["ink"][0])[order], color=left)
+    bottom.set(xlabel="rank among the codes where Var q(x|z) can be trusted (%)", xlim=(0, 100))
+    bottom.set_ylabel("tr Var q(x|z)\nper ink", color=left)
+    other = bottom.twinx()
+    other.plot(rank, entropy[order], ".", markersize=2, color=right, alpha=0.3)
+    other.plot(rank, _running_mean(entropy[order]), color=right)
+    other.set_ylabel("label entropy under\nq(x|z) (nats)", color=right)
+    return figure
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    window = np.ones(max(1, len(values) // 20))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def made_of(arrays: Arrays) -> Any:
+    """For codes from low to high variance per ink: decoder mean, mean and deviation of q(x|z), its heaviest digits."""
+    figure, axes = plotting.new(MADE_OF, 3 + HEAVIEST, height=8.8)
+    above = [arrays[f"made_of_{name}"] for name in ("decoded", "average", "deviation")]
+    for k, column in enumerate(axes.T):
+        for axis, images, high in zip(column, above, (1.0, 1.0, 0.5), strict=False):
+            plotting.show_images(axis, images[k : k + 1], 1, high=high)
+        code = arrays["made_of"][k]
+        per_ink = arrays["variance"][0][code] / arrays["ink"][0][code]
+        column[0].set_title(f"{per_ink:.2f} per ink\n{arrays['samples'][0][code]:.0f} samples")
+        column[1].set_title(_mixture(arrays["labels"][0][code]), fontsize=7)
+        for axis, digit, label, weight in zip(
+            column[3:], arrays["heaviest"][k], arrays["heaviest_labels"][k], arrays["weights"][k], strict=True
+        ):
+            plotting.show_images(axis, digit[None], 1)
+            axis.set_title(f"{label}:  {100 * weight:.1f} %")
+    names = (r"decoder $\mu(z)$", r"$E_q[x|z]$", "deviation\n(white: 0.5)", "heaviest\ntraining\ndigits")
+    for axis, name in zip(axes[:, 0], names, strict=False):
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
+
+
+def _mixture(labels: np.ndarray) -> str:
+    best = [label for label in np.argsort(-labels)[:4] if labels[label] >= 0.01]
+    words = [f"{label}: {100 * labels[label]:.0f} %" for label in best]
+    return "\n".join("  ".join(words[k : k + 2]) for k in (0, 2) if words[k:])
+
+
+def plane(arrays: Arrays) -> Any:
+    """The plane of codes: decoded digits, variance of q(x|z) per ink, the label that weighs most, effective samples."""
+    figure, axes = plotting.new(2, 2, height=6.6)
+    (decoded, variance), (labels, samples) = axes
+    plotting.show_images(decoded, arrays["plane_decoded"], MOSAIC, high=255)
+    decoded.set_title("decoder mean, z from -3 to 3 in both dimensions")
+
+    span = {"extent": (-3, 3, -3, 3), "interpolation": "nearest"}
+    trusted = np.where(arrays["plane_trusted"], arrays["plane_variance"], np.nan)
+    drawn = variance.imshow(trusted, cmap="viridis", **span)
+    figure.colorbar(drawn, ax=variance, shrink=0.85)
+    variance.set_title("tr Var q(x|z) per ink (white: too few samples)")
+    _draw_borders(variance, arrays["plane_labels"])
+
+    best, purity = arrays["plane_labels"].argmax(-1), arrays["plane_labels"].max(-1)
+    colours = np.array([_rgb(colour) for colour in plotting.PALETTE])[best]
+    labels.imshow(1 - purity[..., None] * (1 - colours), **span)
+    labels.set_title("label that weighs most (paler: less pure)")
+    for label in np.unique(best):
+        rows, columns = np.nonzero((best == label) & (purity >= np.quantile(purity[best == label], 0.5)))
+        side = len(best)
+        x, y = (np.median(columns) + 0.5) * 6 / side - 3, 3 - (np.median(rows) + 0.5) * 6 / side
+        labels.text(x, y, label, ha="center", va="center", fontweight="bold")
+
+    drawn = samples.imshow(np.log10(arrays["plane_samples"]), cmap="cividis", **span)
+    figure.colorbar(drawn, ax=samples, shrink=0.85)
+    samples.set_title(r"$\log_{10}$ effective sample size")
+    for axis in (variance, labels, samples):
+        axis.set(xlabel="$z_1$", ylabel="$z_2$")
+    return figure
+
+
+def _draw_borders(axis: Any, mixtures: np.ndarray) -> None:
+    """Lines between the regions of classes: where, smoothed over a cell or two, another label (S, S, K) weighs most."""
+    from scipy.ndimage import gaussian_filter
+
+    smooth = gaussian_filter(mixtures, sigma=(1.5, 1.5, 0), mode="nearest")
+    best = smooth.argmax(-1)
+    side = len(best)
+    places = (np.arange(side) + 0.5) * 6 / side - 3
+    for label in np.unique(best):
+        rest = np.delete(smooth, label, axis=-1).max(-1)
+        lead = smooth[..., label] - rest
+        axis.contour(places, -places, lead, levels=[0.0], colors="black", linewidths=0.6)
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
+
+
+def sharpness(arrays: Arrays) -> Any:
+    """F2: ranks of the decoded image's edge width and spectral slope against ranks of tr Var_q, controls taken out."""
+    import seaborn
+
+    figure, axes = plotting.new(3, height=2.9, sharex=True, sharey=True)
+    panels = {
+        "edge width": ("", "edge_width", 1),
+        "spectral slope (steeper upward)": ("", "slope", -1),
+        "edge width, Bernoulli decoder": ("bernoulli_", "edge_width", 1),
+    }
+    for axis, (title, (prefix, name, sign)) in zip(axes, panels.items(), strict=True):
+        good = arrays[f"{prefix}reliable"][0]
+        variance, value, ink, log_q = (arrays[prefix + n][0][good] for n in ("variance", name, "ink", "log_q"))
+        x, y = (_rank_residual(values, (ink, log_q)) for values in (variance, sign * value))
+        dots, line = {"s": 3, "alpha": 0.25}, {"color": plotting.PALETTE[3], "linewidth": 1.2}
+        seaborn.regplot(x=x, y=y, ax=axis, scatter_kws=dots, line_kws=line, n_boot=200, seed=0)
+        axis.set(title=title, xlabel="")
+    axes[1].set_xlabel("rank of tr Var q(x|z), ink and log q(z) regressed out (1: all codes)")
+    axes[0].set_ylabel("rank of fuzziness,\nthe same regressed out")
+    return figure
+
+
+def _rank_residual(values: np.ndarray, controls: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Ranks from 0 to 1, less their least-squares fit by the ranks of the controls."""
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(column) / len(values) for column in (values, *controls)]
+    design = np.stack([np.ones(len(values)), *ranks[1:]], axis=1)
+    return ranks[0] - design @ np.linalg.lstsq(design, ranks[0])[0]
+
+
+def better_q(arrays: Arrays) -> Any:
+    """F4: the error of ever larger decoders for one frozen q, and what the weight of the KL does to q and samples."""
+    figure, (frozen, error, width) = plotting.new(3, height=2.8)
+    blue, orange, green = plotting.PALETTE[0], plotting.PALETTE[1], plotting.PALETTE[2]
+    for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
+        frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=blue)
+        frozen.axhline(floor, color="black", linewidth=0.8)
+    frozen.set(
+        xscale="log", xlabel="units a layer of the decoder", ylabel="squared error\n(grey levels², summed over pixels)"
+    )
+    frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
+    frozen.minorticks_off()
+    frozen.set_title("q frozen: E tr Var$_q$ is a floor")
+    for k in range(len(arrays["swept_error"])):
+        told = arrays["swept_information"][k]
+        names = ("held-out error", "E tr Var$_q$") if k == 0 else (None, None)
+        error.plot(told, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
+        error.plot(told, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
+        width.plot(told, arrays["swept_width"][k], "o-", markersize=3, color=green)
+    error.set(
+        xlabel="$I_q(x;z)$, what z tells (nats)",
+        ylabel="grey levels², summed",
+        title="KL weight swept: error, variance",
+    )
+    swept = (arrays[f"swept_{name}"].mean(0) for name in ("information", "variance", "reliable"))
+    for x, y, share in zip(*swept, strict=True):
+        error.annotate(f"{share:.0%}", (x, y), (-6, -13), textcoords="offset points", fontsize=7, ha="center")
+    error.margins(x=0.15, y=0.15)
+    error.legend(frameon=False, loc="upper right", fontsize=7)
+    width.set(
+        xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="KL weight swept: sharpness"
+    )
+    return figure

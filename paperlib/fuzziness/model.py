@@ -1,0 +1,208 @@
+"""The VAEs of notebook 02 and their training: small Gaussian codes, a decoder that factors over pixels.
+
+A run's settings (`fuzziness.Settings`) say which. The encoder's Gaussians over the whole training set, `encode`, are
+what `aggregate` makes q(z) and q(x|z) of.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paperlib.data import datasets
+from paperlib.nn import likelihoods
+from paperlib.runs import results, train
+from paperlib.stats import aggregate_posterior
+
+
+class Variant(NamedTuple):
+    """How a VAE is trained: the likelihood of its decoder and the weight of the KL."""
+
+    likelihood: str = "gaussian"
+    kl_weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.likelihood}-kl{self.kl_weight:g}"
+
+
+MAIN, BERNOULLI = Variant(), Variant("bernoulli")
+
+
+class VAE(nn.Module):
+    """q(z|x) = N(mean(x), exp(2 log_std(x))) and p(x|z) = N(mu(z), sigma^2 I), pixels in [0, 1], mu(z) as well.
+
+    Both networks are multilayer perceptrons with ReLU. sigma is one number for all pixels and codes, learned where it
+    is None. A learned sigma ends near 0.19 on MNIST; with it, codes become so narrow that the list (2) of most holds
+    fewer than ten images and no variance can be measured. A fixed one of 0.4 gives broader codes. With the likelihood
+    "bernoulli" p(x|z) are independent bits with mean mu(z), and sigma has no part.
+    """
+
+    def __init__(self, pixels: int, settings: Any, likelihood: str = "gaussian") -> None:
+        super().__init__()
+        self.encoder = perceptron(pixels, settings.hidden, 2 * settings.code_dim)
+        self.decoder = perceptron(settings.code_dim, settings.hidden[::-1], pixels)
+        log_sigma = torch.tensor(math.log(settings.sigma or 0.4))
+        learned = settings.sigma is None and likelihood == "gaussian"
+        self.log_sigma = nn.Parameter(log_sigma, requires_grad=learned)
+        self.likelihood = likelihood
+
+    def q_z_given_x(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-deviation of q(z|x): (B, pixels) to two (B, code_dim)."""
+        mean, log_std = self.encoder(x).chunk(2, dim=1)
+        return mean, log_std.clamp(-7, 2)
+
+    def p_x_given_z(self, z: Tensor) -> Tensor:
+        """The mean mu(z) of p(x|z): (B, code_dim) to (B, pixels), in [0, 1]."""
+        return torch.sigmoid(self.decoder(z))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms of the ELBO with one sample of z, each (B,) in nats: E_q log p(x|z) and KL(q(z|x) || p(z))."""
+        mean, log_std = self.q_z_given_x(x)
+        z = likelihoods.sample_gaussian(mean, log_std)
+        if self.likelihood == "bernoulli":
+            log_p = likelihoods.bernoulli_log_prob(x, self.decoder(z))
+        else:
+            log_p = likelihoods.gaussian_log_prob(x, self.p_x_given_z(z), self.log_sigma)
+        return log_p, likelihoods.gaussian_kl(mean, log_std)
+
+
+def perceptron(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
+    layers, width = [], inputs
+    for units in hidden:
+        layers += [nn.Linear(width, units), nn.ReLU()]
+        width = units
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set ready to train on: pixels (N, height * width) in [0, 1] and labels (N,), on the run's device."""
+
+    dataset: datasets.Dataset
+    x: Tensor
+    labels: Tensor
+    held_out: Tensor
+    shape: tuple[int, int]
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.dataset.name}: {len(self.x):,} training and {len(self.held_out):,} held-out images, "
+            f"{self.shape[0]} x {self.shape[1]} pixels, {self.dataset.levels} grey levels"
+        )
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """(..., pixels) as (..., height, width)."""
+        return x.reshape(*x.shape[:-1], *self.shape)
+
+
+def load_images(run: results.Run) -> Images:
+    dataset = datasets.load(run.settings.dataset)
+
+    def flat(images: np.ndarray) -> Tensor:
+        return datasets.to_unit(images, dataset.levels, run.device).flatten(1)
+
+    labels = torch.as_tensor(np.array(dataset.train.labels), device=run.device)
+    shape = dataset.train.images.shape[1:3]
+    return Images(dataset, flat(dataset.train.images), labels, flat(dataset.held_out.images), shape)
+
+
+@dataclass(frozen=True)
+class Models:
+    """What was trained: for each seed, a VAE by variant, and decoders of a frozen q by their units."""
+
+    vaes: list[dict[Variant, train.Trained]]
+    decoders: list[dict[int, train.Trained]]
+
+    @property
+    def main(self) -> VAE:
+        """The VAE of the first seed under the ELBO."""
+        return self.vaes[0][MAIN].model
+
+    def __repr__(self) -> str:
+        vaes, decoders = (sum(map(len, of_seeds)) for of_seeds in (self.vaes, self.decoders))
+        return f"{vaes} VAEs and {decoders} decoders of a frozen encoder, {len(self.vaes)} seeds"
+
+
+def fit(run: results.Run, images: Images) -> Models:
+    """Train all that the claims need, or load the one recorded VAE where the run says `weights = "recorded"`."""
+    if run.weights == "recorded":
+        vae = VAE(images.x.shape[1], run.settings).to(run.device).eval()
+        vae.load_state_dict(results.load_recorded_weights(run))
+        return Models([{MAIN: train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}], [{}])
+    weights = sorted({1.0, *run.settings.kl_weights})
+    variants = [BERNOULLI, *(Variant(kl_weight=weight) for weight in weights)]
+    vaes, decoders = [], []
+    for seed in range(run.seed, run.seed + run.settings.seeds):
+        vaes.append({variant: fit_vae(run, images, variant, seed) for variant in variants})
+        codes = encode(vaes[-1][MAIN].model, images.x)
+        decoders.append({units: fit_decoder(run, images, codes, units, seed) for units in run.settings.decoders})
+    return Models(vaes, decoders)
+
+
+def fit_vae(run: results.Run, images: Images, variant: Variant, seed: int) -> train.Trained:
+    """Train a VAE by maximising E_q log p(x|z) - kl_weight * KL; with weight 1, the ELBO."""
+
+    def loss(vae: nn.Module, x: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        log_p, kl = vae(x)
+        return (variant.kl_weight * kl - log_p).mean(), {"elbo": (log_p - kl).mean(), "kl": kl.mean()}
+
+    def evaluate(vae: nn.Module) -> dict[str, float]:
+        log_p, kl = vae(images.held_out)
+        return {"loss": float((variant.kl_weight * kl - log_p).mean()), "kl": float(kl.mean())}
+
+    torch.manual_seed(seed)
+    vae = VAE(images.x.shape[1], run.settings, variant.likelihood)
+    return _fit(run, vae, loss, lambda rows: images.x[rows], len(images.x), seed, variant.name, evaluate)
+
+
+def fit_decoder(
+    run: results.Run, images: Images, codes: aggregate_posterior.Codes, units: int, seed: int
+) -> train.Trained:
+    """Train a new decoder, two hidden layers of `units`, on the squared error under a frozen encoder."""
+    mean, std = codes.mean.float(), codes.log_std.exp().float()
+
+    def loss(decoder: nn.Module, rows: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        z = mean[rows] + std[rows] * torch.randn_like(mean[rows])
+        error = (torch.sigmoid(decoder(z)) - images.x[rows]).square().sum(1).mean()
+        return error, {"error": error}
+
+    torch.manual_seed(seed)
+    decoder = perceptron(run.settings.code_dim, (units, units), images.x.shape[1])
+    return _fit(run, decoder, loss, lambda rows: rows, len(codes), seed, f"decoder-{units}")
+
+
+def _fit(run, model, loss, batch, count, seed, name, evaluate=None) -> train.Trained:
+    settings = run.settings
+    recipe = train.Recipe(
+        settings.steps,
+        settings.batch_size,
+        settings.learning_rate,
+        schedule="cosine",
+        ema=0.999,
+        evaluate_every=max(1, settings.steps // 20),
+    )
+    name = f"{name}-seed{seed}"
+    return train.fit(
+        model,
+        loss,
+        lambda rows: batch(rows.to(run.device)),
+        count,
+        recipe,
+        run.directory / name,
+        seed=seed,
+        device=run.device,
+        evaluate=evaluate,
+        provenance=results.describe_code(),
+        name=name,
+    )
+
+
+@torch.no_grad()
+def encode(vae: VAE, x: Tensor) -> aggregate_posterior.Codes:
+    """The Gaussians q(z|x_n) of images `x` (N, pixels): of the training set, together they are q(z), equation (1)."""
+    means, log_stds = zip(*(vae.q_z_given_x(part) for part in x.split(4096)), strict=True)
+    return aggregate_posterior.Codes(torch.cat(means), torch.cat(log_stds))

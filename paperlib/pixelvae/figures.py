@@ -1,0 +1,185 @@
+"""The figures of notebook 04, drawn from the arrays of a run alone (`pixelvae_samples` says what they are)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS, VARIANTS
+from paperlib.runs import plotting
+from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def chain(arrays: Arrays) -> Any:
+    """P4: 60 states of one chain in reading order, 4 rows of 15, without the KL and under the ELBO."""
+    figure, axes = plotting.new(rows=2, height=4.4)
+    titles = {"none": "without the KL", "elbo": "under the ELBO"}
+    for axis, (model, title) in zip(axes, titles.items(), strict=True):
+        show_pictures(axis, arrays, arrays[f"chain_{model}"][:60], 15, title)
+    return figure
+
+
+def training(arrays: Arrays) -> Any:
+    """P1, P2: bits per dimension while training, and what the decoder loses when z is that of another image."""
+    figure, (left, right) = plotting.new(2, height=3.6, width_ratios=[3, 2])
+    inset = left.inset_axes([0.5, 0.33, 0.48, 0.35])
+    inset.set_title("the branches' second half", fontsize=7)
+    offset = arrays["trunk_history"][-1, 0] if "trunk_history" in arrays else 0
+    styles = {"trunk": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
+    styles |= {
+        "none-scratch": (BLUE, ":"),
+        "elbo-scratch": (RED, ":"),
+        "unconditional": ("black", "--"),
+        "label": (ORANGE, "--"),
+    }
+    styles |= {"linear": (plotting.PALETTE[9], "-")}
+    for name, (colour, line) in styles.items():
+        if f"{name}_history" not in arrays:
+            continue
+        steps, _, held_out = arrays[f"{name}_history"].T
+        begins = 0 if name == "trunk" or VARIANTS[name].scratch else offset
+        left.plot(begins + steps, held_out, line, color=colour, label=name, linewidth=1.2)
+        if name != "trunk" and not VARIANTS[name].scratch:
+            second = len(steps) // 2  # the half in which they have settled
+            inset.plot(begins + steps[second:], held_out[second:], line, color=colour, linewidth=1.2)
+    final = [rows[-1, 2] for name, rows in arrays.items() if name.endswith("_history")]
+    left.set_ylim(min(final) - 0.05, max(final) + 0.6)
+    left.set(xlabel="steps", ylabel=r"$-E \log p(x|z)$ (bits/dim, held out)")
+    left.legend(frameon=False, ncols=3, fontsize=7, loc="upper right")
+    inset.tick_params(labelsize=6)
+    rows = [k for k, name in enumerate(VARIANTS) if name in CODED]
+    gap, kl = (arrays[term][rows].mean(1) for term in ("shuffle_gap", "kl"))
+    places = np.arange(len(rows))
+    right.bar(places - 0.2, gap, 0.38, color=BLUE, label="shuffle gap")
+    right.bar(places + 0.2, kl, 0.38, color=GREY, label="KL(q(z|x) ‖ p(z))")
+    right.set_yscale("symlog", linthresh=0.1)
+    right.set_xticks(places, CODED, rotation=30, ha="right")
+    for limit in (0.1, 0.5, 5):  # of P1 and P2
+        right.axhline(limit, color="black", linewidth=0.6, linestyle=":")
+    right.set(ylabel="nats an image")
+    right.axhline(0, color="black", linewidth=0.6)
+    right.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+def ways_to_draw(arrays: Arrays) -> Any:
+    """P3: images decoded from codes of several laws, the same model; photographs beside them."""
+    names = {
+        "held-out photographs": "photographs",
+        "none: q(z)": "z ~ q(z), from photographs",
+        "none: prior": "z ~ N(0, I)",
+        "none: Gaussian": "z ~ Gaussian fitted to q(z)",
+        "none: mixture": "z ~ mixture fitted to q(z)",
+        "none: chain": "the chain from noise, last states",
+    }
+    return _panels(arrays, names)
+
+
+def regularised(arrays: Arrays) -> Any:
+    """P6: the same with an MMD between q(z) and N(0, I), and under the ELBO."""
+    names = {
+        "mmd: q(z)": "MMD: z ~ q(z)",
+        "mmd: prior": "MMD: z ~ N(0, I)",
+        "elbo: prior": "ELBO: z ~ N(0, I)",
+    }
+    return _panels(arrays, names)
+
+
+def _panels(arrays: Arrays, names: Mapping[str, str], columns: int = 8, count: int = 24) -> Any:
+    rows = -(-len(names) // 3)
+    figure, axes = plotting.new(3, rows, height=1.15 * rows)
+    for axis, (name, title) in zip(np.ravel(axes), names.items(), strict=True):
+        show_pictures(axis, arrays, arrays[f"shown_{name}"][:count], columns, title)
+    return figure
+
+
+def distances(arrays: Arrays) -> Any:
+    """P3, P6: squared kernel distance of each way of drawing to held-out photographs, on two kinds of features."""
+    figure, axes = plotting.new(2, height=4.0, sharey=True)
+    places = np.arange(len(SETS))[::-1]
+    models = {"none": BLUE, "elbo": RED, "mmd": GREEN}
+    colours = [models.get(name.split(":")[0], "black") for name in SETS]
+    for axis, kind in zip(axes, ("classifier", "random"), strict=True):
+        plotting.show_estimates(axis, places, arrays[f"kernel_{kind}"], colours)
+        axis.set(xlabel="squared kernel distance", title=f"features of a {kind}{' network' * (kind == 'random')}")
+    axes[0].set_yticks(places, SETS)
+    return figure
+
+
+def memory(arrays: Arrays) -> Any:
+    """P4: how long the chain remembers, without the KL and under the ELBO."""
+    figure, axes = plotting.new(2, height=3.0, sharey=True)
+    for axis, view in zip(axes, ("pixels", "classifier"), strict=True):
+        for model, colour in (("none", BLUE), ("elbo", RED)):
+            values, lows, highs = arrays[f"similarity_{model}_{view}"].T
+            axis.errorbar(
+                LAGS, values, [values - lows, highs - values], fmt="o-", ms=3, color=colour, label=model, lw=1
+            )
+            value = arrays[f"decodes_{model}_{view}"][0]
+            axis.axhline(value, color=colour, linestyle=":", linewidth=1, label=f"{model}: two decodes of one z")
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set(
+            xscale="log", xlabel="lag (steps)", title=f"by {view if view == 'pixels' else 'features of a classifier'}"
+        )
+        axis.set_xticks(LAGS, LAGS)
+        axis.minorticks_off()
+    axes[0].set_ylabel("autocorrelation")
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=4)
+    return figure
+
+
+def many(arrays: Arrays) -> Any:
+    """36 chains after their last step, and two decodes of one z, without the KL and under the ELBO."""
+    figure, axes = plotting.new(2, 2, height=3.1, height_ratios=[2, 1])
+    for (top, bottom), model, title in zip(axes.T, ("none", "elbo"), ("without the KL", "ELBO"), strict=True):
+        show_pictures(top, arrays, arrays[f"many_{model}"], 9, f"{title}: 36 chains")
+        pairs = arrays[f"shown_decodes_{model}"]
+        show_pictures(
+            bottom, arrays, pairs.reshape(-1, *pairs.shape[2:]), pairs.shape[1], "two decodes (rows) of one z (columns)"
+        )
+    return figure
+
+
+def probe(arrays: Arrays) -> Any:
+    """P5, D1: what a linear classifier makes of the features, in per cent of held-out images."""
+    figure, axis = plotting.new(width=5.0, height=2.6)
+    right = arrays["probe_right"]
+    share, error = 100 * right.mean(1), 196 * right.std(1) / np.sqrt(right.shape[1])
+    places = np.arange(len(PROBES))[::-1]
+    axis.barh(places, share, xerr=error, color=[GREY] * 3 + [BLUE] * len(CODED), height=0.7, error_kw={"lw": 1})
+    axis.set_yticks(places, PROBES)
+    axis.set(xlabel="accuracy of a linear probe (%)")
+    return figure
+
+
+def glasses(arrays: Arrays) -> Any:
+    """G1: the class as code. What the best factored Gaussian and a PixelCNN++ make of "an image of this class"."""
+    rows = 7
+    figure, axis = plotting.new(height=4.4)
+    sheet = np.concatenate(
+        [
+            arrays["glasses_photograph"][None],
+            arrays["gaussian_mean"][None],
+            arrays["gaussian_sample"][None],
+            arrays["glasses_sample"].swapaxes(0, 1),
+        ]
+    )
+    show_pictures(axis, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    names = ["photograph", "Gaussian, mean", "Gaussian, draw", *["PixelCNN++, draw"] * 4]
+    side = sheet.shape[2] + 1
+    axis.set_yticks([side * (k + 0.5) for k in range(rows)], names)
+    axis.tick_params(length=0)
+    return figure
+
+
+def continued(states: np.ndarray, levels: int) -> Any:
+    """States (T, N, S, S, C) of a few chains, one to a row, the photograph first; closed, so that it shows once."""
+    from matplotlib import pyplot
+
+    figure, axis = plotting.new(width=3.6, height=3.6)
+    by_chain = states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+    show_pictures(axis, {"levels": np.array(levels)}, by_chain, len(states), "from photographs (left), step by step")
+    pyplot.close(figure)
+    return figure

@@ -1,0 +1,123 @@
+"""The table of claims, failed ones first, and every number in it computed again from what is recorded.
+
+    python -m paperlib.report claims               # recompute and compare; exit 1 where a number differs
+    python -m paperlib.report claims --list        # only show what is recorded
+
+Nothing is trained: the quantities that judge a claim are computed from the recorded arrays by the code as it is now
+(those of notebook 01, which trains nothing, from scratch).
+"""
+
+import argparse
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from paperlib.reproduce import EXPERIMENTS
+from paperlib.runs import results
+from paperlib.runs.results import Quantity
+from paperlib.system import files
+
+PRESETS = ("paper", "gpu", "cpu", "smoke")  # best first
+AGREES = 1e-6  # relative
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is recorded of one notebook under one preset."""
+
+    notebook: str
+    preset: str
+    provenance: dict[str, Any]
+    claims: results.Verdicts
+
+    @property
+    def experiment(self) -> ModuleType:
+        return importlib.import_module(f"paperlib.{EXPERIMENTS[self.notebook]}.experiment")
+
+    @property
+    def minutes(self) -> float:
+        """Of all trainings, added up also where some ran at once; of a notebook that trains nothing, of the run."""
+        trained = sum(training["seconds"] for training in self.provenance["trainings"].values())
+        return (trained or self.provenance["seconds"]) / 60
+
+    def command(self) -> str:
+        """What repeats the run."""
+        return f"make reproduce PRESET={self.preset} ONLY={self.notebook[:2]}"
+
+    def origin(self) -> str:
+        """Machine, time, seed and revision in one line."""
+        run = self.provenance
+        what = " of training, all models added up" if run["trainings"] else ""
+        return (
+            f"preset `{self.preset}`, seed {run['seed']}, {run['device']}, {self.minutes:.1f} minutes{what}, "
+            f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`"
+        )
+
+    def recomputed(self) -> dict[str, dict[str, Quantity]]:
+        """The quantities of each claim by the code as it is now. Raises `UserError` as the recorded files deserve."""
+        settings = self.experiment.PRESETS[self.preset]
+        run = results.Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", "recorded")
+        if hasattr(self.experiment, "recomputed"):  # of notebook 01, whose arrays hold what is drawn, not what judges
+            return self.experiment.recomputed(run)
+        return self.experiment.quantities(results.load_recorded_arrays(run))
+
+
+def recorded() -> Iterator[Recorded]:
+    """All that is recorded, in the order of notebooks, the best preset of each first."""
+    for notebook in EXPERIMENTS:
+        for preset in PRESETS:
+            folder = files.results_root() / preset / notebook
+            if (folder / "run.json").exists():
+                metrics, run = (results.load_json(folder / name) for name in ("metrics.json", "run.json"))
+                yield Recorded(notebook, preset, run, results.Verdicts(metrics["claims"]))
+
+
+def rows(found: list[Recorded]) -> list[tuple[Recorded, str, dict[str, Any]]]:
+    """(record, claim, entry) for every claim of every record: failed ones first, else in order."""
+    every = [(one, claim, entry) for one in found for claim, entry in one.claims.items()]
+    return sorted(every, key=lambda row: row[2]["holds"] is not False)
+
+
+def differences(one: Recorded) -> list[str]:
+    """Where the numbers of a record are not those that its arrays give, in words."""
+    again, found = one.recomputed(), []
+    run = results.Run(one.notebook, one.preset, None, 0, "cpu")
+    for claim, entry in one.claims.items():
+        measured = {name: Quantity(**quantity) for name, quantity in entry["measured"].items()}
+        if set(measured) != set(again[claim]):
+            found.append(f"{claim}: other quantities, {', '.join(sorted(set(measured) ^ set(again[claim])))}")
+            continue
+        for name, quantity in measured.items():
+            if not _same(quantity, again[claim][name]):
+                found.append(f"{claim}: {name} is recorded as {quantity}, but the arrays give {again[claim][name]}")
+        if results.judge(run, one.experiment.CLAIMS[claim], again[claim]) != entry["holds"]:
+            found.append(f"{claim}: another verdict than {results.verdict_text(entry)}")
+    return found
+
+
+def _same(a: Quantity, b: Quantity) -> bool:
+    pairs = ((a.value, b.value), (a.low, b.low), (a.high, b.high))
+    pairs = [[math.nan if number is None else number for number in pair] for pair in pairs]  # JSON has null for nan
+    return all(math.isclose(x, y, rel_tol=AGREES, abs_tol=1e-9) or (math.isnan(x) and math.isnan(y)) for x, y in pairs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m paperlib.report claims", description=__doc__.split("\n")[0])
+    parser.add_argument("--list", action="store_true", help="only show what is recorded")
+    only_list = parser.parse_args().list
+    found = list(recorded())
+    for one, claim, entry in rows(found):
+        print(f"{claim} {results.verdict_text(entry)} ({one.preset}): {entry['statement']}")
+        print(f"   expected  {entry['expected']}")
+        print(f"   measured  {results.measured_text(entry)}")
+        print(f"   again     {one.command()}  ({one.minutes:.1f} minutes on {one.provenance['device']})")
+    if only_list:
+        return 0
+    wrong = [text for one in found for text in differences(one)]
+    count = sum(len(entry["measured"]) for *_, entry in rows(found))
+    print(*wrong, sep="\n")
+    print(f"{count} numbers computed again from {len(found)} records: {len(wrong) or 'none'} differ")
+    return int(bool(wrong))

@@ -1,0 +1,184 @@
+"""Carry recorded results into the texts that quote them, so that no verdict is typed by hand.
+
+    python -m paperlib.report tables            # rewrite the marked blocks of README.md and of the notebooks' openings
+    python -m paperlib.report tables --check    # exit 1 where a block differs from what is recorded
+
+A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
+their own, the README one table of all claims, and another of `results/benchmarks/`. Below the caption of each figure in
+a notebook, whose outputs are those of `smoke`, stands the recorded figure.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from paperlib.report import records
+from paperlib.reproduce import EXPERIMENTS
+from paperlib.runs import results
+from paperlib.system import files
+from paperlib.system.errors import UserError
+
+BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
+PASSES = "by full passes (s, extrapolated)"
+SPEED = "<!-- speed:begin -->", "<!-- speed:end -->"
+# The names under which a notebook's cell saves figures.
+FIGURE = re.compile(r"save_figure\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
+_BELOW = re.compile(r"\n\nAs recorded under `\w+`: [^\n]*")
+
+
+def best(notebook: str) -> records.Recorded | None:
+    """The best recorded run of a notebook, or None where there is none yet."""
+    return next((one for one in records.recorded() if one.notebook == notebook), None)
+
+
+def notebook_block(notebook: str) -> str:
+    """The recorded figure and verdicts of a notebook, in Markdown, as its opening shows them."""
+    recorded = best(notebook)
+    if recorded is None:
+        return "Nothing is recorded for this notebook yet."
+    headline, caption = recorded.experiment.HEADLINE
+    picture = os.path.relpath(files.figures_root() / recorded.preset / f"{headline}.png", files.NOTEBOOKS)
+    return "\n\n".join(
+        [
+            f"**Recorded** ({recorded.origin()}):",
+            f"![{caption}]({Path(picture).as_posix()})",
+            f"*{caption}*",
+            recorded.claims._repr_markdown_(),
+            "Outputs below are those of a run under `smoke` and show that the cells work. *What was seen* is about the "
+            "recorded run, whose figures stand below the captions.",
+        ]
+    )
+
+
+def with_recorded_figure(source: str, name: str, notebook: str) -> str:
+    """The Markdown below a figure, with the recorded one after its caption, the first paragraph."""
+    recorded, source = best(notebook), _BELOW.sub("", source)
+    if recorded is None:
+        return source
+    path = os.path.relpath(files.figures_root() / recorded.preset / f"{name}.png", files.NOTEBOOKS)
+    picture = f"![{name}, recorded]({Path(path).as_posix()})"
+    if name == recorded.experiment.HEADLINE[0]:
+        picture = "the figure at the top."
+    caption, gap, rest = source.partition("\n\n")
+    return f"{caption}\n\nAs recorded under `{recorded.preset}`: {picture}{gap}{rest}"
+
+
+def readme_block() -> str:
+    """The table of all claims with what was measured, at most three numbers each, in Markdown."""
+    rows = ["| claim | measured | verdict | notebook, preset |", "| --- | --- | --- | --- |"]
+    origins, exact, empirical = [], [], []
+    for notebook in EXPERIMENTS:
+        recorded = best(notebook)
+        if recorded is None:
+            continue
+        for key, entry in recorded.claims.items():
+            cells = (
+                f"**{key}** {entry['statement']}",
+                results.measured_text(entry, recorded.experiment.CLAIMS[key].shows),
+                results.verdict_text(entry),
+                f"[{notebook[:2]}](notebooks/{notebook}.ipynb), `{recorded.preset}`",
+            )
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            (exact if recorded.experiment.CLAIMS[key].exact else empirical).append(entry["holds"])
+        origins.append(f"{notebook[:2]}: {recorded.origin()}.")
+    count = (
+        f"Of {len(exact)} claims that are mathematics {sum(exact)} hold, of {len(empirical)} empirical ones "
+        f"{sum(empirical)}; {len(empirical) - sum(empirical)} fail."
+    )
+    return count + "\n\n" + "\n".join(rows) + "\n\n" + "  \n".join(origins)
+
+
+def speed_block() -> str:
+    """What `benchmarks/` measured on the CPU, in Markdown: a few rows of each of its tables."""
+    lines = ["| | times as fast | share of the matrix rate |", "| --- | --- | --- |"]
+    sampling = [row for row in _benchmark("sampling") if row["side"] == 32]
+    for row in sampling:
+        if row["batch"] in (1, 16, 256):
+            size, drawn = row["blocks / filters"], row["ms an image"] / 1000
+            passes = [other[PASSES] for other in sampling if other["blocks / filters"] == size]
+            what = f"drawing 32 x 32 pixels, PixelCNN++ {size}, batch {row['batch']}"
+            gain = f"{min(passes) / drawn:.0f} (passes at their best batch, extrapolated)"
+            lines.append(f"| {what} | {gain} | {row['% of matrix rate']:.0f} % |")
+    for row in _benchmark("training"):
+        what = f"training the {row['network']}, batch {row['batch']}, in {row['precision']}"
+        shares = f"{row['% of matrix rate']:.0f} % ({row['% plainly']:.0f} % plainly)"
+        lines.append(f"| {what} | {row['times']:.2f} (plain PyTorch) | {shares} |")
+    notes = [f"- {name}: {note}." for name in ("sampling", "training") for note in _table(name)["notes"]]
+    lines += ["", "A share is of the matrix rate of its own precision, as measured beside it:", "", *notes]
+    lines += [
+        "",
+        "| times as fast, by deviation of q(z\\|x): | 1 | 0.1 | 0.01 | GiB, at most |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in _benchmark("aggregates"):
+        cases.setdefault(f"{row['quantity']}, {row['dimensions']} dimensions", []).append(row)
+    for what, rows in cases.items():
+        times = {row["deviation"]: row["times"] for row in rows}
+        memory = f"{max(row['GiB'] for row in rows):.1f} (NumPy {max(row['usual (GiB)'] for row in rows):.1f})"
+        cells = [
+            what.replace("|", "\\|"),
+            *(f"{times[deviation]:.{int(times[deviation] < 10)}f}" for deviation in (1, 0.1, 0.01)),
+            memory,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _benchmark(name: str) -> list[dict[str, Any]]:
+    """The rows of one of the tables, by column."""
+    table = _table(name)
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
+def _table(name: str) -> dict[str, Any]:
+    return results.load_json(files.results_root() / "benchmarks" / f"{name}-cpu.json")
+
+
+def texts() -> Iterable[tuple[Path, str, str]]:
+    """Every file with a block, as (path, its text now, its text with the block rewritten)."""
+    readme = files.ROOT / "README.md"
+    text = readme.read_text()
+    yield readme, text, _filled(_filled(text, readme_block(), readme), speed_block(), readme, SPEED)
+    for name in EXPERIMENTS:
+        path = files.NOTEBOOKS / f"{name}.ipynb"
+        text = path.read_text()
+        notebook = json.loads(text)
+        opening = next((cell for cell in notebook["cells"] if BEGIN in "".join(cell["source"])), None)
+        if opening is None:
+            raise UserError(f"{path} has no line {BEGIN}: put it and {END} into the opening cell")
+        source = _filled("".join(opening["source"]), notebook_block(name), path)
+        opening["source"] = source.splitlines(keepends=True)
+        for cell, below in itertools.pairwise(notebook["cells"]):
+            for figure in FIGURE.findall("".join(cell["source"])) if cell["cell_type"] == "code" else ():
+                source = with_recorded_figure("".join(below["source"]), figure, name)
+                below["source"] = source.splitlines(keepends=True)
+        yield path, text, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def _filled(text: str, block: str, path: Path, marks: tuple[str, str] = (BEGIN, END)) -> str:
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{path} needs one line {begin} and one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{block}\n\n{end}{rest.split(end)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m paperlib.report tables", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a block is out of date")
+    check = parser.parse_args().check
+    stale = [(path, new) for path, old, new in texts() if old != new]
+    for path, new in stale:
+        if not check:
+            with files.replacing(path) as file:
+                file.write_text(new)
+        print(
+            f"{path.relative_to(files.ROOT)}: {'out of date, run python -m paperlib.report tables' if check else 'written'}"
+        )
+    return int(check and bool(stale))

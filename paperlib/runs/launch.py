@@ -1,0 +1,51 @@
+"""Train the models of a notebook without it, by one process or by several; the notebook then finds them trained.
+
+    python -m paperlib.sequential --preset cpu
+    torchrun --nproc-per-node=8 -m paperlib.pixelvae --preset paper
+
+Settings, folder and result are the notebook's own, whatever the number of processes, and a training that was stopped
+may go on with another number (`processes` says why). All of them must see the same files. If one dies torchrun ends the
+others and the job; the checkpoint stays.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from paperlib.runs import presets, results
+from paperlib.system import distributed
+from paperlib.system.devices import pick_device
+from paperlib.system.errors import run_command
+
+
+def main(
+    notebook: str,
+    choices: Mapping[str, Any],
+    start: Callable[[str, int, str, str, Mapping[str, Any]], results.Run],
+    fit: Callable[[results.Run], Mapping[str, Any]],
+) -> None:
+    """The command line of a notebook's module: its presets, `start` and what trains a run. Ends the program."""
+
+    def train() -> int:
+        options = parser(notebook).parse_args()
+        overrides = presets.parse(presets.choose(choices, options.preset), options.set)
+        device = str(pick_device(options.device))
+        with distributed.joined(device):
+            run = start(options.preset, options.seed, device, "train", overrides)
+            trained = fit(run)
+            if distributed.rank_and_world()[0] == 0:
+                for name, one in trained.items():
+                    print(f"{name}: {one.steps} steps, {one.seconds / 60:.1f} minutes, {one.stopped}")
+                print(f"in {run.directory}; notebook {notebook} goes on from there")
+        return 0
+
+    run_command(train)
+
+
+def parser(notebook: str) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=f"Train the models of notebook {notebook} without it.")
+    found.add_argument("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
+    found.add_argument("--set", action="append", metavar="NAME=VALUE", default=[], help="change one setting")
+    return found

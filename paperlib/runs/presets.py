@@ -1,0 +1,102 @@
+"""Presets: one frozen dataclass of settings per experiment, and named instances of it.
+
+An experiment writes
+
+    @dataclass(frozen=True)
+    class Settings:
+        steps: int = option(300, "optimiser steps")
+
+    PRESETS = {"smoke": (smoke := Settings()), "cpu": replace(smoke, steps=20_000)}
+
+so that a preset shows only what differs from the one it derives from.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from paperlib.system.errors import UserError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and one line of help, which `--list` prints."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def choose(presets: Mapping[str, Any], name: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The preset called `name` with `overrides` put in, each checked against the type of its field.
+
+    Raises `UserError`, naming the valid ones, for an unknown preset or field, and for a value of the wrong type.
+    """
+    if name not in presets:
+        raise UserError(f"unknown preset {name!r}: choose from {', '.join(presets)}")
+    settings = presets[name]
+    hints = typing.get_type_hints(type(settings))
+    checked = {}
+    for field, value in (overrides or {}).items():
+        if field not in hints:
+            raise UserError(f"unknown setting {field!r}: choose from {', '.join(hints)}")
+        checked[field] = _checked(field, value, hints[field])
+    try:
+        return dataclasses.replace(settings, **checked)
+    except ValueError as error:  # raised by a settings class that checks its own ranges
+        raise UserError(str(error)) from error
+
+
+def parse(settings: Any, assignments: Iterable[str]) -> dict[str, Any]:
+    """Overrides from `name=value` words of a command line; a value is JSON, or a plain word where the field is text.
+
+    `settings` is any instance of the experiment's settings. Raises `UserError` for a word without `=`, an unknown
+    field, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(type(settings))
+    overrides = {}
+    for word in assignments:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {word!r}: write name=value")
+        if name not in hints:
+            raise UserError(f"unknown setting {name!r}: choose from {', '.join(hints)}")
+        try:
+            value = text if hints[name] is str else json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        overrides[name] = _checked(name, value, hints[name])
+    return overrides
+
+
+def check_numbers(settings: Any, may_be_zero: Iterable[str]) -> None:
+    """Raise `ValueError` for a number of `settings`, alone or in a tuple, that is not finite or not above 0."""
+    for name, value in dataclasses.asdict(settings).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if not math.isfinite(number) or number < 0 or (number == 0 and name not in may_be_zero):
+                raise ValueError(f"{name} is {value}, but must be above 0 and finite")
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` wants it: bool, int, float, str, tuple[T, ...], or one of these or None."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for kind in options:
+        if kind is type(None) and value is None:
+            return None
+        if kind is float and type(value) in (int, float):
+            return float(value)
+        if kind in (bool, int, str) and type(value) is kind:
+            return value
+        if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+            return tuple(_checked(name, item, typing.get_args(kind)[0]) for item in value)
+    wanted = " or ".join(_words(kind) for kind in options)
+    raise UserError(f"setting {name!r} is {value!r}, but takes {wanted}")
+
+
+def _words(kind: Any) -> str:
+    """A type as a reader would write a value of it."""
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_words(typing.get_args(kind)[0])}, such as [1, 2]"
+    return "null" if kind is type(None) else kind.__name__

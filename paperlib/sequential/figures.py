@@ -1,0 +1,219 @@
+"""The figures of notebook 03, drawn from the arrays of a run alone (`sequential_samples` says what they are)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib.runs import plotting
+from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
+from paperlib.sequential.measurements import KINDS, SETS, per_step
+
+Arrays = Mapping[str, np.ndarray]
+
+CELL = 0.78  # inches that an image of a chain takes
+ONE_TWO_FIVE = [float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 2, 5)]
+
+
+def _rows(states: np.ndarray) -> np.ndarray:
+    """(T, N, S, S, C) so that a grid of T columns shows one of N to a row."""
+    return states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+
+
+def _plain_ticks(axis: Any, which: str, places: list[float]) -> None:
+    """Ticks of a logarithmic axis at round numbers, as such: those of `places` that are within its limits."""
+    from matplotlib.ticker import NullLocator
+
+    ticks = getattr(axis, f"{which}axis")
+    low, high = ticks.get_view_interval()
+    ticks.set_ticks(inside := [place for place in places if low <= place <= high], [f"{place:g}" for place in inside])
+    ticks.set_minor_locator(NullLocator())
+
+
+def _label_columns(axis: Any, names: list[str], side: int) -> None:
+    axis.set_xticks([(side + 1) * (k + 0.5) for k in range(len(names))], names)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+
+
+def samples(arrays: Arrays) -> Any:
+    """S4: ten samples of the chain, one to a row: noise, then x(1) .. x(T)."""
+    return _chains(arrays, arrays["chain"])
+
+
+def more_samples(arrays: Arrays) -> Any:
+    """Ten more; of the further model for larger images where there is one."""
+    return _chains(arrays, arrays["chain_more"])
+
+
+def _chains(arrays: Arrays, states: np.ndarray) -> Any:
+    count, rows, side = states.shape[:3]
+    figure, axis = plotting.new(width=CELL * count, height=CELL * rows)
+    show_pictures(axis, arrays, _rows(states), count)
+    _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count))], side)
+    return figure
+
+
+def reconstructions(arrays: Arrays) -> Any:
+    """S1: held-out photographs rebuilt step by step; below, the error, what is lost without a code, and its KL."""
+    rebuilt = arrays["rebuilt"]
+    count, _, side = rebuilt.shape[:3]
+    figure, axes = plotting.new(3, 2, height=9.2, height_ratios=[4, 1])
+    grid = axes[0, 0].get_gridspec()
+    for axis in axes[0]:
+        axis.remove()
+    top, (error, lost, rate) = figure.add_subplot(grid[0, :]), axes[1]
+    sheet = np.concatenate([arrays["targets"][None], rebuilt])
+    show_pictures(top, arrays, _rows(sheet), count + 1)
+    _label_columns(top, ["photograph", *(f"x({t})" for t in range(1, count + 1))], side)
+    steps, found = np.arange(1, count + 1), per_step(arrays)
+    error.plot(steps, arrays["sequential_error"].mean(0), "o-", color=BLUE, markersize=3, label="sequential")
+    error.axhline(arrays["single_error"].mean(), color=ORANGE, linestyle="--", linewidth=1.2, label="single step")
+    error.set_ylabel("held-out squared error\nper dimension")
+    for name, colour, label in (("lost", RED, "another image's code"), ("lost_without", GREY, "trained without")):
+        values = np.array(found[name])
+        _interval_line(lost, steps[-len(values) :], values, colour, label)
+    lost.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    lost.set_ylabel("share of the step's gain\nthat is lost")
+    lost.set_ylim(0, None)
+    rate.bar(steps, [one.value for one in found["kl"]], 0.6, color=GREEN)
+    rate.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    rate.set_ylabel("KL of the step (nats)")
+    for axis in axes[1]:
+        axis.set_xlabel("step t")
+        axis.set_xticks(steps)
+    for axis in (error, lost):
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _interval_line(axis: Any, places: np.ndarray, estimates: np.ndarray, colour: str, label: str = "") -> None:
+    """Values with 95 % intervals, rows of value, low and high, joined by a line."""
+    values, lows, highs = estimates.T
+    bars = [values - lows, highs - values]
+    axis.errorbar(places, values, bars, fmt="o-", markersize=3, color=colour, linewidth=1, label=label or None)
+
+
+def swapped(arrays: Arrays) -> Any:
+    """S1: x(t) where the code of step t alone is that of the photograph in the next row; its own codes before."""
+    images = arrays["swapped"]
+    count, _, side = images.shape[:3]
+    figure, (left, right) = plotting.new(2, height=4.2)
+    names = [f"x({t})" for t in range(1, count + 1)]
+    for axis, states, title in ((left, arrays["rebuilt"], "own codes"), (right, images, "code t from the row below")):
+        show_pictures(axis, arrays, _rows(np.concatenate([arrays["targets"][None], states])), count + 1)
+        _label_columns(axis, ["", *names], side)
+        axis.tick_params(axis="x", labelsize=6)
+        axis.set_xlabel(title)
+    return figure
+
+
+def models(arrays: Arrays) -> Any:
+    """S2 to S4: samples of the three models, means of the last step, beside photographs."""
+    figure, axes = plotting.new(2, 2, height=5.6)
+    titles = {
+        "training photographs": "photographs",
+        "sequential": "sequential",
+        "single": "single step",
+        "infusion": "infusion (last mean)",
+    }
+    for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
+        show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], 6, title)
+    return figure
+
+
+def infusion(arrays: Arrays) -> Any:
+    """S3: the chain of infusion training, its transitions drawn, one to a row; last, the mean of the last step."""
+    states = np.concatenate([arrays["chain_infusion"], arrays["chain_infusion_means"][None]])
+    count, rows, side = states.shape[:3]
+    figure, axis = plotting.new(width=CELL * count, height=CELL * rows)
+    show_pictures(axis, arrays, _rows(states), count)
+    _label_columns(axis, ["noise", *(f"x({t})" for t in range(1, count - 1)), "mean"], side)
+    return figure
+
+
+def spectra(arrays: Arrays) -> Any:
+    """S2: power spectra of samples along the chain, and their distance to the photographs' at each step."""
+    figure, (left, right) = plotting.new(2, height=3.2, width_ratios=[3, 2])
+    frequencies, photographs = arrays["frequencies"], arrays["power_photographs"] + 1 / 12
+    count = len(arrays["power_sequential"])
+    for t, power in enumerate(arrays["power_sequential"]):
+        label = f"x({t + 1})" if t in (0, count - 1) else None
+        left.plot(frequencies, (power + 1 / 12) / photographs, color=BLUE, alpha=0.25 + 0.75 * t / count, label=label)
+    for name, colour in (("single", ORANGE), ("infusion", GREEN), ("training", "black")):
+        label = "training photographs" if name == "training" else name
+        left.plot(frequencies, (arrays[f"power_{name}"] + 1 / 12) / photographs, "--", color=colour, label=label)
+    left.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
+    _plain_ticks(left, "x", ONE_TWO_FIVE)
+    _plain_ticks(left, "y", ONE_TWO_FIVE)
+    left.legend(frameon=False, fontsize=7)
+    steps = np.arange(1, count + 1)
+    _interval_line(right, steps, arrays["spectral_sequential"], BLUE)
+    lines = {"single": (ORANGE, "single"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
+    lines |= {"noise_first": (BLUE, "x(1) + noise"), "noise_single": (ORANGE, "single + noise")}
+    for name, (colour, label) in lines.items():
+        value, low, high = arrays[f"spectral_{name}"]
+        right.axhline(value, color=colour, linestyle=":" if "noise" in name else "--", linewidth=1)
+        right.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
+        right.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+    right.set(xlabel="step t", ylabel="distance of log spectra (nats)")
+    right.set_xticks(steps)
+    return figure
+
+
+def nearest(arrays: Arrays) -> Any:
+    """S4: samples with the nearest training photographs, and how near samples and held-out photographs come."""
+    figure, axes = plotting.new(2, 2, height=4.6, height_ratios=[1, 1])
+    side, grid = arrays["near"].shape[1], axes[0, 0].get_gridspec()
+    for axis in axes[0]:
+        axis.remove()
+    top = figure.add_subplot(grid[0, :])
+    sheet = np.stack([arrays["near"], arrays["neighbours_pixels"], arrays["neighbours_thumbnails"]])
+    show_pictures(top, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    top.set_yticks([(side + 1) * (k + 0.5) for k in range(3)], ["sample", "nearest by pixels", "by 8 x 8 means"])
+    top.tick_params(length=0)
+    for axis, view in zip(axes[1], ("pixels", "thumbnails"), strict=True):
+        for name, colour in (("sequential", BLUE), ("single", ORANGE), ("infusion", GREEN), ("held_out", "black")):
+            values = np.sort(arrays[f"nearest_{view}_{name}"])
+            shares = np.linspace(0, 1, len(values))
+            axis.plot(values, shares, color=colour, linewidth=1.2, label=name.replace("_", " "))
+        axis.set(xlabel=f"RMS difference to the nearest, {view}", ylabel="share of images")
+    axes[1, 0].legend(frameon=False, fontsize=7, handlelength=1, loc="upper left", borderpad=0)
+    return figure
+
+
+def distances(arrays: Arrays) -> Any:
+    """S4: squared kernel distance of each set to held-out photographs, on two kinds of features."""
+    figure, axes = plotting.new(2, height=2.6, sharey=True)
+    places = np.arange(len(SETS))[::-1]
+    for axis, kind in zip(axes, KINDS, strict=True):
+        plotting.show_estimates(axis, places, arrays[f"kernel_{kind}"], [BLUE] * len(SETS))
+        axis.set(xlabel="squared kernel distance", title=f"features: {kind}{' network' * (kind == 'random')}")
+    axes[0].set_yticks(places, SETS)
+    return figure
+
+
+def training(arrays: Arrays) -> Any:
+    """What each training watched on held-out images, and the rate of the single step steered to that of the chain."""
+    colours = {"sequential": BLUE, "single": ORANGE, "infusion": GREEN, "depth": GREY}
+    histories = {name: arrays[f"{name}_history"].T for name in colours}
+    figure, ((*above, rate), (*below, none)) = plotting.new(3, 2, height=4.0)
+    none.remove()
+    for axis, (name, (steps, _, watched, kl)) in zip([*above, *below], histories.items(), strict=True):
+        axis.plot(steps, watched, color=colours[name], linewidth=1.2)
+        axis.set(title=name, xlabel="updates")
+        if name in ("sequential", "single"):
+            rate.plot(steps, kl, color=colours[name], label=name, linewidth=1.2)
+    figure.supylabel("watched, held out (nats per dimension)", fontsize=9)
+    rate.set(xlabel="updates", ylabel="KL (nats an image)", title="rate, held out")
+    rate.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def drawn(states: np.ndarray, levels: int) -> Any:
+    """States (T + 1, N, S, S, C) of a few samples, one to a row, noise first; closed, so that it shows once."""
+    from matplotlib import pyplot
+
+    figure = _chains({"levels": np.array(levels)}, states)
+    pyplot.close(figure)
+    return figure

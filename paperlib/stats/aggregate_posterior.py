@@ -1,0 +1,480 @@
+"""What all N codes say together: the distribution q(x|z) that a decoder is asked to match.
+
+With the encoder q(z|x_n) = N(mean_n, diag exp(2 log_std_n)) at every training point,
+
+    q(z)   = 1/N sum_n q(z|x_n)                                the aggregate posterior
+    q(x|z) = sum_n w_n(z) delta(x - x_n),  w_n(z) = q(z|x_n) / sum_m q(z|x_m)
+    I_q    = E_n E_{z~q(z|x_n)} [log q(z|x_n) - log q(z)]      never above log N
+
+The best Gaussian decoder of the ELBO has the mean of q(x|z), and its variance is the variance of
+q(x|z) (claims E4 and F1). Everything here is over all N x M pairs, in nats, in float64 outside.
+
+How the numbers stay right. Exponents come from float64 matrix products, a tile at a time. A code
+for which few points weigh (within `REACH` nats of the heaviest) is finished from differences,
+(z - mean) and (x - E[x]), so nothing cancels. Where many weigh, sums over all points are matrix
+products, in float32 when the result can bear it: E[(x-c)^2] - (E[x]-c)^2 loses a share
+E[(x-c)^2] / Var of the accuracy, so each entry is checked for it, and those that lost too much
+are done again in float64, about other centres c, and at last from differences.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paperlib.nn.likelihoods import LOG_2PI, gaussian_log_prob, sample_gaussian
+
+REACH = 80.0  # nats; all points further below the heaviest have less than N exp(-80) of the weight
+FLOOR = 2 * math.exp(-REACH)  # weights up to here, relative to the heaviest, count as none
+ROWS, COLUMNS = 1024, 2048  # a tile of pairs: 16 MiB in float64, which stays in the cache
+FEW = 512  # points, or N / 128: up to here differences beat matrix products
+GATHERED = 2**20  # numbers gathered at a time for differences: 8 MiB
+LARGEST = 1e50  # of a code, so that its square over a variance does not overflow
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The encoded training set: `mean` (N, D) and `log_std` that broadcasts to it, in float64.
+
+    `codes[:n]` or `codes[indices]` is a part of it, to see whether N and N/2 points agree.
+    Raises `ValueError` for shapes that do not fit, no points, and values that are not finite
+    (means up to 1e50, |log_std| up to 100).
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    def __post_init__(self) -> None:
+        mean = self.mean.detach().double().contiguous()
+        if mean.ndim != 2 or 0 in mean.shape:
+            raise ValueError(f"code means are (N, D) with N and D above 0, not {tuple(mean.shape)}")
+        log_std = torch.as_tensor(self.log_std, device=mean.device).detach().double()
+        try:
+            log_std = log_std.expand(mean.shape).contiguous()
+        except RuntimeError as error:
+            raise ValueError(
+                f"log_std {tuple(log_std.shape)} does not broadcast to means {tuple(mean.shape)}"
+            ) from error
+        if not bool((mean.abs() <= LARGEST).all() & (log_std.abs() <= 100).all()):
+            raise ValueError("code means or deviations are not finite, or absurdly large")
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "log_std", log_std)
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __getitem__(self, part: slice | Tensor) -> "Codes":
+        return Codes(self.mean[part], self.log_std[part])
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """q(x|z) at M codes, float64. Shapes: P is the shape of one training point, K labels.
+
+    `mean` E_q[x|z] (M, *P); `variance` Var_q[x|z] per pixel (M, *P), or None where not asked for;
+    `trace` its sum (M,); `log_q` log q(z) in nats (M,); `ess` the effective sample size
+    1 / sum w^2 (M,), from 1 to N; `labels` the label mixture (M, K), or None without labels.
+    """
+
+    mean: Tensor
+    variance: Tensor | None
+    trace: Tensor
+    log_q: Tensor
+    ess: Tensor
+    labels: Tensor | None
+
+
+class Information(NamedTuple):
+    """I_q(x;z), its standard error over training points, its ceiling log N; all in nats."""
+
+    nats: float
+    standard_error: float
+    ceiling: float
+
+
+@torch.no_grad()
+def log_density(z: Tensor, codes: Codes) -> Tensor:
+    """log q(z) in nats at codes `z` (M, D): `(M,)`, float64. O(M N D) time, memory bounded.
+
+    Right to 1e-6 nats, or to float64's own 15 digits where |log q| is beyond 1e9 (a code very far
+    from all data). Raises `ValueError` for codes of another width, or not finite.
+    """
+    z, table = _checked(z, codes), _Table(codes)
+    result = z.new_empty(len(z))
+    for block in _slices(len(z), ROWS):
+        here = z[block]
+        top, many, bundles = _heavy(here, table, table.width)
+        out = result[block]
+        for rows, _, _, log_q in bundles:
+            out[rows] = log_q
+        if len(many):
+            total = sum(w.sum(1) for _, w in _weights(here[many], table, top[many]))
+            out[many] = top[many] + total.log() - math.log(len(codes))
+    return result
+
+
+@torch.no_grad()
+def log_weights(z: Tensor, codes: Codes) -> Tensor:
+    """log w_n(z) in nats for codes `z` (M, D): `(M, N)`, float64, each row's exp sums to 1.
+
+    All M N numbers at once, 0.5 MB a code at N = 60,000: for the few codes that one looks at. The
+    other functions need no such table.
+    """
+    z, table = _checked(z, codes), _Table(codes)
+    exponents = z.new_empty(len(z), len(codes))
+    for columns in _slices(len(codes), COLUMNS):
+        exponents[:, columns] = table.differences(z, columns)
+    return torch.log_softmax(exponents, dim=1)
+
+
+@torch.no_grad()
+def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
+    """The training points that codes `z` (M, D) stand for: indices and weights, both `(M, k)`.
+
+    Heaviest first; a weight is w_n(z), so a row sums to 1 where k points are all that weigh.
+    Raises `ValueError` for `k` outside 1 .. N.
+    """
+    if not 1 <= k <= len(codes):
+        raise ValueError(f"the {k} heaviest of {len(codes)} points")
+    z, table = _checked(z, codes), _Table(codes)
+    indices = torch.empty(len(z), k, dtype=torch.long, device=z.device)
+    weights = z.new_empty(len(z), k)
+    log_q = log_density(z, codes)
+    for block in _slices(len(z), max(1, min(ROWS, GATHERED // (k * table.width)))):
+        best = z.new_empty(len(z[block]), 0)
+        points = indices.new_empty(len(z[block]), 0)
+        exact = table.is_coarse(z[block])
+        for columns in _slices(len(codes), COLUMNS):
+            tile = table.exponents(z[block], columns, exact)
+            value, place = tile.topk(min(k, tile.shape[1]), dim=1)
+            best, points = (
+                torch.cat([best, value], 1),
+                torch.cat([points, place + columns.start], 1),
+            )
+            best, place = best.topk(min(k, best.shape[1]), dim=1)
+            points = points.gather(1, place)
+        exponents = table.differences(z[block], points)
+        exponents, place = exponents.sort(dim=1, descending=True, stable=True)
+        indices[block] = points.gather(1, place)
+        weights[block] = (exponents - log_q[block, None] - math.log(len(codes))).exp()
+    return indices, weights
+
+
+@torch.no_grad()
+def conditional(
+    z: Tensor,
+    codes: Codes,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    classes: int | None = None,
+    per_pixel: bool = True,
+) -> Conditional:
+    """Mean and variance of q(x|z) at codes `z` (M, D), its labels, effective size, and log q(z).
+
+    `x` (N, ...) are the training points in the order of `codes`, bool, uint8 or floating, in
+    whatever unit the results should have; they may lie on another device. `labels` (N,) are
+    integers from 0, `classes` their number (default: the largest + 1). Without `per_pixel` only
+    the trace of the variance is made, in about half the time.
+
+    Variances are right to 1e-5 relative, down to 1e-28 of a pixel's range squared; means to 1e-6
+    of its range. Raises `ValueError` for shapes or labels that do not fit.
+    """
+    z, table = _checked(z, codes), _Table(codes)
+    if len(x) != len(codes) or (labels is not None and labels.shape != (len(codes),)):
+        raise ValueError(f"{len(codes)} codes, but {len(x)} points or other labels")
+    one_hot = None
+    if labels is not None:
+        classes = int(labels.max()) + 1 if classes is None else classes
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise ValueError(f"labels are not all in 0 .. {classes - 1}")
+        one_hot = torch.eye(classes, dtype=torch.float64, device=z.device)
+        one_hot = one_hot[labels.to(z.device, torch.long)]
+    flat = x.detach().reshape(len(x), -1)
+    flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
+    count, pixels = len(z), flat.shape[1]
+    mean = z.new_empty(count, pixels)
+    variance = z.new_empty(count, pixels if per_pixel else 1)
+    log_q, ess = z.new_empty(count), z.new_empty(count)
+    mixture = None if one_hot is None else z.new_empty(count, one_hot.shape[1])
+
+    for block in _slices(count, ROWS):
+        here = z[block]
+        top, many, bundles = _heavy(here, table, max(table.width, pixels))
+        for rows, points, weights, density in bundles:
+            rows = rows + block.start
+            log_q[rows], ess[rows] = density, 1 / weights.square().sum(1)
+            if mixture is not None:
+                mixture[rows] = (weights[:, None] @ one_hot[points])[:, 0]
+            near = flat[points.to(flat.device)].to(z.device, torch.float64)
+            base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
+            shift = weights[:, None] @ near.sub_(base)
+            mean[rows] = (base + shift)[:, 0]
+            near.sub_(shift).square_()
+            near = near if per_pixel else near.sum(2, keepdim=True)
+            variance[rows] = (weights[:, None] @ near)[:, 0]
+        if len(many):
+            rows = many + block.start
+            sums = _matrix_moments(here[many], table, top[many], flat, one_hot, per_pixel)
+            mean[rows], variance[rows], total, squares, labelled = sums
+            log_q[rows] = top[many] + total.log() - math.log(len(codes))
+            ess[rows] = total.square() / squares
+            if mixture is not None:
+                mixture[rows] = labelled / total[:, None]
+    return Conditional(
+        mean=mean.reshape(count, *x.shape[1:]),
+        variance=variance.reshape(count, *x.shape[1:]) if per_pixel else None,
+        trace=variance.sum(1),
+        log_q=log_q,
+        ess=ess,
+        labels=mixture,
+    )
+
+
+@torch.no_grad()
+def mutual_information(
+    codes: Codes,
+    *,
+    samples: int = 1,
+    points: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Information:
+    """I_q(x;z) in nats, by `samples` codes from each training point, against all N.
+
+    Unbiased for the N points at hand, taken as equally likely; for the data behind them it is a
+    lower bound that stops at log N. `points` draws only so many, without replacement, to sample
+    from. The standard error is over these (nan if only one of several was asked for). `generator`
+    is on the device of the codes.
+    """
+    if samples < 1 or (points is not None and not 1 <= points <= len(codes)):
+        raise ValueError(f"{samples} samples at {points} of {len(codes)} points")
+    part = codes
+    if points is not None and points < len(codes):
+        device = codes.mean.device
+        part = codes[torch.randperm(len(codes), generator=generator, device=device)[:points]]
+    gain = torch.zeros_like(part.mean[:, 0])
+    for _ in range(samples):
+        z = sample_gaussian(part.mean, part.log_std, generator=generator)
+        gain += gaussian_log_prob(z, part.mean, part.log_std) - log_density(z, codes)
+    gain /= samples
+    error = gain.std().item() / math.sqrt(len(part)) if len(part) > 1 else math.nan
+    return Information(gain.mean().item(), 0.0 if len(codes) == 1 else error, math.log(len(codes)))
+
+
+def _checked(z: Tensor, codes: Codes) -> Tensor:
+    if z.ndim != 2 or z.shape[1] != codes.mean.shape[1]:
+        raise ValueError(f"codes are (M, {codes.mean.shape[1]}), not {tuple(z.shape)}")
+    z = z.detach().to(codes.mean)
+    if not bool((z.abs() <= LARGEST).all()):
+        raise ValueError("codes are not finite, or absurdly large")
+    return z
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+class _Table:
+    """The codes as the right-hand side of a matrix product that gives log q(z|x_n).
+
+    -1/2 sum_d ((z_d - m_d) / s_d)^2 + log normaliser is linear in (z^2, z, 1), taken about the
+    centre of the means.
+    """
+
+    def __init__(self, codes: Codes) -> None:
+        self.codes = codes
+        self.width = codes.mean.shape[1]
+        self.centre = codes.mean.mean(0)
+        mean = codes.mean - self.centre
+        self.inverse = torch.exp(-codes.log_std)
+        precision = self.inverse.square()
+        scaled = precision * mean
+        self.norm = -codes.log_std.sum(1) - 0.5 * self.width * LOG_2PI
+        offset = self.norm - 0.5 * (scaled * mean).sum(1)
+        ones = torch.ones_like(offset)
+        self.features = torch.cat([precision, scaled, offset[:, None], ones[:, None]], 1)
+        self.farthest, self.sharpest = mean.abs().amax(0), precision.amax(0)
+        self.tile = mean.new_empty(ROWS * COLUMNS)  # new memory for each tile would cost more than what is put there
+
+    def rounding(self, z: Tensor) -> Tensor:
+        """Bound `(M,)` of the rounding, in nats, of a matrix product's exponents."""
+        terms = self.sharpest * ((z - self.centre).abs() + self.farthest).square()
+        return 2 * torch.finfo(z.dtype).eps * terms.sum(1)
+
+    def is_coarse(self, z: Tensor) -> bool:
+        return bool((self.rounding(z) > 1e-7).any())
+
+    def exponents(self, z: Tensor, columns: slice, exact: bool, top: Tensor | None = None) -> Tensor:
+        """log q(z|x_n) - top: (M, D) to (M, C), up to the next call; `exact` by differences, slowly."""
+        if exact:
+            tile = self.differences(z, columns)
+            return tile if top is None else tile.sub_(top[:, None])
+        z = z - self.centre
+        ones = torch.ones_like(z[:, :1])
+        shift = torch.zeros_like(ones) if top is None else -top[:, None]
+        left, right = torch.cat([-0.5 * z.square(), z, ones, shift], 1), self.features[columns]
+        out = self.tile[: len(left) * len(right)].view(len(left), len(right))
+        return torch.mm(left, right.T, out=out)
+
+    def differences(self, z: Tensor, points: slice | Tensor) -> Tensor:
+        """log q(z|x_n) from (z - mean), for a slice of points or each code's own (M, K): (M, K)."""
+        result = 0
+        for mean, inverse, code in zip(self.codes.mean.T, self.inverse.T, z.T, strict=True):
+            result += (code[:, None] - mean[points]).mul_(inverse[points]).square_()
+        return result.mul_(-0.5).add_(self.norm[points])
+
+
+def _heavy(z: Tensor, table: _Table, width: int) -> tuple[Tensor, Tensor, Iterator]:
+    """Which points weigh for codes `z` (M, D).
+
+    Returns the largest exponents (M,), the rows for which many points weigh, and, for the others,
+    bundles of (rows (R,), points (R, K), weights (R, K) that sum to 1, log q (R,)), small enough
+    to gather (R, K, width).
+    """
+    count = len(table.codes)
+    limit = max(FEW, count // 128)
+    reach = REACH + 2 * table.rounding(z)
+    tiles = list(_slices(count, COLUMNS))
+    peaks = torch.stack([table.exponents(z, columns, False).amax(1) for columns in tiles], 1)
+    top = peaks.amax(1)
+    found = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    hits = []
+    for columns, peak in zip(tiles, peaks.T, strict=True):
+        rows = ((found <= limit) & (peak >= top - reach)).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        weighs = table.exponents(z[rows], columns, False) >= (top - reach)[rows, None]
+        found[rows] += weighs.sum(1)
+        few = (found[rows] <= limit).nonzero()[:, 0]
+        row, column = weighs[few].nonzero(as_tuple=True)
+        hits.append(torch.stack([rows[few[row]], column + columns.start]))
+    many = (found > limit).nonzero()[:, 0]
+    if len(many) and table.is_coarse(z[many]):
+        exact = [table.exponents(z[many], columns, True).amax(1) for columns in tiles]
+        top[many] = torch.stack(exact).amax(0)
+    return top, many, _bundles(z, table, found, limit, torch.cat(hits, 1), width)
+
+
+def _bundles(
+    z: Tensor, table: _Table, found: Tensor, limit: int, hits: Tensor, width: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Rows with at most `limit` of the `hits` (2, Q), those with about equally many together."""
+    hits = hits[:, found[hits[0]] <= limit]
+    points = hits[1, hits[0].argsort(stable=True)]
+    found = torch.where(found <= limit, found, 0)
+    start = found.cumsum(0) - found
+    size = 1
+    while size < 2 * limit:
+        alike = ((found > size // 2) & (found <= size)).nonzero()[:, 0]
+        for part in _slices(len(alike), max(1, GATHERED // (size * width))):
+            rows = alike[part]
+            place = torch.arange(int(found[rows].max()), device=z.device)
+            padding = place >= found[rows, None]
+            chosen = points[(start[rows, None] + place).masked_fill(padding, 0)]
+            exponents = table.differences(z[rows], chosen).masked_fill_(padding, -torch.inf)
+            log_total = exponents.logsumexp(1)
+            weights = torch.softmax(exponents, 1)
+            yield rows, chosen, weights, log_total - math.log(len(table.codes))
+        size *= 2
+
+
+def _weights(z: Tensor, table: _Table, top: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of exp(log q(z|x_n) - top), each in the memory of the one before, and the points that they are for."""
+    exact = table.is_coarse(z)
+    for columns in _slices(len(table.codes), COLUMNS):
+        # Far below, weights would be denormal numbers, which are slow; exp(-REACH) is as good as 0.
+        yield columns, table.exponents(z, columns, exact, top).clamp_(min=-REACH).exp_()
+
+
+def _matrix_moments(
+    z: Tensor, table: _Table, top: Tensor, x: Tensor, one_hot: Tensor | None, per_pixel: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Mean, variance or trace, sums of weights, of their squares, and of labels, by products.
+
+    Each round does again the entries whose variance is below `share` of the second moment about
+    the round's centre, and so mostly rounding. Pixels that agree at black or white for all that
+    weighs are right in the rounds centred there.
+    """
+    count, every = len(z), torch.arange(x.shape[1], device=z.device)
+    mean = z.new_empty(count, len(every))
+    variance = z.new_empty(count, len(every) if per_pixel else 1)
+    undone = torch.ones_like(variance, dtype=torch.bool)
+    totals = None
+    for dtype, centre, share in _rounds(x):
+        rows = undone.any(1).nonzero()[:, 0]
+        if not len(rows):
+            break
+        pixels = undone.any(0).nonzero()[:, 0] if per_pixel else every
+        entries = rows[:, None], pixels if per_pixel else every[:1]
+        about = centre().to(z.device)[pixels]
+        labels = one_hot if totals is None else None
+        weights = _weights(z[rows], table, top[rows])
+        first, second, *rest = _sums(weights, x, pixels, about, dtype, labels, per_pixel)
+        totals = totals or rest
+        first, second = first / rest[0][:, None], second / rest[0][:, None]
+        square = first.square()
+        spread = second - (square if per_pixel else square.sum(1, keepdim=True))
+        mean[rows[:, None], pixels] = first + about
+        variance[entries] = torch.where(undone[entries], spread, variance[entries])
+        undone[entries] &= spread < share * second
+    for row in undone.any(1).nonzero()[:, 0]:
+        left, total, squares = undone[row], 0, 0
+        for columns, (w,) in _weights(z[row, None], table, top[row, None]):
+            points = (w > FLOOR).nonzero()[:, 0]
+            near = x[columns][points.to(x.device)].to(w.device, torch.float64)
+            total += w.sum()
+            squares += w[points] @ near.sub_(mean[row]).square_()
+        variance[row, left] = (squares[left] if per_pixel else squares.sum(0, keepdim=True)) / total
+    return mean, variance, *totals
+
+
+def _rounds(x: Tensor) -> Iterator[tuple[torch.dtype, Callable[[], Tensor], float]]:
+    """What `_matrix_moments` tries in turn: precision, centre (P,), and the share it needs.
+
+    The shares keep errors of 5e-7 and 1e-15 of the second moment below 3e-6 of the variance.
+    """
+    sample = x[:: max(1, len(x) // 1024)]
+    # Reduced precision, where it has been asked for, would be used for float32 products too.
+    single = torch.get_float32_matmul_precision() == "highest" and not x.is_cuda
+    if single and not torch.is_autocast_enabled("cpu"):
+        yield torch.float32, lambda: sample.median(0).values, 0.2
+    yield torch.float64, lambda: x.amin(0), 1e-9
+    yield torch.float64, lambda: x.amax(0), 1e-9
+
+
+def _sums(
+    weights: Iterator[tuple[slice, Tensor]],
+    x: Tensor,
+    pixels: Tensor,
+    centre: Tensor,
+    dtype: torch.dtype,
+    one_hot: Tensor | None,
+    per_pixel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Weighted sums of x - centre, its square, 1, the weight itself, and labels; in float64."""
+    first = second = total = squares = 0
+    labelled = None if one_hot is None else 0
+    for columns, w in weights:
+        total = total + w.sum(1)
+        squares = squares + torch.linalg.vecdot(w, w)
+        if one_hot is not None:
+            labelled = labelled + w @ one_hot[columns]
+        near = _gather(x, columns, pixels)
+        weigh = w.amax(0) > FLOOR
+        if 2 * int(weigh.sum()) < len(near):
+            w, near = w[:, weigh], near[weigh.to(near.device)]
+        # Centred before it is rounded: float64 images may differ by less than float32 can tell.
+        near = near.to(w.device, torch.promote_types(near.dtype, dtype)) - centre
+        near, w = near.to(dtype), w.to(dtype)
+        first = first + (w @ near).double()
+        near.square_()
+        second = second + (w @ (near if per_pixel else near.sum(1, keepdim=True))).double()
+    return first, second, total, squares, labelled
+
+
+def _gather(x: Tensor, points: slice, pixels: Tensor) -> Tensor:
+    near = x[points]
+    return near if len(pixels) == x.shape[1] else near[:, pixels.to(x.device)]

@@ -1,0 +1,137 @@
+"""What a long computation needs around it: device, compiler, memory, Ctrl-C, progress."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from paperlib.system.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Under torchrun "cuda" is the one of this process. Raises `UserError` for another name, and for
+    CUDA on a machine without it.
+    """
+    kind, colon, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
+        raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or (kind == "auto" and not available):
+        return torch.device("cpu")
+    index = int(number or os.environ.get("LOCAL_RANK", 0))
+    if index >= available:
+        raise UserError(f"device {name!r}: torch sees {available} CUDA devices; use auto or cpu")
+    return torch.device("cuda", index)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which training runs its loss: bfloat16 autocast, or nothing for "float32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """`model` under `torch.compile`, with the same parameters.
+
+    Without a C++ compiler it is `model` itself, and stderr says so.
+    """
+    chosen = os.environ.get("CXX")
+    names = [chosen] if chosen else ["g++", "clang++", "c++"]
+    found = next((name for name in names if shutil.which(name)), None)
+    if found is None:
+        print("no C++ compiler (install g++ or set CXX): running uncompiled, slower", file=sys.stderr)
+        return model
+    os.environ["CXX"] = found  # where torch looks
+    return torch.compile(model)
+
+
+@contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Within, running out of memory is a `UserError` that ends with `advice`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told = "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+        if not told and not isinstance(error, MemoryError):
+            raise
+        raise UserError(f"out of memory: {advice}") from error
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[list[int]]:
+    """Within, a first Ctrl-C is noted in the list yielded, and only a second one raises.
+
+    So the caller can end at a point where its state is whole. Outside the main thread, and where
+    Ctrl-C is ignored, nothing changes.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("stopping after this step (again: at once, unsaved)", file=sys.stderr)
+
+    before = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or before in (signal.SIG_IGN, None):
+        yield asked
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def progress_bar(
+    name: str, step: int, steps: int, minutes: float, hidden: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, from `step` to `steps`, for the caller to keep up to date.
+
+    Yields `show(step, elapsed, numbers, force=False)`, to be called after each step: `elapsed` in
+    seconds, and `numbers()`, called only when something is drawn, a dict of floats of which "loss"
+    is one. Where the variable PAPERLIB_PROGRESS names a file there is no bar: that file is replaced
+    at most once a second with JSON of name, step, steps, loss, elapsed and minutes, for another
+    process to draw. TQDM_DISABLE=1 hides the bar; `hidden` turns off both.
+    """
+    target = os.environ.get("PAPERLIB_PROGRESS")
+    pause, drawn = (1.0 if target else 5.0), -math.inf
+    disable = {"disable": True} if target or hidden else {}  # else for TQDM_DISABLE to say
+
+    def show(step: int, elapsed: float, numbers: Callable[[], dict[str, float]], force: bool = False) -> None:
+        nonlocal drawn
+        if hidden:
+            return
+        due = force or time.monotonic() - drawn >= pause
+        if due:
+            drawn, shown = time.monotonic(), numbers()
+            if target:
+                content = {"name": name, "step": step, "steps": steps, "loss": shown["loss"]}
+                _replace_text(target, json.dumps({**content, "elapsed": elapsed, "minutes": minutes}))
+            bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
+        bar.update(step - bar.n)
+
+    with tqdm(total=steps, initial=step, desc=name, mininterval=5, **disable) as bar:
+        yield show
+
+
+def _replace_text(target: str, text: str) -> None:
+    partial = Path(f"{target}.{os.getpid()}.partial")
+    with suppress(OSError):  # a lost bar must not end the computation
+        partial.write_text(text)
+        os.replace(partial, target)

@@ -1,0 +1,136 @@
+"""Where things lie, as absolute paths, and how a file gets there whole or not at all.
+
+The folders below can be moved by an environment variable. A relative value counts from the repository, never from
+the working directory, because papermill, nbval and JupyterLab each start a notebook in another one.
+
+| function | default | variable |
+| --- | --- | --- |
+| `data_root` | `data/` | `PAPERLIB_DATA` |
+| `runs_root` | `runs/` | `PAPERLIB_RUNS` |
+| `results_root` | `results/` | `PAPERLIB_RESULTS` |
+| `figures_root` | `figures/` | `PAPERLIB_FIGURES` |
+"""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import paperlib
+from paperlib.system.errors import UserError
+
+ROOT = Path(paperlib.__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+LOCK = ".lock"  # a file in a folder that is worked in; it says by which process, and may stay when none does
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _root(variable: str, default: str) -> Path:
+    return (ROOT / Path(os.environ.get(variable) or default).expanduser()).resolve()
+
+
+def data_root() -> Path:
+    return _root("PAPERLIB_DATA", "data")
+
+
+def runs_root() -> Path:
+    return _root("PAPERLIB_RUNS", "runs")
+
+
+def results_root() -> Path:
+    return _root("PAPERLIB_RESULTS", "results")
+
+
+def figures_root() -> Path:
+    return _root("PAPERLIB_FIGURES", "figures")
+
+
+def make_folder(path: Path) -> Path:
+    """Create `path` with its parents and return it; a `UserError` where that is not allowed."""
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    Yields a path beside `path`, with the same ending; when the block ends without an error the file written there is
+    flushed to disk and takes the place of `path`. A kill at any moment leaves the old file or the new one.
+
+    Raises `UserError` when the disk is full or the folder cannot be written.
+    """
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        with explained(path):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, doing: str, patience: float = 3.0) -> Iterator[None]:
+    """Within, no other process is in a block like this for the same folder. The system ends the lock with the process.
+
+    Waits for the lock `patience` seconds, as a notebook's kernel that lost its parent takes a moment to end, and then
+    raises `UserError`; `doing` says what the other does, such as "training".
+    """
+    make_folder(folder)
+    with explained(folder / LOCK):
+        file = (folder / LOCK).open("a+")
+    until = time.monotonic() + patience
+    with file:
+        while not _acquired(file):
+            if time.monotonic() > until:
+                file.seek(0)
+                raise UserError(
+                    f"process {file.read().strip() or '?'} is {doing} in {folder}: wait until it is done (running "
+                    f"again then uses what it made), or end it"
+                )
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _acquired(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the system's errors that a reader can mend, met while writing `path`, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise UserError(
+                f"no space left to write {path}: free some space (or move the folder with a PAPERLIB_ variable, "
+                f"see docs/running.md) and run the same command again; nothing finished was lost"
+            ) from error
+        if error.errno in _NO_PERMISSION:
+            raise UserError(f"cannot write {path}: {error.strerror}; allow writing there and run again") from error
+        if error.errno == errno.ENOENT:
+            raise UserError(f"cannot write {path}: no such folder can be made there; choose another") from error
+        if error.errno == errno.EISDIR:
+            raise UserError(f"cannot write {path}: a folder stands where a file is needed; move it away") from error
+        if error.errno in {errno.EEXIST, errno.ENOTDIR}:
+            raise UserError(f"cannot write {path}: a file stands where a folder is needed; move it away") from error
+        raise
