@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperlib.runs import results
+from paperlib.runs.provenance import describe_code, describe_device, versions
 from paperlib.system import files
 from paperlib.system.devices import pick_device
 
@@ -109,9 +109,9 @@ def write(
         "rows": done,
         "notes": notes,
         "rounds": asked.rounds,
-        "device": results.describe_device(str(asked.device)),
-        "versions": results.versions(),
-        **results.describe_code(),
+        "device": describe_device(str(asked.device)),
+        "versions": versions(),
+        **describe_code(),
     }
     print(*notes, content["device"], sep="\n")
     if asked.quick:

@@ -10,7 +10,6 @@ killed looks complete. So each notebook gets a status here, and anything but `ok
 
 import argparse
 import dataclasses
-import importlib
 import json
 import logging
 import os
@@ -23,22 +22,19 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
-from paperlib.runs import presets, results
+from paperlib.experiments import EXPERIMENTS
+from paperlib.runs import presets
+from paperlib.runs.claims import Verdicts, verdict_text
+from paperlib.runs.provenance import describe_code
+from paperlib.runs.recorded import record
+from paperlib.runs.run import run_name
 from paperlib.system import files
 from paperlib.system.devices import pick_device
 from paperlib.system.errors import UserError, run_command
-
-EXPERIMENTS = {
-    "01_elbo_derivation": "elbo",
-    "02_mnist_fuzziness": "fuzziness",
-    "03_lsun_sequential_vae": "sequential",
-    "04_cifar_pixelvae": "pixelvae",
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Outcome:
     status: str
     seconds: float
     message: str = ""
-    claims: results.Verdicts | None = None
+    claims: Verdicts | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = len(outcomes) < len(jobs) or any(outcome.status != "ok" for outcome in outcomes)
     if options.record and not failed:
         for outcome in outcomes:
-            if experiment := _experiment(outcome.job.notebook):
-                for path in results.record(outcome.job.directory, experiment.PRESETS[options.preset]):
+            if experiment := EXPERIMENTS.get(outcome.job.notebook.stem):
+                for path in record(outcome.job.directory, experiment.presets[options.preset]):
                     print(f"recorded {_short(path)}")
     if any(outcome.status == "interrupted" for outcome in outcomes):
         return 130
@@ -270,25 +266,18 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
         "weights": options.weights,
         "overrides": {},
     }
-    if (experiment := _experiment(notebook)) is None:
+    if (experiment := EXPERIMENTS.get(notebook.stem)) is None:
         return Job(notebook, parameters, files.runs_root() / notebook.stem / options.preset)
     try:
-        settings = presets.choose(experiment.PRESETS, options.preset)
-        overrides = presets.parse(settings, options.set)
-        settings = presets.choose(experiment.PRESETS, options.preset, overrides)
+        overrides = presets.parse(experiment.settings(options.preset), options.set)
+        settings = experiment.settings(options.preset, overrides)
         # papermill writes a tuple as text
         parameters["overrides"] = {name: list(v) if isinstance(v, tuple) else v for name, v in overrides.items()}
         pick_device(options.device)
-        name = results.run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
+        name = run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
     except UserError as error:
         raise UserError(f"{notebook.stem}: {error}") from error
     return Job(notebook, parameters, files.runs_root() / name)
-
-
-def _experiment(notebook: Path) -> ModuleType | None:
-    """The module behind a notebook; None for a notebook of the reader's own."""
-    name = EXPERIMENTS.get(notebook.stem)
-    return importlib.import_module(f"paperlib.{name}.experiment") if name else None
 
 
 def _check_recordable(options: argparse.Namespace) -> None:
@@ -296,16 +285,16 @@ def _check_recordable(options: argparse.Namespace) -> None:
         raise UserError("--record keeps runs of a preset as it stands: drop --set")
     if options.weights != "train":
         raise UserError("--record keeps runs that were trained: drop --weights")
-    code = results.describe_code()
+    code = describe_code()
     if code["revision"] is None or code["modified"]:
         raise UserError("--record needs committed code: commit (or stash) the changes first")
 
 
-def _fresh_claims(job: Job, started: float) -> results.Verdicts | None:
+def _fresh_claims(job: Job, started: float) -> Verdicts | None:
     file = job.directory / "run.json"
     if not file.exists() or file.stat().st_mtime < started - 1:
         return None
-    return results.Verdicts(results.load_json(job.directory / "metrics.json")["claims"])
+    return Verdicts(files.load_json(job.directory / "metrics.json")["claims"])
 
 
 def _line(outcome: Outcome) -> str:
@@ -336,21 +325,21 @@ def _verdicts(outcome: Outcome) -> str:
         return "-"
     by_verdict: dict[str, list[str]] = {}
     for key, entry in outcome.claims.items():
-        by_verdict.setdefault(results.verdict_text(entry), []).append(key)
+        by_verdict.setdefault(verdict_text(entry), []).append(key)
     return "; ".join(f"{verdict}: {' '.join(keys)}" for verdict, keys in by_verdict.items())
 
 
 def _listing(notebooks: list[Path]) -> str:
     lines = []
     for notebook in notebooks:
-        experiment = _experiment(notebook)
+        experiment = EXPERIMENTS.get(notebook.stem)
         lines.append(notebook.stem)
         if experiment is None:
             continue
-        names = list(experiment.PRESETS)
+        names = list(experiment.presets)
         lines.append(f"  presets: {', '.join(names)}")
-        for field in dataclasses.fields(experiment.PRESETS[names[0]]):
-            values = [getattr(experiment.PRESETS[name], field.name) for name in names]
+        for field in dataclasses.fields(experiment.presets[names[0]]):
+            values = [getattr(experiment.presets[name], field.name) for name in names]
             same = all(value == values[0] for value in values)
             text = str(values[0]) if same else ", ".join(map(str, values))
             lines.append(f"  {field.name:<20} {text:<32} {field.metadata.get('help', '')}")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from paperlib.report import records
-from paperlib.runs.results import Quantity
+from paperlib.runs.estimate import Estimate
 
 RECORDED = list(records.recorded())
 TRAINED = [one for one in RECORDED if one.provenance["trainings"]]  # notebook 01 takes a minute, and is run by nbval
@@ -30,9 +30,9 @@ def test_another_number_or_verdict_is_noticed():
 
 
 def test_numbers_that_could_not_be_measured_agree_with_themselves():
-    assert records._same(Quantity(None), Quantity(float("nan")))
-    assert not records._same(Quantity(1.0), Quantity(float("nan")))
-    assert not records._same(Quantity(1.0, 0.5, 2.0), Quantity(1.0, 0.5, 2.1))
+    assert records._same(Estimate(None), Estimate(float("nan")))
+    assert not records._same(Estimate(1.0), Estimate(float("nan")))
+    assert not records._same(Estimate(1.0, 0.5, 2.0), Estimate(1.0, 0.5, 2.1))
 
 
 def test_failed_claims_come_first():

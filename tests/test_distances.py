@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 
+from paperlib.runs.estimate import Estimate
 from paperlib.stats import two_sample
 from paperlib.stats.two_sample import (
     Estimate,

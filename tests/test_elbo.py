@@ -11,8 +11,8 @@ from paperlib.elbo import chain, finite, gaussian
 from paperlib.elbo import examples as elbo_examples
 from paperlib.elbo import experiment as elbo
 from paperlib.elbo import figures as elbo_figures
-from paperlib.runs import results
-from paperlib.runs.results import Quantity
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.run import load_arrays, save_figure
 from paperlib.system.errors import UserError
 
 SMALL = {
@@ -60,19 +60,19 @@ def test_every_quantity_of_a_criterion_can_fail_it(parts, claim):
     for name, quantity in measured.items():
         worse = [criterion(**measured | {name: dataclasses.replace(quantity, value=bad)}) for bad in (-1e3, 0.0, 1e3)]
         assert not all(worse), f"{claim} holds whatever {name} is"
-        assert not criterion(**measured | {name: Quantity(float("nan"))}), f"{claim} holds where {name} is no number"
+        assert not criterion(**measured | {name: Estimate(float("nan"))}), f"{claim} holds where {name} is no number"
 
 
 def test_conclude_writes_what_the_figures_draw(run, parts):
     verdicts = elbo.conclude(run, *parts.values())
     assert {key: entry["holds"] for key, entry in verdicts.items()} == dict.fromkeys(SECTIONS, True)
     assert json.loads((run.directory / "metrics.json").read_text())["claims"].keys() == SECTIONS.keys()
-    arrays = results.load_arrays(run.directory)
+    arrays = load_arrays(run.directory)
     for draw in ("flows", "survival", "convergence", "price", "amplification"):
         figure = getattr(elbo_figures, draw)(arrays)
         for axis in figure.axes:
             assert axis.get_xlabel(), f"an axis of {draw} has no label"
-        results.save_figure(run, figure, draw)
+        save_figure(run, figure, draw)
         assert (run.directory / f"{draw}.png").stat().st_size > 5000
 
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from paperlib.fuzziness import experiment as fuzziness
-from paperlib.runs import results
+from paperlib.runs.run import run_name
 from paperlib.system import files
 
 ROOTS = ("data", "runs", "results", "figures")
@@ -187,7 +187,7 @@ def of_other_settings(home):
 
     settings = dataclasses.replace(pixelvae.PRESETS["smoke"], **(SMALL | {"learning_rate": 0.5}))
     run = checkpoint(home).parent.parent
-    run.rename(home / "runs" / results.run_name(pixelvae.NOTEBOOK, "smoke", settings, 0))
+    run.rename(home / "runs" / run_name(pixelvae.NOTEBOOK, "smoke", settings, 0))
     return ["--set", "learning_rate=0.5"]
 
 

@@ -16,7 +16,7 @@ from paperlib.fuzziness import figures as fuzziness_figures
 from paperlib.fuzziness import model as fuzziness_vae
 from paperlib.fuzziness.experiment import Settings
 from paperlib.fuzziness.model import BERNOULLI, MAIN, Variant
-from paperlib.runs import results
+from paperlib.runs.run import Run
 from paperlib.stats import aggregate_posterior, sharpness
 from paperlib.system import files
 from paperlib.system.errors import UserError
@@ -282,7 +282,7 @@ def test_the_swept_numbers_are_those_of_their_models(finished):
 def test_verdicts_follow_the_arrays(finished):
     """Each claim can fail: arrays that contradict it are judged so."""
     run, images, models, arrays = finished
-    cpu = results.Run(run.notebook, "cpu", run.settings, 0, "cpu", "recorded")
+    cpu = Run(run.notebook, "cpu", run.settings, 0, "cpu", "recorded")
     good = dict(arrays)
     good["gap"] = 0.01 * arrays["between"][:, None] * np.ones_like(arrays["gap"])
     good["error"] = arrays["spread"] + good["gap"]

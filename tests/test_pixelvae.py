@@ -14,9 +14,9 @@ from paperlib.pixelvae import measurements as pixelvae_samples
 from paperlib.pixelvae import model as pixelvae_model
 from paperlib.pixelvae.experiment import CLAIMS, Settings
 from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS, VARIANTS
-from paperlib.runs import results
-from paperlib.runs.results import Quantity
-from paperlib.stats import aggregate_posterior, two_sample
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.run import load_arrays
+from paperlib.stats import intervals, aggregate_posterior, two_sample
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -281,7 +281,7 @@ BAD = [
 
 
 def around(values):
-    return {name: Quantity(value, value - 0.1 * abs(value), value + 0.1 * abs(value)) for name, value in values.items()}
+    return {name: Estimate(value, value - 0.1 * abs(value), value + 0.1 * abs(value)) for name, value in values.items()}
 
 
 @pytest.mark.parametrize("key", GOOD)
@@ -297,12 +297,12 @@ def test_a_criterion_refuses_what_its_words_refuse(key, name, value):
 @pytest.mark.parametrize(
     ("key", "name", "quantity"),
     [
-        ("P2", "shuffle_gap", Quantity(6.0, -0.1, 12.1)),
-        ("P3", "prior", Quantity(3.0, 1.15, 4.85)),
-        ("P4", "neighbours", Quantity(0.2, 0.04, 0.36)),
-        ("P5", "above_random", Quantity(0.04, -0.01, 0.09)),
-        ("P5", "above_components", Quantity(0.04, -0.01, 0.09)),
-        ("G1", "nats_lost", Quantity(2000.0, 900.0, 3100.0)),
+        ("P2", "shuffle_gap", Estimate(6.0, -0.1, 12.1)),
+        ("P3", "prior", Estimate(3.0, 1.15, 4.85)),
+        ("P4", "neighbours", Estimate(0.2, 0.04, 0.36)),
+        ("P5", "above_random", Estimate(0.04, -0.01, 0.09)),
+        ("P5", "above_components", Estimate(0.04, -0.01, 0.09)),
+        ("G1", "nats_lost", Estimate(2000.0, 900.0, 3100.0)),
     ],
 )
 def test_a_criterion_asks_for_the_interval_too(key, name, quantity):
@@ -405,9 +405,9 @@ def test_each_quantity_is_what_its_name_says():
 def test_a_ratio_of_estimates():
     generator = np.random.default_rng(0)
     a, b = generator.normal(2.0, 0.05, 100_000), generator.normal(5.0, 0.1, 100_000)
-    found = two_sample.ratio(
-        two_sample.Estimate(2.0, 2.0 - 1.96 * 0.05, 2.0 + 1.96 * 0.05),
-        two_sample.Estimate(5.0, 5.0 - 1.96 * 0.1, 5.0 + 1.96 * 0.1),
+    found = intervals.ratio(
+        Estimate(2.0, 2.0 - 1.96 * 0.05, 2.0 + 1.96 * 0.05),
+        Estimate(5.0, 5.0 - 1.96 * 0.1, 5.0 + 1.96 * 0.1),
     )
     assert found.value == 0.4
     assert found.high - found.value == pytest.approx(1.96 * (a / b).std(), rel=0.02)
@@ -449,7 +449,7 @@ def test_verdicts_and_recorded_weights_that_draw(finished, monkeypatch):
 
 def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
     run, _images, _, _ = finished
-    arrays = results.load_arrays(run.directory)
+    arrays = load_arrays(run.directory)
     names = ("chain", "training", "ways_to_draw", "regularised", "distances", "memory", "many", "probe", "glasses")
     for name in names:
         figure = getattr(pixelvae_figures, name)(arrays)

@@ -16,7 +16,8 @@ from paperlib.nn.pixelcnn_sampler import Sampler
 from paperlib.pixelvae import experiment as pixelvae
 from paperlib.pixelvae import model as pixelvae_model
 from paperlib.pixelvae.model import OBJECTIVES, VARIANTS, Images, PixelVAE, Variant
-from paperlib.runs import checkpoints, results, train
+from paperlib.runs import checkpoints, train
+from paperlib.runs.run import Run
 from paperlib.system.errors import UserError
 
 TINY = pixelvae.Settings(code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=3, filters=4, mixtures=2)
@@ -53,7 +54,7 @@ def noiseless(vae):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
-    return results.Run("t", "smoke", dataclasses.replace(TINY, batch_size=4, trunk_steps=3, branch_steps=2), 0, "cpu")
+    return Run("t", "smoke", dataclasses.replace(TINY, batch_size=4, trunk_steps=3, branch_steps=2), 0, "cpu")
 
 
 def test_elbo_and_kl_to_the_posterior_add_up_to_log_p():

@@ -8,8 +8,9 @@ import pytest
 
 from paperlib import reproduce
 from paperlib.report import tables
-from paperlib.runs import results
-from paperlib.runs.results import Quantity
+from paperlib.runs.claims import judge, verdict_text
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.run import Run
 from paperlib.system import files
 
 RECORDED = sorted(files.results_root().glob("*/[0-9][0-9]_*/run.json"))
@@ -39,9 +40,9 @@ def test_verdicts_follow_from_the_recorded_numbers_by_the_criteria_in_the_code(f
     assert list(recorded) == list(claims)
     for key, entry in recorded.items():
         assert (entry["statement"], entry["expected"]) == (claims[key].statement, claims[key].expected)
-        measured = {name: Quantity(**quantity) for name, quantity in entry["measured"].items()}
-        run = results.Run(notebook, preset, None, 0, "cpu")
-        assert entry["holds"] == results.judge(run, claims[key], measured), key
+        measured = {name: Estimate(**quantity) for name, quantity in entry["measured"].items()}
+        run = Run(notebook, preset, None, 0, "cpu")
+        assert entry["holds"] == judge(run, claims[key], measured), key
 
 
 def test_readme_and_notebooks_quote_what_is_recorded():
@@ -63,7 +64,7 @@ def test_the_blocks_hold_the_recorded_numbers():
                 ("".join(opening), f"| {key} |", entry["measured"]),
             ):
                 row = next(line for line in text.split("\n") if line.startswith(start))
-                assert results.verdict_text(entry) in row
+                assert verdict_text(entry) in row
                 shown = re.findall(r"-?\d+\.?\d*(?:e[+-]\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", row))
                 for name in names:
                     number = float(f"{entry['measured'][name]['value']:.3g}")

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib.runs import plotting, results
-from paperlib.runs.results import Claim, Quantity
+from paperlib.runs import plotting
+from paperlib.runs.claims import Claim, measured_text
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, record, save_weights
+from paperlib.runs.run import finish, load_arrays, save_arrays, save_figure, start
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -22,7 +25,7 @@ CLAIMS = {
     "X1": Claim("one", "below 1", lambda size: size.value < 1, ("size",), exact=True),
     "X2": Claim("two", "interval above 0", lambda gap: gap.low > 0, ("gap",)),
 }
-MEASURED = {"X1": {"size": Quantity(0.5)}, "X2": {"gap": Quantity(2.0, -1.0, 5.0, "nats")}}
+MEASURED = {"X1": {"size": Estimate(0.5)}, "X2": {"gap": Estimate(2.0, -1.0, 5.0, "nats")}}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def roots(monkeypatch, tmp_path):
 
 
 def start(preset="cpu", settings=Settings(), seed=0, **options):
-    return results.start("99_test", preset, settings, seed, "cpu", **options)
+    return start("99_test", preset, settings, seed, "cpu", **options)
 
 
 def test_the_folder_of_a_run_depends_on_settings_and_seed_alone():
@@ -53,33 +56,33 @@ def test_a_seed_or_weights_that_mean_nothing_are_refused():
 
 
 def test_verdicts_come_from_the_criteria_and_only_where_the_preset_may_claim():
-    cpu = results.finish(start(), CLAIMS, MEASURED)
+    cpu = finish(start(), CLAIMS, MEASURED)
     assert [entry["holds"] for entry in cpu.values()] == [True, False]
-    smoke = results.finish(start("smoke"), CLAIMS, MEASURED)
+    smoke = finish(start("smoke"), CLAIMS, MEASURED)
     assert [entry["holds"] for entry in smoke.values()] == [True, None]
-    better = {**MEASURED, "X2": {"gap": Quantity(2.0, 1.0, 5.0)}}
-    assert results.finish(start(), CLAIMS, better)["X2"]["holds"] is True
+    better = {**MEASURED, "X2": {"gap": Estimate(2.0, 1.0, 5.0)}}
+    assert finish(start(), CLAIMS, better)["X2"]["holds"] is True
 
 
 def test_a_claim_without_its_measurement_is_an_error():
     with pytest.raises(KeyError):
-        results.finish(start(), CLAIMS, {"X1": MEASURED["X1"]})
+        finish(start(), CLAIMS, {"X1": MEASURED["X1"]})
     with pytest.raises(TypeError):
-        results.finish(start(), CLAIMS, {**MEASURED, "X2": {"wrong": Quantity(1.0)}})
+        finish(start(), CLAIMS, {**MEASURED, "X2": {"wrong": Estimate(1.0)}})
 
 
 def test_what_could_not_be_measured_is_null_and_holds_nothing():
     run = start()
-    shown = results.finish(run, CLAIMS, {**MEASURED, "X1": {"size": Quantity(float("nan"))}})
+    shown = finish(run, CLAIMS, {**MEASURED, "X1": {"size": Estimate(float("nan"))}})
     recorded = json.loads((run.directory / "metrics.json").read_text())["claims"]["X1"]
     assert (recorded["measured"]["size"]["value"], recorded["holds"]) == (None, False)
-    assert "size nan" in results.measured_text(recorded)
+    assert "size nan" in measured_text(recorded)
     assert shown["X1"]["holds"] is False
 
 
 def test_metrics_and_provenance_are_written_and_plain_json():
     run = start()
-    shown = results.finish(
+    shown = finish(
         run, CLAIMS, MEASURED, numbers={"a": np.float32(1.5), "b": np.arange(2), "c": float("nan"), "d": np.array(0.5)}
     )
     metrics = json.loads((run.directory / "metrics.json").read_text())
@@ -96,8 +99,8 @@ def test_metrics_and_provenance_are_written_and_plain_json():
 
 def test_arrays_come_back_as_written():
     run = start()
-    written = results.save_arrays(run, a=torch.arange(3), b=np.float64(2.5), c=[[1, 2]])
-    for arrays in (written, results.load_arrays(run.directory)):
+    written = save_arrays(run, a=torch.arange(3), b=np.float64(2.5), c=[[1, 2]])
+    for arrays in (written, load_arrays(run.directory)):
         assert {name: array.shape for name, array in arrays.items()} == {"a": (3,), "b": (), "c": (1, 2)}
         assert arrays["b"] == 2.5
 
@@ -109,8 +112,8 @@ def test_figures_and_arrays_are_byte_equal_when_made_again():
         figure, axis = plotting.new()
         axis.plot([1, 2])
         plotting.show_images(axis, np.ones((3, 4, 4)), columns=2)
-        results.save_figure(run, figure, "plot")
-        results.save_arrays(run, a=np.arange(5))
+        save_figure(run, figure, "plot")
+        save_arrays(run, a=np.arange(5))
         digests += [[hashlib.sha256((run.directory / n).read_bytes()).hexdigest() for n in ("plot.png", "arrays.npz")]]
     assert digests[0] == digests[1]
 
@@ -131,33 +134,33 @@ def test_image_grids_keep_one_grey_scale():
 def test_recorded_weights_are_half_precision_and_bound_to_their_settings():
     run = start()
     state = {"weight": torch.tensor([1.0, 1 / 3]), "count": torch.tensor(7)}
-    results.save_weights(run, state)
-    results.save_arrays(run, a=np.arange(3))
-    results.finish(run, CLAIMS, MEASURED)
+    save_weights(run, state)
+    save_arrays(run, a=np.arange(3))
+    finish(run, CLAIMS, MEASURED)
     with pytest.raises(UserError, match="nothing is recorded"):
-        results.load_recorded_weights(run)
+        load_recorded_weights(run)
     target = files.results_root() / "cpu" / "99_test" / "weights.safetensors"
     target.parent.mkdir(parents=True)
     for name in ("run.json", "arrays.npz", "weights.safetensors"):
         (target.parent / name).write_bytes((run.directory / name).read_bytes())
-    loaded = results.load_recorded_weights(run)
+    loaded = load_recorded_weights(run)
     assert loaded["count"] == 7
     assert loaded["weight"].dtype == torch.float32
     assert torch.equal(loaded["weight"], state["weight"].half().float())
-    assert results.load_recorded_arrays(run)["a"].tolist() == [0, 1, 2]
+    assert load_recorded_arrays(run)["a"].tolist() == [0, 1, 2]
     for other in (start(settings=Settings(steps=9)), start(seed=1)):
         with pytest.raises(UserError, match="other settings or seed 0"):
-            results.load_recorded_weights(other)
+            load_recorded_weights(other)
         with pytest.raises(UserError, match="other settings or seed 0"):
-            results.load_recorded_arrays(other)
+            load_recorded_arrays(other)
     target.write_bytes(target.read_bytes()[:40])
     with pytest.raises(UserError, match="cannot be read"):
-        results.load_recorded_weights(run)
+        load_recorded_weights(run)
     arrays = target.with_name("arrays.npz")
     for damaged in (arrays.read_bytes()[:60], b"", b"nonsense"):
         arrays.write_bytes(damaged)
         with pytest.raises(UserError, match="cannot be read"):
-            results.load_recorded_arrays(run)
+            load_recorded_arrays(run)
 
 
 CLEAN, DIRTY = ({"revision": "abc", "modified": modified} for modified in (False, True))
@@ -166,7 +169,7 @@ CLEAN, DIRTY = ({"revision": "abc", "modified": modified} for modified in (False
 def finish(monkeypatch, run, code=CLEAN, **training):
     monkeypatch.setattr(results, "describe_code", lambda: code)
     trainings = {"vae": {"steps": 3, "seconds": 1.0, **CLEAN, "resumed": []} | training}
-    results.finish(run, CLAIMS, MEASURED, trainings=trainings)
+    finish(run, CLAIMS, MEASURED, trainings=trainings)
 
 
 @pytest.mark.parametrize(
@@ -177,28 +180,28 @@ def test_nothing_that_was_made_by_modified_code_is_recorded(monkeypatch, code, t
     run = start()
     finish(monkeypatch, run, code, **training)
     with pytest.raises(UserError, match="not committed"):
-        results.record(run.directory, Settings())
+        record(run.directory, Settings())
     assert not files.results_root().exists()
 
 
 def test_only_finished_trainings_of_the_presets_settings_are_recorded(monkeypatch):
     run = start()
     with pytest.raises(UserError, match="not finished"):
-        results.record(run.directory, Settings())
+        record(run.directory, Settings())
     finish(monkeypatch, run)
     with pytest.raises(UserError, match="own settings"):
-        results.record(run.directory, Settings(steps=4))
+        record(run.directory, Settings(steps=4))
     recorded = start(weights="recorded")
     assert recorded.directory != run.directory, "it must not take the place of the training"
     finish(monkeypatch, recorded)
     with pytest.raises(UserError, match="not a training"):
-        results.record(recorded.directory, Settings())
+        record(recorded.directory, Settings())
     (run.directory / "picture.png").write_bytes(b"png")
-    written = {str(path.relative_to(files.results_root().parent)) for path in results.record(run.directory, Settings())}
+    written = {str(path.relative_to(files.results_root().parent)) for path in record(run.directory, Settings())}
     assert written == {"results/cpu/99_test/metrics.json", "results/cpu/99_test/run.json", "figures/cpu/picture.png"}
 
 
 def test_a_damaged_json_file_is_named(tmp_path):
     (tmp_path / "metrics.json").write_text('{"claims": ')
     with pytest.raises(UserError, match=r"metrics\.json is damaged"):
-        results.load_json(tmp_path / "metrics.json")
+        files.load_json(tmp_path / "metrics.json")

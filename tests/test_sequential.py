@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib.runs import results
-from paperlib.runs.results import Quantity
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.run import load_arrays
 from paperlib.sequential import experiment as sequential
 from paperlib.sequential import figures as sequential_figures
 from paperlib.sequential import measurements as sequential_samples
@@ -194,7 +194,7 @@ BAD = [
 
 
 def around(values, by=0.1):
-    return {name: Quantity(value, value - by * abs(value), value + by * abs(value)) for name, value in values.items()}
+    return {name: Estimate(value, value - by * abs(value), value + by * abs(value)) for name, value in values.items()}
 
 
 @pytest.mark.parametrize("key", GOOD)
@@ -236,7 +236,7 @@ def test_verdicts_and_recorded_weights_that_draw(finished):
 
 def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
     run, *_ = finished
-    arrays = results.load_arrays(run.directory)
+    arrays = load_arrays(run.directory)
     names = (
         "samples",
         "reconstructions",

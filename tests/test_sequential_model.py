@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paperlib.data import datasets
 from paperlib.data.device_images import Images
-from paperlib.runs import results, train
+from paperlib.runs import train
+from paperlib.runs.run import Run
 from paperlib.sequential import experiment as sequential
 from paperlib.sequential import model as sequential_chain
 from paperlib.sequential import training as sequential_model
@@ -66,7 +67,7 @@ def targets(count=5, seed=2, shape=(3, 4, 4)):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
-    return results.Run("t", "smoke", TINY, 0, "cpu")
+    return Run("t", "smoke", TINY, 0, "cpu")
 
 
 # Terms

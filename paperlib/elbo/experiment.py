@@ -19,9 +19,11 @@ from paperlib.elbo import examples, finite, gaussian
 from paperlib.elbo import figures as elbo_figures
 from paperlib.elbo.finite import Finite
 from paperlib.nn import likelihoods
-from paperlib.runs import presets, results
+from paperlib.runs.claims import Claim, Verdicts, judge
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.results import Claim, Quantity
+from paperlib.runs.run import Run, finish, save_arrays
 
 NOTEBOOK = "01_elbo_derivation"
 HEADLINE = ("rate_distortion_flows", elbo_figures.FLOWS_CAPTION)
@@ -62,20 +64,20 @@ _cpu = replace(
 PRESETS = {"smoke": Settings(), "cpu": _cpu, "gpu": _cpu, "paper": _cpu}
 
 
-def _within(tolerance: float, *found: Quantity) -> bool:
+def _within(tolerance: float, *found: Estimate) -> bool:
     return all(quantity.value <= tolerance for quantity in found)  # also false for what is no number
 
 
 def _indifferent(
-    elbo_attained_below: Quantity,
-    without_kl_attained_below: Quantity,
-    gradient_below: Quantity,
-    most_I_of_elbo: Quantity,
-    I_without_kl: Quantity,
-    flows_arrived: Quantity,
-    rates_differ_by: Quantity,
-    ends_with_more_I: Quantity,
-    stop_short_without_kl: Quantity,
+    elbo_attained_below: Estimate,
+    without_kl_attained_below: Estimate,
+    gradient_below: Estimate,
+    most_I_of_elbo: Estimate,
+    I_without_kl: Estimate,
+    flows_arrived: Estimate,
+    rates_differ_by: Estimate,
+    ends_with_more_I: Estimate,
+    stop_short_without_kl: Estimate,
 ) -> bool:
     return (
         _within(1e-12, elbo_attained_below, without_kl_attained_below, gradient_below)
@@ -88,15 +90,15 @@ def _indifferent(
 
 
 def _mixes_as_stated(
-    residual_below: Quantity,
-    gaussian_gap_below: Quantity,
-    degraded_slower_by: Quantity,
-    parts_agree: Quantity,
-    bound_broken_by: Quantity,
-    more_I: Quantity,
-    less_I: Quantity,
-    gap_of_more_I: Quantity,
-    gap_of_less_I: Quantity,
+    residual_below: Estimate,
+    gaussian_gap_below: Estimate,
+    degraded_slower_by: Estimate,
+    parts_agree: Estimate,
+    bound_broken_by: Estimate,
+    more_I: Estimate,
+    less_I: Estimate,
+    gap_of_more_I: Estimate,
+    gap_of_less_I: Estimate,
 ) -> bool:
     return (
         _within(1e-9, residual_below, gaussian_gap_below)
@@ -171,22 +173,13 @@ CLAIMS = {
 }
 
 
-def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> results.Run:
-    """Open the run that the notebook's parameters ask for; it computes on the CPU whatever `device` says.
-
-    Raises `UserError` for a preset, setting or `weights` that is not known.
-    """
-    settings = presets.choose(PRESETS, preset, overrides)
-    return results.start(NOTEBOOK, preset, settings, seed, "cpu", weights)
-
-
 @dataclass(frozen=True)
 class Part:
     """What one section found: quantities by name, the claim's verdict, a small table to show, arrays to draw."""
 
     claim: str
-    measured: dict[str, Quantity]
-    verdict: results.Verdicts
+    measured: dict[str, Estimate]
+    verdict: Verdicts
     table: "Table"
     arrays: dict[str, np.ndarray]
 
@@ -220,7 +213,7 @@ def terms(model: Finite) -> Table:
     return Table(("one model", "nats"), rows)
 
 
-def two_views(run: results.Run) -> Part:
+def two_views(run: Run) -> Part:
     """E1: the definition (1) against the two views (2) and (3), on random finite models with zeros in the encoder."""
     models = finite.random_model(_generator(run, 1), run.settings.models, x=6, z=4, zeros=0.2)
     value, entropy = finite.elbo(models), finite.entropy(models.p_x)
@@ -247,7 +240,7 @@ def two_views(run: results.Run) -> Part:
     return _part(run, "E1", measured, Table(heading, rows))
 
 
-def gaussian_views(run: results.Run) -> Part:
+def gaussian_views(run: Run) -> Part:
     """E2: (1) against (2') in closed form, the same data in other units, and the estimators that training uses."""
     generator, settings = _generator(run, 3), run.settings
     residuals, slack = [], []
@@ -274,7 +267,7 @@ def gaussian_views(run: results.Run) -> Part:
         "best_L_plus_h_below": _below(1e-10, *best),
         "greatest_L_plus_h": _nats(torch.stack(slack).max()),
         "example_L": _nats(rows[-1][1]),
-        "worst_standard_errors": Quantity(float(torch.stack(scores).max())),
+        "worst_standard_errors": Estimate(float(torch.stack(scores).max())),
     }
     return _part(run, "E2", measured, Table(("best model", "L", "h(p)", "L + h(p)"), rows))
 
@@ -291,7 +284,7 @@ def estimate_elbo(model: gaussian.LinearGaussian, samples: int, generator: torch
     return terms.mean(), terms.std() / math.sqrt(samples)
 
 
-def best_decoder(run: results.Run) -> Part:
+def best_decoder(run: Run) -> Part:
     """E3: identity (4) on random models, and gradient ascent on the decoder's table with one code never used."""
     models = finite.random_model(_generator(run, 4), run.settings.models, x=6, z=4, zeros=0.2)
     closed = finite.mutual_information(models) - finite.entropy(models.p_x)
@@ -319,7 +312,7 @@ def best_decoder(run: results.Run) -> Part:
     return _part(run, "E3", measured, Table(heading, rows))
 
 
-def factored_gaussians(run: results.Run) -> Part:
+def factored_gaussians(run: Run) -> Part:
     """E4: the best factored Gaussian for codes that are ever finer on one density of two pixels, and for bins."""
     codes, arrays = examples.priced_codes()
     rows = [(name, *found.parts, found.parts.sum()) for name, found in codes.items()]
@@ -336,7 +329,7 @@ def factored_gaussians(run: results.Run) -> Part:
     return _part(run, "E4", measured, Table(heading, rows), arrays)
 
 
-def indifference(run: results.Run) -> Part:
+def indifference(run: Run) -> Part:
     """E5: both maxima attained, the collapsed point stationary, and flows of free tables from many starts."""
     settings, generator = run.settings, _generator(run, 7)
     p_x, p_z = examples.FLOW_P_X, examples.FLOW_P_Z
@@ -381,7 +374,7 @@ def indifference(run: results.Run) -> Part:
     return _part(run, "E5", measured, Table(heading, rows), arrays)
 
 
-def markov_chain(run: results.Run) -> Part:
+def markov_chain(run: Run) -> Part:
     """E6: enumerated kernels of random codes, the codes of the figure, and wrong decoders."""
     generator = _generator(run, 8)
     exact = [examples.residuals(generator) for _ in range(run.settings.chains)]
@@ -399,8 +392,8 @@ def markov_chain(run: results.Run) -> Part:
         "bound_broken_by": _over(broken),
         "more_I": _nats(codes["blur 2"].information),
         "less_I": _nats(codes["soft bit"].information),
-        "gap_of_more_I": Quantity(codes["blur 2"].gap),
-        "gap_of_less_I": Quantity(codes["soft bit"].gap),
+        "gap_of_more_I": Estimate(codes["blur 2"].gap),
+        "gap_of_less_I": Estimate(codes["soft bit"].gap),
     }
     heading = ("code", "I(x;z), nats", "gap", "steps to halve", "parts")
     return _part(run, "E6", measured, Table(heading, rows), arrays | amplified)
@@ -412,47 +405,47 @@ def leaking_bit() -> Table:
     return Table(("leak to the right", "E KL(q(x|z) ‖ p(x|z)), nats", "TV(π, p)"), rows)
 
 
-def conclude(run: results.Run, *parts: Part) -> results.Verdicts:
+def conclude(run: Run, *parts: Part) -> Verdicts:
     """Write the arrays, judge all claims and write what the run found. Returns the table of verdicts."""
     arrays = {}
     for part in parts:
         arrays |= part.arrays
-    results.save_arrays(run, **arrays)
-    return results.finish(run, CLAIMS, {part.claim: part.measured for part in parts})
+    save_arrays(run, **arrays)
+    return finish(run, CLAIMS, {part.claim: part.measured for part in parts})
 
 
-def recomputed(run: results.Run) -> dict[str, dict[str, Quantity]]:
+def recomputed(run: Run) -> dict[str, dict[str, Estimate]]:
     """What each claim is judged by, all of it computed again, which takes a minute."""
     parts = (part(run) for part in (two_views, gaussian_views, best_decoder, factored_gaussians, indifference))
     return {part.claim: part.measured for part in (*parts, markov_chain(run))}
 
 
-def _generator(run: results.Run, stream: int) -> torch.Generator:
+def _generator(run: Run, stream: int) -> torch.Generator:
     """A stream of random numbers of its own for each experiment, so that one does not move another."""
     return torch.Generator().manual_seed(1000 * run.seed + stream)
 
 
-def _below(tolerance: float, *residuals: Tensor) -> Quantity:
+def _below(tolerance: float, *residuals: Tensor) -> Estimate:
     """`tolerance` where no residual exceeds it, else the greatest: smaller ones are rounding, and differ by machine."""
     greatest = torch.stack([residual.abs().max() for residual in residuals]).max()  # keeps what is no number
-    return Quantity(tolerance if greatest <= tolerance else float(greatest))
+    return Estimate(tolerance if greatest <= tolerance else float(greatest))
 
 
-def _over(values: Tensor) -> Quantity:
+def _over(values: Tensor) -> Estimate:
     """By how much the greatest of `values` is above 0; 0 where none is."""
-    return Quantity(float(values.max().clamp(min=0)))
+    return Estimate(float(values.max().clamp(min=0)))
 
 
-def _share(holds: Tensor) -> Quantity:
-    return Quantity(100 * float(holds.double().mean()), unit="%")
+def _share(holds: Tensor) -> Estimate:
+    return Estimate(100 * float(holds.double().mean()), unit="%")
 
 
 def _half_life(gap: float) -> str:
     return "never" if gap == 0 else f"{math.log(2) / -math.log1p(-gap):.1f}"
 
 
-def _nats(value: Tensor | float) -> Quantity:
-    return Quantity(float(value), unit="nats")
+def _nats(value: Tensor | float) -> Estimate:
+    return Estimate(float(value), unit="nats")
 
 
 def _width(values: Tensor) -> Tensor:
@@ -470,9 +463,9 @@ def _cell(value: Any) -> str:
 
 
 def _part(
-    run: results.Run,
+    run: Run,
     claim: str,
-    measured: dict[str, Quantity],
+    measured: dict[str, Estimate],
     table: Table,
     arrays: Mapping[str, Tensor] | None = None,
 ) -> Part:
@@ -480,7 +473,21 @@ def _part(
         "statement": CLAIMS[claim].statement,
         "expected": CLAIMS[claim].expected,
         "measured": {name: vars(quantity) for name, quantity in measured.items()},
-        "holds": results.judge(run, CLAIMS[claim], measured),
+        "holds": judge(run, CLAIMS[claim], measured),
     }
     drawn = {name: array.numpy() for name, array in (arrays or {}).items()}
-    return Part(claim, measured, results.Verdicts({claim: entry}), table, drawn)
+    return Part(claim, measured, Verdicts({claim: entry}), table, drawn)
+
+
+EXPERIMENT = Experiment(
+    notebook=NOTEBOOK,
+    headline=HEADLINE,
+    presets=PRESETS,
+    claims=CLAIMS,
+    recompute=recomputed,
+)
+
+
+def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> Run:
+    """Open the run that the notebook's parameters ask for; it computes on the CPU whatever `device` says."""
+    return EXPERIMENT.start(preset, seed, "cpu", weights, overrides)

@@ -27,10 +27,15 @@ from paperlib.fuzziness import explorer as fuzziness_explorer
 from paperlib.fuzziness.figures import COLUMNS, HEAVIEST, MADE_OF, MOSAIC, ROWS, ends, label_entropy, ranked
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Images, Models, Variant, encode
 from paperlib.nn import likelihoods
-from paperlib.runs import presets, results, train
+from paperlib.runs import presets
+from paperlib.runs.claims import Claim, Verdicts
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.results import Claim, Quantity
-from paperlib.stats import aggregate_posterior, sharpness
+from paperlib.runs.provenance import describe_training
+from paperlib.runs.recorded import load_recorded_arrays, save_weights
+from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.stats import aggregate_posterior, intervals, sharpness
 from paperlib.system.errors import UserError
 
 NOTEBOOK = "02_mnist_fuzziness"
@@ -129,18 +134,10 @@ CLAIMS = {
 }
 
 
-def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> results.Run:
-    """Open the run that the notebook's parameters ask for. Raises `UserError` for any that it does not know."""
-    settings = presets.choose(PRESETS, preset, overrides)
-    if settings.dataset not in ("digits", "mnist"):
-        raise UserError(f"unknown data set {settings.dataset!r}: choose from digits, mnist")
-    return results.start(NOTEBOOK, preset, settings, seed, str(train.pick_device(device)), weights)
-
-
 # Measuring
 
 
-def measure(run: results.Run, images: Images, models: Models) -> dict[str, np.ndarray]:
+def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
     """All that the figures and claims need, written to the run's `arrays.npz` and returned.
 
     With recorded weights, the arrays that were recorded with them. The arrays are those of `at_prior_codes` and
@@ -148,12 +145,12 @@ def measure(run: results.Run, images: Images, models: Models) -> dict[str, np.nd
     the Bernoulli decoder that F2 needs, as `bernoulli_*`.
     """
     if run.weights == "recorded":
-        return results.load_recorded_arrays(run)
+        return load_recorded_arrays(run)
     at_prior = _stacked(
         [at_prior_codes(run, images, vaes[MAIN].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
     )
     bernoulli = [at_prior_codes(run, images, vaes[BERNOULLI].model, run.seed + k) for k, vaes in enumerate(models.vaes)]
-    return results.save_arrays(
+    return save_arrays(
         run,
         **at_prior,
         **{f"bernoulli_{name}": np.stack([of_seed[name] for of_seed in bernoulli]) for name in _CORRELATED},
@@ -169,7 +166,7 @@ def _stacked(of_seeds: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def at_prior_codes(run: results.Run, images: Images, vae: VAE, seed: int) -> dict[str, np.ndarray]:
+def at_prior_codes(run: Run, images: Images, vae: VAE, seed: int) -> dict[str, np.ndarray]:
     """q(x|z) and the decoded image at M codes z ~ p(z).
 
     Of q(x|z): `variance` tr Var_q[x|z] (grey levels in [0, 1], squared and summed), `ink` the sum of E_q[x|z] (pixels
@@ -216,7 +213,7 @@ def random_half(images: Images) -> Tensor:
     return torch.randperm(len(images.x), generator=generator)[: len(images.x) // 2].to(images.x.device)
 
 
-def _reliable(run: results.Run, found: aggregate_posterior.Conditional, halves: Tensor) -> Tensor:
+def _reliable(run: Run, found: aggregate_posterior.Conditional, halves: Tensor) -> Tensor:
     """Where Var q(x|z) may be quoted: (M,), bool."""
     return (found.ess >= run.settings.min_samples) & (halves <= run.settings.max_halves)
 
@@ -257,7 +254,7 @@ def picture(images: Images, vae: VAE, at_prior: Mapping[str, np.ndarray]) -> dic
 
 
 @torch.no_grad()
-def plane(run: results.Run, images: Images, vae: VAE) -> dict[str, Any]:
+def plane(run: Run, images: Images, vae: VAE) -> dict[str, Any]:
     """A map of the first two dimensions of z, from -3 to 3, the others at 0.
 
     On a grid of `plane` points a side, row 0 at the top: `plane_variance` per ink, `plane_samples`, `plane_trusted`
@@ -274,7 +271,7 @@ def plane(run: results.Run, images: Images, vae: VAE) -> dict[str, Any]:
     }
 
 
-def _grid(run: results.Run, side: int) -> Tensor:
+def _grid(run: Run, side: int) -> Tensor:
     """Centres of `side` x `side` cells of the square from -3 to 3, from the top left, as codes (side^2, D)."""
     edge = 3 * (1 - 1 / side)
     across = torch.linspace(-edge, edge, side, device=run.device)
@@ -285,7 +282,7 @@ def _grid(run: results.Run, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def error_split(run: results.Run, images: Images, vae: VAE) -> dict[str, np.ndarray]:
+def error_split(run: Run, images: Images, vae: VAE) -> dict[str, np.ndarray]:
     """The terms of equation (3) at M codes z ~ q(z): `error` its left side, `spread` tr Var_q[x|z], `gap`
     |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes.
 
@@ -315,7 +312,7 @@ def _noise(found: aggregate_posterior.Conditional) -> Tensor:
     return found.trace / (found.ess - 1).clamp(min=0.1)  # a list of one image has no variance to tell by
 
 
-def _aggregate_codes(run: results.Run, codes: aggregate_posterior.Codes) -> Tensor:
+def _aggregate_codes(run: Run, codes: aggregate_posterior.Codes) -> Tensor:
     """M codes z ~ q(z), by way of random training points."""
     generator = torch.Generator(run.device).manual_seed(run.seed)
     rows = torch.randint(len(codes), (run.settings.codes,), generator=generator, device=run.device)
@@ -333,7 +330,7 @@ def squared_error(mu: Tensor, z: Tensor, codes: aggregate_posterior.Codes, x: Te
 
 
 @torch.no_grad()
-def frozen_and_swept(run: results.Run, images: Images, models: Models) -> dict[str, Any]:
+def frozen_and_swept(run: Run, images: Images, models: Models) -> dict[str, Any]:
     """What F4 compares, each with one row a seed.
 
     Frozen q, over those of M codes z ~ q(z) where the variance may be quoted: `floor` E tr Var_q[x|z] (S,), and
@@ -364,9 +361,7 @@ def frozen_and_swept(run: results.Run, images: Images, models: Models) -> dict[s
 _SWEPT = ("swept_information", "swept_rate", "swept_error", "swept_variance", "swept_reliable", "swept_width")
 
 
-def _at_aggregate_codes(
-    run: results.Run, images: Images, vae: VAE
-) -> tuple[Tensor, aggregate_posterior.Conditional, Tensor]:
+def _at_aggregate_codes(run: Run, images: Images, vae: VAE) -> tuple[Tensor, aggregate_posterior.Conditional, Tensor]:
     """M codes z ~ q(z), what q(x|z) is there, and where its variance may be quoted."""
     codes = encode(vae, images.x)
     z = _aggregate_codes(run, codes)
@@ -374,7 +369,7 @@ def _at_aggregate_codes(
     return z, found, _reliable(run, found, _halves(found, z, codes, images))
 
 
-def _swept(run: results.Run, images: Images, vae: VAE) -> dict[str, float]:
+def _swept(run: Run, images: Images, vae: VAE) -> dict[str, float]:
     z, found, good = _at_aggregate_codes(run, images, vae)
     generator = torch.Generator(run.device).manual_seed(run.seed)
     mean, log_std = vae.q_z_given_x(images.held_out)
@@ -467,23 +462,23 @@ class Controls(dict):
         )
 
 
-def conclude(run: results.Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> results.Verdicts:
+def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> Verdicts:
     """Judge the claims and write what the run found."""
     numbers = {
         "controls": dict(controls(arrays)),
     } | {name: arrays[name] for name in ("floor", "frozen_error", *_SWEPT)}
     if run.weights == "train":
-        results.save_weights(run, models.main.state_dict())
+        save_weights(run, models.main.state_dict())
     trainings = {
-        f"{getattr(key, 'name', f'decoder-{key}')}-seed{run.seed + k}": results.describe_training(trained)
+        f"{getattr(key, 'name', f'decoder-{key}')}-seed{run.seed + k}": describe_training(trained)
         for k in range(len(models.vaes))
         for key, trained in (models.vaes[k] | models.decoders[k]).items()
         if trained.history
     }
-    return results.finish(run, CLAIMS, quantities(arrays), numbers, images.dataset.describe(), trainings)
+    return finish(run, CLAIMS, quantities(arrays), numbers, images.dataset.describe(), trainings)
 
 
-def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity]]:
+def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Estimate]]:
     """What each claim is judged by."""
     from scipy.stats import spearmanr
 
@@ -498,7 +493,7 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
     return {
         "F1": {
             "share": _over_seeds(arrays["gap"].mean(1) / arrays["between"]),
-            "residual": Quantity(residual),
+            "residual": Estimate(residual),
         },
         "F2": {
             "edge_width": _over_seeds(correlations(arrays, "edge_width")),
@@ -507,20 +502,36 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
         "F3": {"left": _over_seeds(left, "nats"), "right": _over_seeds(right, "nats")},
         "F4": {
             "excess": _over_seeds(arrays["frozen_error"][:, -1] / arrays["floor"] - 1),
-            "worst_error_trend": Quantity(trends["swept_error"]),
-            "worst_width_trend": Quantity(trends["swept_width"]),
+            "worst_error_trend": Estimate(trends["swept_error"]),
+            "worst_width_trend": Estimate(trends["swept_width"]),
         },
     }
 
 
-def _over_seeds(values: Any, unit: str = "") -> Quantity:
+def _over_seeds(values: Any, unit: str = "") -> Estimate:
     """The mean over seeds with Student's 95 % interval, where there is more than one; nan where a seed has none."""
     if len(values) == 1 or not np.isfinite(values).all():
-        return Quantity(float(np.mean(values)), unit=unit)
-    return Quantity(*sharpness.interval_over_seeds(values), unit)
+        return Estimate(float(np.mean(values)), unit=unit)
+    return intervals.interval_over_seeds(values, unit)
 
 
 def explore(images: Images, models: Models) -> fuzziness_explorer.Explorer:
     """Sliders for the code of the main VAE, to be shown in a running notebook."""
     codes = encode(models.main, images.x)
     return fuzziness_explorer.Explorer(models.main.p_x_given_z, codes, images.x, images.labels, images.shape)
+
+
+def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
+    """The numbers that decide each claim, from the recorded arrays."""
+    return quantities(load_recorded_arrays(run))
+
+
+EXPERIMENT = Experiment(
+    notebook=NOTEBOOK,
+    headline=HEADLINE,
+    presets=PRESETS,
+    claims=CLAIMS,
+    recompute=recompute,
+    datasets=("digits", "mnist"),
+)
+start = EXPERIMENT.start

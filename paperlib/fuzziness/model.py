@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from paperlib.data import datasets
 from paperlib.nn import likelihoods
-from paperlib.runs import results, train
+from paperlib.runs import train
+from paperlib.runs.provenance import describe_code
+from paperlib.runs.recorded import load_recorded_weights
+from paperlib.runs.run import Run
 from paperlib.stats import aggregate_posterior
 
 
@@ -99,7 +102,7 @@ class Images:
         return x.reshape(*x.shape[:-1], *self.shape)
 
 
-def load_images(run: results.Run) -> Images:
+def load_images(run: Run) -> Images:
     dataset = datasets.load(run.settings.dataset)
 
     def flat(images: np.ndarray) -> Tensor:
@@ -127,11 +130,11 @@ class Models:
         return f"{vaes} VAEs and {decoders} decoders of a frozen encoder, {len(self.vaes)} seeds"
 
 
-def fit(run: results.Run, images: Images) -> Models:
+def fit(run: Run, images: Images) -> Models:
     """Train all that the claims need, or load the one recorded VAE where the run says `weights = "recorded"`."""
     if run.weights == "recorded":
         vae = VAE(images.x.shape[1], run.settings).to(run.device).eval()
-        vae.load_state_dict(results.load_recorded_weights(run))
+        vae.load_state_dict(load_recorded_weights(run))
         return Models([{MAIN: train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}], [{}])
     weights = sorted({1.0, *run.settings.kl_weights})
     variants = [BERNOULLI, *(Variant(kl_weight=weight) for weight in weights)]
@@ -143,7 +146,7 @@ def fit(run: results.Run, images: Images) -> Models:
     return Models(vaes, decoders)
 
 
-def fit_vae(run: results.Run, images: Images, variant: Variant, seed: int) -> train.Trained:
+def fit_vae(run: Run, images: Images, variant: Variant, seed: int) -> train.Trained:
     """Train a VAE by maximising E_q log p(x|z) - kl_weight * KL; with weight 1, the ELBO."""
 
     def loss(vae: nn.Module, x: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,9 +162,7 @@ def fit_vae(run: results.Run, images: Images, variant: Variant, seed: int) -> tr
     return _fit(run, vae, loss, lambda rows: images.x[rows], len(images.x), seed, variant.name, evaluate)
 
 
-def fit_decoder(
-    run: results.Run, images: Images, codes: aggregate_posterior.Codes, units: int, seed: int
-) -> train.Trained:
+def fit_decoder(run: Run, images: Images, codes: aggregate_posterior.Codes, units: int, seed: int) -> train.Trained:
     """Train a new decoder, two hidden layers of `units`, on the squared error under a frozen encoder."""
     mean, std = codes.mean.float(), codes.log_std.exp().float()
 
@@ -196,7 +197,7 @@ def _fit(run, model, loss, batch, count, seed, name, evaluate=None) -> train.Tra
         seed=seed,
         device=run.device,
         evaluate=evaluate,
-        provenance=results.describe_code(),
+        provenance=describe_code(),
         name=name,
     )
 

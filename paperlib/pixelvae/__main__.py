@@ -1,5 +1,4 @@
-from paperlib.pixelvae.experiment import NOTEBOOK, PRESETS, start
-from paperlib.pixelvae.model import fit, load_images
+from paperlib.pixelvae.experiment import EXPERIMENT
 from paperlib.runs import launch
 
-launch.main(NOTEBOOK, PRESETS, start, lambda run: fit(run, load_images(run)))
+launch.main(EXPERIMENT)

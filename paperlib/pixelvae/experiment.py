@@ -22,13 +22,16 @@ import numpy as np
 
 from paperlib.pixelvae import measurements as pixelvae_samples
 from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS
-from paperlib.pixelvae.model import VARIANTS, Images
-from paperlib.runs import presets, results, train
+from paperlib.pixelvae.model import VARIANTS, Images, fit, load_images
+from paperlib.runs import presets, train
+from paperlib.runs.claims import Claim, Verdicts
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.results import Claim, Quantity
-from paperlib.stats import two_sample
-from paperlib.stats.two_sample import Estimate
-from paperlib.system.errors import UserError
+from paperlib.runs.provenance import describe_training
+from paperlib.runs.recorded import load_recorded_arrays, save_weights
+from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.stats import intervals
 
 NOTEBOOK = "04_cifar_pixelvae"
 HEADLINE = (
@@ -246,27 +249,19 @@ CLAIMS = {
 }
 
 
-def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> results.Run:
-    """Open the run that the notebook's parameters ask for. Raises `UserError` for any that it does not know."""
-    settings = presets.choose(PRESETS, preset, overrides)
-    if settings.dataset not in ("digits", "cifar10"):
-        raise UserError(f"unknown data set {settings.dataset!r}: choose from digits, cifar10")
-    return results.start(NOTEBOOK, preset, settings, seed, str(train.pick_device(device)), weights)
-
-
 # Measuring
 
 
-def measure(run: results.Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
+def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     """All that the figures and claims need, written to the run's `arrays.npz` and returned.
 
     With recorded weights, the arrays that were recorded with them. Estimates are rows of value, low, high.
     """
     if run.weights == "recorded":
-        return results.load_recorded_arrays(run)
+        return load_recorded_arrays(run)
     models = {name: trained[name].model for name in VARIANTS}
     describe = pixelvae_samples.extractors(run, images)
-    return results.save_arrays(
+    return save_arrays(
         run,
         levels=images.dataset.levels,
         **pixelvae_samples.histories(trained),
@@ -283,39 +278,39 @@ def measure(run: results.Run, images: Images, trained: Mapping[str, train.Traine
 
 
 def conclude(
-    run: results.Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
-) -> results.Verdicts:
+    run: Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
+) -> Verdicts:
     """Judge P1 to P7, D1 and G1, and write `metrics.json`, `run.json` and the weights of `none`."""
     if run.weights == "train":
-        results.save_weights(run, trained["none"].model.state_dict())
-    return results.finish(
+        save_weights(run, trained["none"].model.state_dict())
+    return finish(
         run,
         CLAIMS,
         quantities(arrays),
         numbers=summary(arrays),
         data=images.dataset.describe(),
-        trainings={name: results.describe_training(one) for name, one in trained.items()},
+        trainings={name: describe_training(one) for name, one in trained.items()},
     )
 
 
-def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity]]:
+def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Estimate]]:
     """What each claim is judged by."""
     of = {name: k for k, name in enumerate(VARIANTS)}
-    kernel = {name: Estimate(*row) for name, row in zip(SETS, arrays["kernel_classifier"], strict=True)}
+    kernel = {name: Estimate.from_row(row) for name, row in zip(SETS, arrays["kernel_classifier"], strict=True)}
     right = dict(zip(PROBES, arrays["probe_right"], strict=True))
-    energy = {name: Estimate(*row) for name, row in zip(CODED, arrays["energy"][:-1], strict=True)}
+    energy = {name: Estimate.from_row(row) for name, row in zip(CODED, arrays["energy"][:-1], strict=True)}
     bits = arrays["bits_per_dim"].astype(np.float64)
     in_nats = math.log(2) * arrays["chain_none"][0].size
     kl, gap = ({name: arrays[term][k] for name, k in of.items()} for term in ("kl", "shuffle_gap"))
 
-    def mean(values: np.ndarray, unit: str = "nats") -> Quantity:
-        return Quantity.of(two_sample.mean_interval(values.astype(np.float64)), unit)
+    def mean(values: np.ndarray, unit: str = "nats") -> Estimate:
+        return intervals.mean_interval(values.astype(np.float64), unit)
 
     lost = arrays["gaussian_nats"] - in_nats * bits[of["label"]]
     gained = in_nats * (bits[of["unconditional"]] - bits[of["label"]])
-    scale = Estimate(*arrays["decodes_none_pixels"])
+    scale = Estimate.from_row(arrays["decodes_none_pixels"])
     similarity = {
-        model: two_sample.ratio(Estimate(*arrays[f"similarity_{model}_pixels"][LAGS.index(1)]), scale)
+        model: intervals.ratio(Estimate.from_row(arrays[f"similarity_{model}_pixels"][LAGS.index(1)]), scale)
         for model in ("none", "elbo")
     }
     return {
@@ -333,45 +328,45 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
             "kl": mean(kl["none"]),
         },
         "P3": {
-            "prior": Quantity.of(kernel["none: prior"]),
-            "chain": Quantity.of(kernel["none: chain"]),
-            "q_z": Quantity.of(kernel["none: q(z)"]),
-            "noise_to_data": Quantity.of(Estimate(*arrays["noise_to_data_classifier"])),
-            "fitted_gaussian": Quantity.of(kernel["none: Gaussian"]),
-            "fitted_mixture": Quantity.of(kernel["none: mixture"]),
-            "held_out_photographs": Quantity.of(kernel["held-out photographs"]),
+            "prior": kernel["none: prior"],
+            "chain": kernel["none: chain"],
+            "q_z": kernel["none: q(z)"],
+            "noise_to_data": Estimate.from_row(arrays["noise_to_data_classifier"]),
+            "fitted_gaussian": kernel["none: Gaussian"],
+            "fitted_mixture": kernel["none: mixture"],
+            "held_out_photographs": kernel["held-out photographs"],
         },
         "P4": {
-            "neighbours": Quantity.of(Estimate(*arrays["similarity_none_pixels"][LAGS.index(1)])),
-            "two_decodes": Quantity.of(scale),
-            "similarity": Quantity.of(similarity["none"]),
-            "after_60_steps": Quantity.of(Estimate(*arrays["similarity_none_pixels"][LAGS.index(60)])),
-            "similarity_elbo": Quantity.of(similarity["elbo"]),
+            "neighbours": Estimate.from_row(arrays["similarity_none_pixels"][LAGS.index(1)]),
+            "two_decodes": scale,
+            "similarity": similarity["none"],
+            "after_60_steps": Estimate.from_row(arrays["similarity_none_pixels"][LAGS.index(60)]),
+            "similarity_elbo": similarity["elbo"],
         },
         "P5": {
-            "above_random": Quantity.of(two_sample.accuracy_gain(right["none"], right["random encoder"])),
-            "above_components": Quantity.of(two_sample.accuracy_gain(right["none"], right["components"])),
+            "above_random": intervals.accuracy_gain(right["none"], right["random encoder"]),
+            "above_components": intervals.accuracy_gain(right["none"], right["components"]),
             **{
-                name.replace("-", "_"): Quantity(float(right[name].mean()))
+                name.replace("-", "_"): Estimate(float(right[name].mean()))
                 for name in ("none", "elbo", "mmd", "pixels")
             },
         },
         "P6": {
             "shuffle_gap": mean(gap["mmd"]),
             "shuffle_gap_none": mean(gap["none"]),
-            "prior": Quantity.of(kernel["mmd: prior"]),
-            "q_z": Quantity.of(kernel["mmd: q(z)"]),
-            "energy": Quantity.of(energy["mmd"]),
-            "energy_none": Quantity.of(energy["none"]),
+            "prior": kernel["mmd: prior"],
+            "q_z": kernel["mmd: q(z)"],
+            "energy": energy["mmd"],
+            "energy_none": energy["none"],
         },
         "P7": {
-            "pixels_that_differ": Quantity(float(arrays["pixels_that_differ"])),
-            "worst_parameter": Quantity(float(arrays["worst_parameter"])),
+            "pixels_that_differ": Estimate(float(arrays["pixels_that_differ"])),
+            "worst_parameter": Estimate(float(arrays["worst_parameter"])),
         },
         "D1": {
             "shuffle_gap": mean(gap["linear"]),
             "shuffle_gap_conv": mean(gap["none"]),
-            "probe_gain": Quantity.of(two_sample.accuracy_gain(right["linear"], right["none"])),
+            "probe_gain": intervals.accuracy_gain(right["linear"], right["none"]),
         },
         "G1": {
             "nats_lost": mean(lost),
@@ -435,3 +430,20 @@ def table(arrays: Mapping[str, np.ndarray]) -> Any:
             "energy distance": terms.get("energy_distance", [math.nan])[0],
         }
     return pandas.DataFrame(rows).T.round(3)
+
+
+def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
+    """The numbers that decide each claim, from the recorded arrays."""
+    return quantities(load_recorded_arrays(run))
+
+
+EXPERIMENT = Experiment(
+    notebook=NOTEBOOK,
+    headline=HEADLINE,
+    presets=PRESETS,
+    claims=CLAIMS,
+    recompute=recompute,
+    fit=lambda run: fit(run, load_images(run)),
+    datasets=("digits", "cifar10"),
+)
+start = EXPERIMENT.start

@@ -26,14 +26,17 @@ from paperlib.pixelvae.model import (
     markov_chain,
     noise_images,
 )
-from paperlib.runs import results, train
+from paperlib.runs import train
+from paperlib.runs.estimate import rows
+from paperlib.runs.provenance import describe_code
+from paperlib.runs.run import Run
 from paperlib.stats import aggregate_posterior, features, two_sample
 
 LAGS = (1, 5, 20, 60)  # of the chain's autocorrelation
 LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where sets of images are compared
 
 
-def extractors(run: results.Run, images: Images) -> dict[str, features.Extractor]:
+def extractors(run: Run, images: Images) -> dict[str, features.Extractor]:
     """The two kinds of features between which kernel distances are taken: a classifier's, and a random network's."""
     settings, dataset = run.settings, images.dataset
     classifier = features.fit_classifier(
@@ -44,7 +47,7 @@ def extractors(run: results.Run, images: Images) -> dict[str, features.Extractor
         batch_size=64,
         seed=run.seed,
         device=run.device,
-        provenance=results.describe_code(),
+        provenance=describe_code(),
     ).model
     random = features.RandomNetwork(0, images.shape[0]).to(run.device)
     return {
@@ -63,7 +66,7 @@ def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     }
 
 
-def terms(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
+def terms(run: Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
     """The objective's terms on held-out images, each (variants, n): `bits_per_dim` of the reconstruction term, `kl`
     and `shuffle_gap` in nats an image, nan where no code is learned; all models see the same noise.
     """
@@ -78,7 +81,7 @@ def terms(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> d
     return {name: np.stack(row).astype(np.float32) for name, row in rows.items()}
 
 
-def codes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
+def codes(run: Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
     """How much the encoder tells and how far q(z) is from p(z), a row for each model of `CODED`.
 
     `information` I_q(x;z) in nats over the training images, with `information_ceiling` log N; `energy`, the energy
@@ -97,10 +100,10 @@ def codes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> d
         )
         z = sampled(vae, images, images.held_out[:n], run.generator(3, True))
         found["information"].append(told.nats)
-        found["energy"].append(two_sample.energy_distance(z.cpu(), prior[0]))
+        found["energy"].append(two_sample.energy_distance(z.cpu(), prior[0]).row)
         found["mean_spread"].append(mean.var(0).mean().sqrt().item())
         found["deviation"].append((2 * log_std).exp().mean().sqrt().item())
-    found["energy"].append(two_sample.energy_distance(prior[1], prior[0]))
+    found["energy"].append(two_sample.energy_distance(prior[1], prior[0]).row)
     return {name: np.array(rows) for name, rows in found.items()} | {"information_ceiling": np.array(told.ceiling)}
 
 
@@ -113,7 +116,7 @@ def sampled(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Ge
     return likelihoods.sample_gaussian(*encode(vae, images, pictures), generator=generator)
 
 
-def probes(run: results.Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
+def probes(run: Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
     """`probe_right` (probes, n), bool: which held-out images a linear classifier of each of PROBES gets right.
 
     Codes are samples of q(z|x); of the random encoder, which has no reason to be precise, the means.
@@ -148,7 +151,7 @@ def _components(train: Tensor, held_out: Tensor, count: int) -> list[Tensor]:
 
 
 def samples(
-    run: results.Run,
+    run: Run,
     images: Images,
     models: Mapping[str, PixelVAE],
     describe: Mapping[str, features.Extractor],
@@ -198,7 +201,7 @@ def samples(
             states = torch.stack([look(state) for state in from_data])
             found[f"similarity_{name}_{view}"] = np.stack(two_sample.autocorrelation(states, LAGS), 1)
             pair = look(drawn[f"{name}: q(z)"]), look(again)
-            found[f"decodes_{name}_{view}"] = two_sample.pair_correlation(*pair)
+            found[f"decodes_{name}_{view}"] = two_sample.pair_correlation(*pair).row
         found[f"chain_{name}"] = from_noise[:, 0]
         found[f"many_{name}"] = from_noise[-1, :36]
         found[f"shown_decodes_{name}"] = torch.stack([drawn[f"{name}: q(z)"][:10], again[:10]])
@@ -206,11 +209,11 @@ def samples(
     unit = {name: len(LATE) if "chain" in name else 1 for name in SETS}
     for kind, look in describe.items():
         seen, kept = {name: look(drawn[name]) for name in SETS}, look(reference)
-        found[f"kernel_{kind}"] = np.array(
-            [two_sample.kernel_distance(seen[name], kept, together=(unit[name], 1)) for name in SETS]
+        found[f"kernel_{kind}"] = rows(
+            two_sample.kernel_distance(seen[name], kept, together=(unit[name], 1)) for name in SETS
         )
         ends = seen["none: chain"], seen["none: chain from data"]
-        found[f"noise_to_data_{kind}"] = two_sample.kernel_distance(*ends, together=(len(LATE), len(LATE)))
+        found[f"noise_to_data_{kind}"] = two_sample.kernel_distance(*ends, together=(len(LATE), len(LATE))).row
     return found | {f"shown_{name}": drawn[name][unit[name] - 1 :: unit[name]][:40] for name in SETS}
 
 
@@ -260,7 +263,7 @@ def patches_shuffled(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return patches.reshape(pictures.shape)
 
 
-def fitted(run: results.Run, z: Tensor, count: int) -> dict[str, Tensor]:
+def fitted(run: Run, z: Tensor, count: int) -> dict[str, Tensor]:
     """Codes from two laws fitted to q(z), of which `z` (N, D) are samples: a Gaussian, and a mixture of 20."""
     from sklearn.mixture import GaussianMixture
 
@@ -273,7 +276,7 @@ def fitted(run: results.Run, z: Tensor, count: int) -> dict[str, Tensor]:
     return drawn
 
 
-def glasses(run: results.Run, images: Images, label: PixelVAE) -> dict[str, np.ndarray]:
+def glasses(run: Run, images: Images, label: PixelVAE) -> dict[str, np.ndarray]:
     """The class as a frozen feature (claim G1): what the best factored Gaussian of each class loses on held-out images.
 
     `gaussian_nats` (n,) -log p of the Gaussian of the image's class, each grey level a bin; `gaussian_mean`,
@@ -304,7 +307,7 @@ def glasses(run: results.Run, images: Images, label: PixelVAE) -> dict[str, np.n
     }
 
 
-def exactness(run: results.Run, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]:
+def exactness(run: Run, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]:
     """Claim P7 on the trained decoder, two codes: `pixels_that_differ` between images of the incremental sampler and of
     one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32, relative where
     a parameter is above 1.
@@ -330,7 +333,7 @@ def exactness(run: results.Run, images: Images, vae: PixelVAE) -> dict[str, np.n
 
 @torch.no_grad()
 def continue_chain(
-    run: results.Run, images: Images, trained: Mapping[str, train.Trained], steps: int = 3, chains: int = 5
+    run: Run, images: Images, trained: Mapping[str, train.Trained], steps: int = 3, chains: int = 5
 ) -> np.ndarray:
     """A few more states of the chain of `none` from held-out photographs: uint8 (steps + 1, chains, S, S, C)."""
     generator = run.generator(11, True)

@@ -40,7 +40,10 @@ from paperlib.data.device_images import Images
 from paperlib.nn import likelihoods, pixelcnn
 from paperlib.nn.pixelcnn import PixelCNN, PixelCNNSettings
 from paperlib.nn.pixelcnn_sampler import Sampler
-from paperlib.runs import results, train
+from paperlib.runs import train
+from paperlib.runs.provenance import describe_code
+from paperlib.runs.recorded import load_recorded_weights
+from paperlib.runs.run import Run
 from paperlib.stats.two_sample import gaussian_mmd
 from paperlib.system import distributed, files
 from paperlib.system.devices import memory_explained
@@ -203,17 +206,17 @@ def _keep_deviations(vae: PixelVAE) -> None:
         vae.encoder[-1].weight[vae.code_dim :].mul_(0.1)  # std(x) alike for all images
 
 
-def load_images(run: results.Run) -> Images:
+def load_images(run: Run) -> Images:
     return device_images.load(datasets.load(run.settings.dataset), run.device)
 
 
-def build(run: results.Run, images: Images, encoder: str = "conv") -> PixelVAE:
+def build(run: Run, images: Images, encoder: str = "conv") -> PixelVAE:
     """A new model for these images, with weights from torch's generator."""
     channels, side, _ = images.shape
     return PixelVAE(run.settings, channels, side, images.dataset.levels, images.classes, encoder).to(run.device)
 
 
-def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
+def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     """Train the trunk and every one of `VARIANTS`, or continue, or load the recorded model `none`.
 
     By name; the trunk, under "trunk", where it has steps.
@@ -221,7 +224,7 @@ def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
     settings = run.settings
     if run.weights == "recorded":
         vae = build(run, images).eval()
-        vae.load_state_dict(results.load_recorded_weights(run))
+        vae.load_state_dict(load_recorded_weights(run))
         return {"none": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
     parent, trained = None, {}
     if settings.start_from:
@@ -242,7 +245,7 @@ CONTROLS = ("label", "linear")
 
 
 def fit_variant(
-    run: results.Run,
+    run: Run,
     images: Images,
     name: str,
     variant: Variant,
@@ -311,7 +314,7 @@ def fit_variant(
             key: float(value.mean())
             for key, value in evaluate(vae, images, images.held_out[held_out], images.held_out_labels[held_out]).items()
         },
-        provenance=results.describe_code(),
+        provenance=describe_code(),
         name=name,
     )
 

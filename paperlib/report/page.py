@@ -14,7 +14,7 @@ from pathlib import Path
 
 from paperlib.report import records, tables
 from paperlib.report.records import Recorded
-from paperlib.runs import results
+from paperlib.runs.claims import measured_text, verdict_text
 from paperlib.system import files
 
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
@@ -78,11 +78,11 @@ def _table(found: list[Recorded]) -> str:
     heads = "".join(f"<th>{head}</th>" for head in ("claim", "expected", "measured", "verdict", "to check it again"))
     lines = []
     for one, claim, entry in records.rows(found):
-        verdict, device = results.verdict_text(entry), _escaped(one.provenance["device"])
+        verdict, device = verdict_text(entry), _escaped(one.provenance["device"])
         cells = [
             f"<b>{claim}</b> {_escaped(entry['statement'])}",
             re.sub("`([^`]+)`", r"<code>\1</code>", _escaped(entry["expected"])),
-            f"{_escaped(results.measured_text(entry))} (<code>{one.preset}</code>)",
+            f"{_escaped(measured_text(entry))} (<code>{one.preset}</code>)",
             f'<span class="{verdict.replace(" ", "-")}">{verdict}</span>',
             f"<code>{_escaped(one.command())}</code>, {one.minutes:.0f} minutes on {device}",
         ]

@@ -8,16 +8,16 @@ Nothing is trained: the quantities that judge a claim are computed from the reco
 """
 
 import argparse
-import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-from paperlib.reproduce import EXPERIMENTS
-from paperlib.runs import results
-from paperlib.runs.results import Quantity
+from paperlib.experiments import EXPERIMENTS
+from paperlib.runs.claims import Verdicts, judge, measured_text, verdict_text
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.experiment import Experiment
+from paperlib.runs.run import Run
 from paperlib.system import files
 
 PRESETS = ("paper", "gpu", "cpu", "smoke")  # best first
@@ -31,11 +31,11 @@ class Recorded:
     notebook: str
     preset: str
     provenance: dict[str, Any]
-    claims: results.Verdicts
+    claims: Verdicts
 
     @property
-    def experiment(self) -> ModuleType:
-        return importlib.import_module(f"paperlib.{EXPERIMENTS[self.notebook]}.experiment")
+    def experiment(self) -> Experiment:
+        return EXPERIMENTS[self.notebook]
 
     @property
     def minutes(self) -> float:
@@ -56,13 +56,11 @@ class Recorded:
             f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`"
         )
 
-    def recomputed(self) -> dict[str, dict[str, Quantity]]:
+    def recomputed(self) -> dict[str, dict[str, Estimate]]:
         """The quantities of each claim by the code as it is now. Raises `UserError` as the recorded files deserve."""
-        settings = self.experiment.PRESETS[self.preset]
-        run = results.Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", "recorded")
-        if hasattr(self.experiment, "recomputed"):  # of notebook 01, whose arrays hold what is drawn, not what judges
-            return self.experiment.recomputed(run)
-        return self.experiment.quantities(results.load_recorded_arrays(run))
+        settings = self.experiment.settings(self.preset)
+        run = Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", "recorded")
+        return self.experiment.recompute(run)
 
 
 def recorded() -> Iterator[Recorded]:
@@ -71,8 +69,8 @@ def recorded() -> Iterator[Recorded]:
         for preset in PRESETS:
             folder = files.results_root() / preset / notebook
             if (folder / "run.json").exists():
-                metrics, run = (results.load_json(folder / name) for name in ("metrics.json", "run.json"))
-                yield Recorded(notebook, preset, run, results.Verdicts(metrics["claims"]))
+                metrics, run = (files.load_json(folder / name) for name in ("metrics.json", "run.json"))
+                yield Recorded(notebook, preset, run, Verdicts(metrics["claims"]))
 
 
 def rows(found: list[Recorded]) -> list[tuple[Recorded, str, dict[str, Any]]]:
@@ -84,21 +82,20 @@ def rows(found: list[Recorded]) -> list[tuple[Recorded, str, dict[str, Any]]]:
 def differences(one: Recorded) -> list[str]:
     """Where the numbers of a record are not those that its arrays give, in words."""
     again, found = one.recomputed(), []
-    run = results.Run(one.notebook, one.preset, None, 0, "cpu")
     for claim, entry in one.claims.items():
-        measured = {name: Quantity(**quantity) for name, quantity in entry["measured"].items()}
+        measured = {name: Estimate(**quantity) for name, quantity in entry["measured"].items()}
         if set(measured) != set(again[claim]):
             found.append(f"{claim}: other quantities, {', '.join(sorted(set(measured) ^ set(again[claim])))}")
             continue
         for name, quantity in measured.items():
             if not _same(quantity, again[claim][name]):
                 found.append(f"{claim}: {name} is recorded as {quantity}, but the arrays give {again[claim][name]}")
-        if results.judge(run, one.experiment.CLAIMS[claim], again[claim]) != entry["holds"]:
-            found.append(f"{claim}: another verdict than {results.verdict_text(entry)}")
+        if judge(one.preset, one.experiment.claims[claim], again[claim]) != entry["holds"]:
+            found.append(f"{claim}: another verdict than {verdict_text(entry)}")
     return found
 
 
-def _same(a: Quantity, b: Quantity) -> bool:
+def _same(a: Estimate, b: Estimate) -> bool:
     pairs = ((a.value, b.value), (a.low, b.low), (a.high, b.high))
     pairs = [[math.nan if number is None else number for number in pair] for pair in pairs]  # JSON has null for nan
     return all(math.isclose(x, y, rel_tol=AGREES, abs_tol=1e-9) or (math.isnan(x) and math.isnan(y)) for x, y in pairs)
@@ -110,9 +107,9 @@ def main() -> int:
     only_list = parser.parse_args().list
     found = list(recorded())
     for one, claim, entry in rows(found):
-        print(f"{claim} {results.verdict_text(entry)} ({one.preset}): {entry['statement']}")
+        print(f"{claim} {verdict_text(entry)} ({one.preset}): {entry['statement']}")
         print(f"   expected  {entry['expected']}")
-        print(f"   measured  {results.measured_text(entry)}")
+        print(f"   measured  {measured_text(entry)}")
         print(f"   again     {one.command()}  ({one.minutes:.1f} minutes on {one.provenance['device']})")
     if only_list:
         return 0

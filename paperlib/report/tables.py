@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from paperlib.experiments import EXPERIMENTS
 from paperlib.report import records
-from paperlib.reproduce import EXPERIMENTS
-from paperlib.runs import results
+from paperlib.runs.claims import measured_text, verdict_text
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -41,7 +41,7 @@ def notebook_block(notebook: str) -> str:
     recorded = best(notebook)
     if recorded is None:
         return "Nothing is recorded for this notebook yet."
-    headline, caption = recorded.experiment.HEADLINE
+    headline, caption = recorded.experiment.headline
     picture = os.path.relpath(files.figures_root() / recorded.preset / f"{headline}.png", files.NOTEBOOKS)
     return "\n\n".join(
         [
@@ -62,7 +62,7 @@ def with_recorded_figure(source: str, name: str, notebook: str) -> str:
         return source
     path = os.path.relpath(files.figures_root() / recorded.preset / f"{name}.png", files.NOTEBOOKS)
     picture = f"![{name}, recorded]({Path(path).as_posix()})"
-    if name == recorded.experiment.HEADLINE[0]:
+    if name == recorded.experiment.headline[0]:
         picture = "the figure at the top."
     caption, gap, rest = source.partition("\n\n")
     return f"{caption}\n\nAs recorded under `{recorded.preset}`: {picture}{gap}{rest}"
@@ -79,12 +79,12 @@ def readme_block() -> str:
         for key, entry in recorded.claims.items():
             cells = (
                 f"**{key}** {entry['statement']}",
-                results.measured_text(entry, recorded.experiment.CLAIMS[key].shows),
-                results.verdict_text(entry),
+                measured_text(entry, recorded.experiment.claims[key].shows),
+                verdict_text(entry),
                 f"[{notebook[:2]}](notebooks/{notebook}.ipynb), `{recorded.preset}`",
             )
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-            (exact if recorded.experiment.CLAIMS[key].exact else empirical).append(entry["holds"])
+            (exact if recorded.experiment.claims[key].exact else empirical).append(entry["holds"])
         origins.append(f"{notebook[:2]}: {recorded.origin()}.")
     count = (
         f"Of {len(exact)} claims that are mathematics {sum(exact)} hold, of {len(empirical)} empirical ones "
@@ -137,7 +137,7 @@ def _benchmark(name: str) -> list[dict[str, Any]]:
 
 
 def _table(name: str) -> dict[str, Any]:
-    return results.load_json(files.results_root() / "benchmarks" / f"{name}-cpu.json")
+    return files.load_json(files.results_root() / "benchmarks" / f"{name}-cpu.json")
 
 
 def texts() -> Iterable[tuple[Path, str, str]]:

@@ -9,34 +9,28 @@ others and the job; the checkpoint stays.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import Any
 
-from paperlib.runs import presets, results
+from paperlib.runs import presets
+from paperlib.runs.experiment import Experiment
 from paperlib.system import distributed
 from paperlib.system.devices import pick_device
 from paperlib.system.errors import run_command
 
 
-def main(
-    notebook: str,
-    choices: Mapping[str, Any],
-    start: Callable[[str, int, str, str, Mapping[str, Any]], results.Run],
-    fit: Callable[[results.Run], Mapping[str, Any]],
-) -> None:
-    """The command line of a notebook's module: its presets, `start` and what trains a run. Ends the program."""
+def main(experiment: Experiment) -> None:
+    """The command line of a chapter: train the models of one run. Ends the program."""
 
     def train() -> int:
-        options = parser(notebook).parse_args()
-        overrides = presets.parse(presets.choose(choices, options.preset), options.set)
+        options = parser(experiment.notebook).parse_args()
+        overrides = presets.parse(experiment.settings(options.preset), options.set)
         device = str(pick_device(options.device))
         with distributed.joined(device):
-            run = start(options.preset, options.seed, device, "train", overrides)
-            trained = fit(run)
+            run = experiment.start(options.preset, options.seed, device, "train", overrides)
+            trained = experiment.fit(run)
             if distributed.rank_and_world()[0] == 0:
                 for name, one in trained.items():
                     print(f"{name}: {one.steps} steps, {one.seconds / 60:.1f} minutes, {one.stopped}")
-                print(f"in {run.directory}; notebook {notebook} goes on from there")
+                print(f"in {run.directory}; notebook {experiment.notebook} goes on from there")
         return 0
 
     run_command(train)

@@ -1,6 +1,6 @@
 """One style for every figure, and grids of images on a fixed grey scale.
 
-Figures are made by functions that take a run's arrays and return a matplotlib figure; `results.save_figure` writes
+Figures are made by functions that take a run's arrays and return a matplotlib figure; `save_figure` writes
 and closes it. seaborn and matplotlib are imported on use, since a test or a training needs neither.
 """
 

@@ -1,5 +1,4 @@
 from paperlib.runs import launch
-from paperlib.sequential.experiment import NOTEBOOK, PRESETS, start
-from paperlib.sequential.training import fit, load_images
+from paperlib.sequential.experiment import EXPERIMENT
 
-launch.main(NOTEBOOK, PRESETS, start, lambda run: fit(run, load_images(run)))
+launch.main(EXPERIMENT)

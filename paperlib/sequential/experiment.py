@@ -19,15 +19,19 @@ from typing import Any
 import numpy as np
 
 from paperlib.data.device_images import Images
-from paperlib.runs import presets, results, train
+from paperlib.runs import presets, train
+from paperlib.runs.claims import Claim, Verdicts
+from paperlib.runs.estimate import Estimate, rows
+from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.results import Claim, Quantity
+from paperlib.runs.provenance import describe_training
+from paperlib.runs.recorded import load_recorded_arrays, save_weights
+from paperlib.runs.run import Run, finish, save_arrays
 from paperlib.sequential import measurements as sequential_samples
 from paperlib.sequential import networks as sequential_networks
 from paperlib.sequential.measurements import KINDS, SETS
-from paperlib.stats import two_sample
-from paperlib.stats.two_sample import Estimate
-from paperlib.system.errors import UserError
+from paperlib.sequential.training import fit, load_images
+from paperlib.stats import intervals
 
 NOTEBOOK = "03_lsun_sequential_vae"
 HEADLINE = (
@@ -247,27 +251,19 @@ CLAIMS = {
 }
 
 
-def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> results.Run:
-    """Open the run that the notebook's parameters ask for. Raises `UserError` for any that it does not know."""
-    settings = presets.choose(PRESETS, preset, overrides)
-    if settings.dataset not in ("photos", "lsun_bedroom", "own_images"):
-        raise UserError(f"unknown data set {settings.dataset!r}: choose from photos, lsun_bedroom, own_images")
-    return results.start(NOTEBOOK, preset, settings, seed, str(train.pick_device(device)), weights)
-
-
 # Measuring
 
 
-def measure(run: results.Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
+def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     """All that the figures and claims need, written to the run's `arrays.npz` and returned.
 
     With recorded weights, the arrays that were recorded with them. Estimates are rows of value, low, high.
     """
     if run.weights == "recorded":
-        return results.load_recorded_arrays(run)
+        return load_recorded_arrays(run)
     models = {name: one.model for name, one in trained.items()}
     drawn = sequential_samples.drawings(run, images, models)
-    return results.save_arrays(
+    return save_arrays(
         run,
         levels=images.dataset.levels,
         dims=np.prod(images.shape),
@@ -285,31 +281,31 @@ def measure(run: results.Run, images: Images, trained: Mapping[str, train.Traine
 
 
 def conclude(
-    run: results.Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
-) -> results.Verdicts:
+    run: Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
+) -> Verdicts:
     """Judge S1 to S4, and write `metrics.json`, `run.json` and the weights of `sequential`."""
     if run.weights == "train":
-        results.save_weights(run, trained["sequential"].model.state_dict())
-    return results.finish(
+        save_weights(run, trained["sequential"].model.state_dict())
+    return finish(
         run,
         CLAIMS,
         quantities(arrays),
         numbers=summary(arrays),
         data=images.dataset.describe(),
-        trainings={name: results.describe_training(one) for name, one in trained.items()},
+        trainings={name: describe_training(one) for name, one in trained.items()},
     )
 
 
-def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity]]:
+def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Estimate]]:
     """What each claim is judged by."""
     from scipy.stats import spearmanr
 
     steps = sequential_samples.per_step(arrays)
-    chain, single = arrays["spectral_sequential"], Estimate(*arrays["spectral_single"])
+    chain, single = arrays["spectral_sequential"], Estimate.from_row(arrays["spectral_single"])
     trend = spearmanr(np.arange(len(chain)), chain[:, 0]).statistic
     general, plain = arrays["infusion_losses"]
     rate, rate_of_single = (
-        Quantity.of(two_sample.mean_interval(arrays[f"{name}_kl"].sum(1)), "nats") for name in ("sequential", "single")
+        intervals.mean_interval(arrays[f"{name}_kl"].sum(1), "nats") for name in ("sequential", "single")
     )
     kernel = {kind: dict(zip(SETS, arrays[f"kernel_{kind}"], strict=True)) for kind in KINDS}
     return {
@@ -320,33 +316,33 @@ def quantities(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Quantity
             "least_lost_without": _least(steps["lost_without"]),
         },
         "S2": {
-            "first": Quantity.of(chain[0]),
-            "last": Quantity.of(chain[-1]),
-            "single": Quantity.of(single),
-            "noisy_first": Quantity.of(arrays["spectral_noise_first"]),
-            "noisy_single": Quantity.of(arrays["spectral_noise_single"]),
-            "trend": Quantity(float(trend)),
-            "infusion": Quantity.of(arrays["spectral_infusion"]),
-            "training_photographs": Quantity.of(arrays["spectral_training"]),
+            "first": Estimate.from_row(chain[0]),
+            "last": Estimate.from_row(chain[-1]),
+            "single": single,
+            "noisy_first": Estimate.from_row(arrays["spectral_noise_first"]),
+            "noisy_single": Estimate.from_row(arrays["spectral_noise_single"]),
+            "trend": Estimate(float(trend)),
+            "infusion": Estimate.from_row(arrays["spectral_infusion"]),
+            "training_photographs": Estimate.from_row(arrays["spectral_training"]),
             "rate": rate,
             "rate_of_single": rate_of_single,
         },
-        "S3": {"residual": Quantity(float(abs(general - plain) / abs(plain)))},
+        "S3": {"residual": Estimate(float(abs(general - plain) / abs(plain)))},
         "S4": {
-            **{f"ratio_{kind}": Quantity.of(arrays[f"ratio_{kind}"]) for kind in KINDS},
-            "sequential": Quantity.of(kernel["random"]["sequential"]),
-            "single": Quantity.of(kernel["random"]["single"]),
-            "infusion": Quantity.of(kernel["random"]["infusion"]),
-            "training_photographs": Quantity.of(kernel["random"]["training photographs"]),
+            **{f"ratio_{kind}": Estimate.from_row(arrays[f"ratio_{kind}"]) for kind in KINDS},
+            "sequential": Estimate.from_row(kernel["random"]["sequential"]),
+            "single": Estimate.from_row(kernel["random"]["single"]),
+            "infusion": Estimate.from_row(kernel["random"]["infusion"]),
+            "training_photographs": Estimate.from_row(kernel["random"]["training photographs"]),
             "rate": rate,
             "rate_of_single": rate_of_single,
         },
     }
 
 
-def _least(steps: list[Estimate], unit: str = "") -> Quantity:
+def _least(steps: list[Estimate], unit: str = "") -> Estimate:
     """The least value, and the least ends of all intervals, whichever steps they are of."""
-    return Quantity.of([min(column) for column in zip(*steps, strict=True)], unit)
+    return Estimate.from_row(rows(steps).min(0), unit)
 
 
 def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -372,7 +368,7 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         "models": models,
         "control_over_no_step": (arrays["depth_error"].mean(0) / arrays["sequential_error"][:, :-1].mean(0)).tolist(),
-        "steps": {name: [list(one) for one in rows] for name, rows in sequential_samples.per_step(arrays).items()},
+        "steps": {name: [one.row for one in of_steps] for name, of_steps in sequential_samples.per_step(arrays).items()},
         "spectral_distance": arrays["spectral_sequential"].tolist(),
         "kernel_distance": {kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in KINDS},
         "median_distance_to_the_nearest_training_image": nearest,
@@ -404,3 +400,20 @@ def table(arrays: Mapping[str, np.ndarray]) -> Any:
     found = pandas.DataFrame(rows).T.round(4)
     found.index.name = "step"
     return found
+
+
+def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
+    """The numbers that decide each claim, from the recorded arrays."""
+    return quantities(load_recorded_arrays(run))
+
+
+EXPERIMENT = Experiment(
+    notebook=NOTEBOOK,
+    headline=HEADLINE,
+    presets=PRESETS,
+    claims=CLAIMS,
+    recompute=recompute,
+    fit=lambda run: fit(run, load_images(run)),
+    datasets=("photos", "lsun_bedroom", "own_images"),
+)
+start = EXPERIMENT.start

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from paperlib.data.device_images import Images
-from paperlib.runs import results, train
+from paperlib.runs import train
+from paperlib.runs.estimate import Estimate, rows
+from paperlib.runs.run import Run
 from paperlib.sequential.model import (
     Drawn,
     PixelCodes,
@@ -30,7 +32,7 @@ from paperlib.sequential.model import (
     swap_errors,
 )
 from paperlib.sequential.training import evaluate
-from paperlib.stats import features, sharpness, two_sample
+from paperlib.stats import features, intervals, sharpness, two_sample
 
 ROWS = 10  # of the pictures
 SETS = ("training photographs", "reconstructions", "sequential", "sequential: step 1", "single", "infusion")
@@ -48,7 +50,7 @@ def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     return found
 
 
-def terms(run: results.Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
+def terms(run: Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
     """On held-out images that no training watched: `<model>_error`, squared error per dimension, `_kl` and `_log_p` in
     nats, each (n, T).
 
@@ -85,7 +87,7 @@ def _spread(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
-def drawings(run: results.Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, Drawn]:
+def drawings(run: Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, Drawn]:
     """`samples` images of each model, all from streams of their own."""
     return {
         name: draw(models[name], images, run.settings.samples, run.generator(k, on_device=True))
@@ -93,7 +95,7 @@ def drawings(run: results.Run, images: Images, models: Mapping[str, SequentialVA
     }
 
 
-def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[two_sample.Estimate]]:
+def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
     """What S1 says of each step t, means over held-out images with intervals of paired differences.
 
     `fall` of the error, relative to that before (of the first step, to the mean training image's); `kl` in nats; the
@@ -103,9 +105,9 @@ def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[two_sample.Esti
     before = np.column_stack([arrays["mean_error"], arrays["sequential_error"][:, :-1]])
     error, swapped, depth = arrays["sequential_error"], arrays["swapped_error"], arrays["depth_error"]
 
-    def relative(difference: np.ndarray, t: int) -> two_sample.Estimate:
+    def relative(difference: np.ndarray, t: int) -> Estimate:
         scale = before[:, t].mean()
-        return two_sample.Estimate(*(number / scale for number in two_sample.mean_interval(difference)))
+        return Estimate.from_row(np.array(intervals.mean_interval(difference).row) / scale)
 
     steps = range(error.shape[1])
     fall = [relative(before[:, t] - error[:, t], t) for t in steps]
@@ -114,13 +116,13 @@ def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[two_sample.Esti
     without = [relative(control[t - 1] - error[:, t], t) for t in steps[1:]]
     return {
         "fall": fall,
-        "kl": [two_sample.mean_interval(arrays["sequential_kl"][:, t]) for t in steps],
-        "lost": [two_sample.ratio(a, b) for a, b in zip(loss, fall, strict=True)],
-        "lost_without": [two_sample.ratio(a, b) for a, b in zip(without, fall[1:], strict=True)],
+        "kl": [intervals.mean_interval(arrays["sequential_kl"][:, t]) for t in steps],
+        "lost": [intervals.ratio(a, b) for a, b in zip(loss, fall, strict=True)],
+        "lost_without": [intervals.ratio(a, b) for a, b in zip(without, fall[1:], strict=True)],
     }
 
 
-def spectra(run: results.Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+def spectra(run: Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
     """Claim S2. `frequencies` (K,) in cycles per pixel; mean power in squared grey levels `power_sequential` (T, K),
     `power_single`, `power_infusion`, `power_photographs` (held out) and `power_training` (K,).
 
@@ -134,19 +136,19 @@ def spectra(run: results.Run, images: Images, drawn: Mapping[str, Drawn]) -> dic
     found: dict[str, Any] = {"frequencies": frequencies, "power_photographs": photographs.mean(0)}
     steps = [_power(state)[1] for state in drawn["sequential"].states[1:]]
     found["power_sequential"] = torch.stack([power.mean(0) for power in steps])
-    found["spectral_sequential"] = np.array([_spectral(power, photographs) for power in steps])
+    found["spectral_sequential"] = rows(_spectral(power, photographs) for power in steps)
     for name, pictures in sets.items():
         power = _power(pictures)[1]
-        found[f"power_{name}"], found[f"spectral_{name}"] = power.mean(0), np.array(_spectral(power, photographs))
+        found[f"power_{name}"], found[f"spectral_{name}"] = power.mean(0), np.array(_spectral(power, photographs).row)
     single = _power(drawn["single"].means)[1]
     for name, power in (("first", steps[0]), ("single", single)):
         # White noise has the same power at every frequency.
         noisy = [_spectral(power + level, photographs) for level in [0, *np.geomspace(1e-3, 1e3, 61)]]
-        found[f"spectral_noise_{name}"] = np.array(min(noisy))
+        found[f"spectral_noise_{name}"] = np.array(min(noisy, key=lambda one: one.value).row)
     return found
 
 
-def _rows(run: results.Run, count: int, most: int, stream: int) -> Tensor:
+def _rows(run: Run, count: int, most: int, stream: int) -> Tensor:
     return torch.randperm(count, generator=run.generator(stream))[:most]
 
 
@@ -154,12 +156,12 @@ def _power(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return sharpness.power_spectrum(pictures.cpu().permute(0, 3, 1, 2))
 
 
-def _spectral(power: Tensor, photographs: Tensor) -> two_sample.Estimate:
+def _spectral(power: Tensor, photographs: Tensor) -> Estimate:
     return two_sample.spectral_distance(power, photographs, least=1 / 12)  # the variance of rounding
 
 
 def compared(
-    run: results.Run, images: Images, models: Mapping[str, SequentialVAE], drawn: Mapping[str, Drawn]
+    run: Run, images: Images, models: Mapping[str, SequentialVAE], drawn: Mapping[str, Drawn]
 ) -> dict[str, np.ndarray]:
     """Claim S4. `kernel_<kind>` (SETS, 3): squared kernel distance to held-out photographs, on features of a random
     network and on thumbnails; `ratio_<kind>` (3,), that of `sequential` over that of `single`; `shown_<set>` (24, S, S,
@@ -183,14 +185,14 @@ def compared(
     for kind in KINDS:
         look = features.extractor(networks[kind].to(run.device), scale, images.dataset.levels)
         seen, kept, half = {name: look(pictures[name]) for name in SETS}, look(images.held_out), look(reference)
-        found[f"kernel_{kind}"] = np.array(
-            [two_sample.kernel_distance(seen[name], half if name == "reconstructions" else kept) for name in SETS]
+        found[f"kernel_{kind}"] = rows(
+            two_sample.kernel_distance(seen[name], half if name == "reconstructions" else kept) for name in SETS
         )
-        found[f"ratio_{kind}"] = np.array(two_sample.kernel_distance_ratio(seen["sequential"], seen["single"], kept))
+        found[f"ratio_{kind}"] = np.array(two_sample.kernel_distance_ratio(seen["sequential"], seen["single"], kept).row)
     return found
 
 
-def nearest(run: results.Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+def nearest(run: Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
     """How near samples come to training photographs: `nearest_<view>_<set>` (n,), the root mean squared difference, in
     units of the range -1 .. 1, to the nearest; `<view>` is pixels or thumbnails of 8 x 8 means, `<set>` sequential,
     single, infusion or held_out, which nobody has copied. `neighbours_<view>` (10, S, S, C): those of the first samples
@@ -223,7 +225,7 @@ def _to_nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     return (points - among[rows]).square().mean(1).sqrt(), rows
 
 
-def pictures(run: results.Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
+def pictures(run: Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
     """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples; `chain_more` ten
     more, of the model for larger images where there is one; `chain_infusion` the same for its draws, with
     `chain_infusion_means` (10, S, S, C); `targets` (10, S, S, C), held-out photographs, `rebuilt` and `swapped`
@@ -247,13 +249,13 @@ def pictures(run: results.Run, images: Images, models: Mapping[str, SequentialVA
     return found
 
 
-def draw_more(run: results.Run, images: Images, trained: Mapping[str, train.Trained], rows: int = 5) -> np.ndarray:
+def draw_more(run: Run, images: Images, trained: Mapping[str, train.Trained], rows: int = 5) -> np.ndarray:
     """Samples of `sequential` that no figure shows: noise and x(1) .. x(T), uint8 (T + 1, rows, S, S, C)."""
     return draw(trained["sequential"].model, images, rows, run.generator(8, on_device=True)).states.numpy()
 
 
 @torch.no_grad()
-def exactness(run: results.Run, images: Images, infusion: SequentialVAE) -> dict[str, np.ndarray]:
+def exactness(run: Run, images: Images, infusion: SequentialVAE) -> dict[str, np.ndarray]:
     """Claim S3: `infusion_losses` (2,) in nats an image, in float64, for one set of masks and draws: through the chain
     whose code is a subset of pixels, and by `plain_infusion_loss`.
     """

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
-from paperlib.runs import results, train
+from paperlib.runs import train
+from paperlib.runs.provenance import describe_code
+from paperlib.runs.recorded import load_recorded_weights
+from paperlib.runs.run import Run
 from paperlib.sequential.model import (
     SequentialVAE,
     batches,
@@ -38,7 +41,7 @@ from paperlib.system.errors import UserError
 STEERED_AT_MOST = math.log(1000.0)  # up and down, of the weight of single's KL
 
 
-def load_images(run: results.Run, side: int = 0) -> Images:
+def load_images(run: Run, side: int = 0) -> Images:
     """The run's data set at `side` (the setting, if 0) pixels, larger images made smaller by means over squares.
 
     Patches of photographs, which lie side by side, have their held-out part put into random order. Raises `UserError`
@@ -96,7 +99,7 @@ def build(settings: Any, shape: tuple[int, int, int], name: str) -> SequentialVA
     return SequentialVAE(settings, size, settings.steps, ladder, infusion=name == "infusion")
 
 
-def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
+def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     """Train all models of the table, or continue, or load the recorded model `sequential`: by name.
 
     Where the settings ask for one there is also `picture`, the same chain on larger images, for the figure alone.
@@ -104,7 +107,7 @@ def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
     settings = run.settings
     if run.weights == "recorded":
         vae = build(settings, images.shape, "sequential").to(run.device).eval()
-        vae.load_state_dict(results.load_recorded_weights(run))
+        vae.load_state_dict(load_recorded_weights(run))
         return {"sequential": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
     trained = {"sequential": fit_model(run, images, "sequential", settings.updates)}
     parent = trained["sequential"].model
@@ -118,7 +121,7 @@ def fit(run: results.Run, images: Images) -> dict[str, train.Trained]:
 
 
 def fit_model(
-    run: results.Run,
+    run: Run,
     images: Images,
     name: str,
     updates: int,
@@ -183,13 +186,13 @@ def fit_model(
         seed=run.seed,
         device=device,
         evaluate=evaluated,
-        provenance=results.describe_code(),
+        provenance=describe_code(),
         name=name,
         partial=own_terms and 0 < settings.steps_per_batch < len(steps) - 1,
     )
 
 
-def rates(run: results.Run, images: Images, vae: SequentialVAE) -> tuple[float, float]:
+def rates(run: Run, images: Images, vae: SequentialVAE) -> tuple[float, float]:
     """E KL over all steps in nats an image: on training images, augmented as in training, by which a batch can be
     steered, and on the held-out images that a training watches.
     """

@@ -164,17 +164,3 @@ def _observations(a: object, b: object, controls: Sequence[object]) -> np.ndarra
     if not all(np.isfinite(c).all() for c in columns):
         raise ValueError("ranks of values that are not finite mean nothing: leave these observations out")
     return np.stack(columns)
-
-
-def interval_over_seeds(values: np.ndarray | Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of one number per seed: Student's 95 % interval for the mean over further seeds.
-
-    Raises `ValueError` for fewer than two values, or for one that is not finite.
-    """
-    from scipy.stats import t
-
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"an interval over seeds takes two or more finite numbers, not {values.tolist()}")
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)

@@ -38,31 +38,18 @@ is no memory: with f_t the features at time t of 0 .. T-1, and covariances over 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from paperlib.runs.estimate import Estimate
+from paperlib.stats.intervals import jackknife
+
 PAIRS = 2**22  # of points, handled at a time: 32 MiB in float64
 PENALTY = 0.01  # of the linear probe
 
 Points = np.ndarray | Tensor
-
-
-class Estimate(NamedTuple):
-    """A number with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def ratio(a: Estimate, b: Estimate) -> Estimate:
-    """a / b, with relative errors added as of independent estimates."""
-    value = a.value / b.value
-    half = math.hypot(a.high - a.value, value * (b.high - b.value)) / abs(b.value)
-    return Estimate(value, value - half, value + half)
 
 
 # Two samples
@@ -135,7 +122,7 @@ def _minus_length(u: Tensor, v: Tensor) -> Tensor:
 
 def _estimate(every: np.ndarray) -> Estimate:
     """The value and its interval (d), of a value from all points and from those without each group: (1 + G,)."""
-    return Estimate(*map(float, _jackknife(every[0], every[1:])))
+    return Estimate.from_row(jackknife(every[0], every[1:]))
 
 
 @torch.no_grad()
@@ -187,15 +174,6 @@ def _all_and_without(sums: np.ndarray, points: Tensor) -> tuple[np.ndarray, np.n
     without = sums.sum() - sums.sum(0) - sums.sum(1) + sums.diagonal()
     sizes = np.array([len(group) for group in points.tensor_split(len(sums))])
     return np.append(sums.sum(), without), np.append(len(points), len(points) - sizes).astype(float)
-
-
-def _jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Equation (d): a value (...), and what it is without each of G groups (G, ...), to value, low and high."""
-    from scipy.stats import t
-
-    count = len(without)
-    half = t.ppf(0.975, count - 1) * math.sqrt(count - 1) * without.std(0)
-    return value, value - half, value + half
 
 
 def _points(points: Points) -> Tensor:
@@ -274,7 +252,7 @@ def autocorrelation(states: Points, lags: Sequence[int]) -> tuple[np.ndarray, np
     # Without chain i the means move too: together, a covariance loses N / (N - 1) times what the chain adds to it.
     without = total[:, None] - chains / (chains - 1) * parts.transpose(0, 2, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _jackknife(total[0] / total[1], without[0] / without[1])
+        return jackknife(total[0] / total[1], without[0] / without[1])
 
 
 def pair_correlation(a: Points, b: Points) -> Estimate:
@@ -285,7 +263,7 @@ def pair_correlation(a: Points, b: Points) -> Estimate:
     a, b = _points(a), _points(b)
     if a.shape != b.shape:
         raise ValueError(f"pairs need equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}")
-    return Estimate(*(float(number[0]) for number in autocorrelation(torch.stack([a, b]), [1])))
+    return Estimate.from_row([number[0] for number in autocorrelation(torch.stack([a, b]), [1])])
 
 
 # What features tell, and means over examples
@@ -320,29 +298,3 @@ def _labelled(features: Points, labels: Points) -> tuple[np.ndarray, np.ndarray]
     if not np.isfinite(x).all():
         raise ValueError("features hold values that are not finite")
     return x, y
-
-
-def accuracy_gain(right: Points, baseline: Points) -> Estimate:
-    """How much more often `right` holds than `baseline`, both bool (n,) on the same examples, in -1 .. 1.
-
-    The interval is that of the mean of n differences, so what both get right, or wrong, does not widen it. Raises
-    `ValueError` for other types, shapes that differ, and fewer than two examples.
-    """
-    right, baseline = np.asarray(right), np.asarray(baseline)
-    if right.dtype != bool or baseline.dtype != bool or right.shape != baseline.shape:
-        shapes = f"{right.dtype} {right.shape} and {baseline.dtype} {baseline.shape}"
-        raise ValueError(f"a gain takes bools on the same examples, not {shapes}")
-    return mean_interval(right.astype(float) - baseline)
-
-
-def mean_interval(values: Points) -> Estimate:
-    """The mean of independent examples' values (n,), and 1.96 standard errors to both sides.
-
-    For losses of two models on the same examples give the differences. Raises `ValueError` for fewer than two values,
-    another shape, and values that are not finite.
-    """
-    values = _float64(values).cpu().numpy()
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"an interval takes two or more finite numbers (n,), not {values.shape}")
-    mean, half = values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    return Estimate(float(mean), float(mean - half), float(mean + half))

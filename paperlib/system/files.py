@@ -13,12 +13,14 @@ the working directory, because papermill, nbval and JupyterLab each start a note
 
 import errno
 import fcntl
+import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import paperlib
 from paperlib.system.errors import UserError
@@ -134,3 +136,28 @@ def explained(path: Path) -> Iterator[None]:
         if error.errno in {errno.EEXIST, errno.ENOTDIR}:
             raise UserError(f"cannot write {path}: a file stands where a folder is needed; move it away") from error
         raise
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file; a `UserError` names a file that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as `plain` leaves it. Raises `UserError` as `replacing` does."""
+    with replacing(path) as file:
+        file.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` in types that JSON has; a float that is no number becomes null."""
+    if hasattr(value, "tolist"):  # of NumPy or torch
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,67 @@
+"""Claims, their criteria and verdicts, and the only place where these become text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paperlib.runs.estimate import Estimate
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement with the criterion that decides it, written down before the run.
+
+    `criterion` is called with the measured quantities by name and says whether the claim holds; `expected` says the
+    same in words. `exact` claims are mathematics and judged under every preset, the others not under `smoke`.
+    `shows` names the measured quantities that a short table gives.
+    """
+
+    statement: str
+    expected: str
+    criterion: Callable[..., bool]
+    shows: tuple[str, ...]
+    exact: bool = False
+
+
+def judge(preset: str, claim: Claim, measured: Mapping[str, Estimate]) -> bool | None:
+    """Whether `claim` holds for what was `measured`; None where the preset claims nothing."""
+    if preset == "smoke" and not claim.exact:
+        return None
+    return bool(claim.criterion(**measured))
+
+
+class Verdicts(dict):
+    """The `claims` part of a `metrics.json`; shows itself as a table."""
+
+    def _repr_markdown_(self) -> str:
+        rows = [
+            "| claim | statement | expected | measured | verdict |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for key, entry in self.items():
+            cells = (
+                key,
+                entry["statement"],
+                entry["expected"],
+                measured_text(entry),
+                verdict_text(entry),
+            )
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        return "\n".join(rows)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{key}: {verdict_text(entry)} ({measured_text(entry)})" for key, entry in self.items())
+
+    def decided(self) -> dict[str, str]:
+        """The verdict of each claim alone, without the numbers that led to it."""
+        return {key: verdict_text(entry) for key, entry in self.items()}
+
+
+def verdict_text(entry: Mapping[str, Any]) -> str:
+    return {True: "holds", False: "fails", None: "not claimed"}[entry["holds"]]
+
+
+def measured_text(entry: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    """The measured quantities of a claim in words, all or those named."""
+    chosen = entry["measured"] if names is None else {name: entry["measured"][name] for name in names}
+    return "; ".join(f"{name.replace('_', ' ')} {Estimate(**q)}" for name, q in chosen.items())

@@ -1,0 +1,45 @@
+"""What every chapter offers: the interface between a notebook's experiment and all that runs or reports it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paperlib.runs import presets, run
+from paperlib.runs.claims import Claim
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.run import Run
+from paperlib.system.devices import pick_device
+from paperlib.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The experiment behind one notebook.
+
+    - `notebook`: its file's name without the ending.
+    - `headline`: the name and the caption of its first figure.
+    - `presets`: settings, one frozen dataclass for all, by name; `datasets` those that the setting `dataset` may name.
+    - `claims`: by key, see `Claim`.
+    - `recompute(run)`: the numbers that decide each claim, by claim and name, from what is recorded for `run`.
+    - `fit(run)`: train all models of a run without its notebook, by name; None for a chapter that trains nothing.
+    """
+
+    notebook: str
+    headline: tuple[str, str]
+    presets: Mapping[str, Any]
+    claims: Mapping[str, Claim]
+    recompute: Callable[[Run], Mapping[str, Mapping[str, Estimate]]]
+    fit: Callable[[Run], Mapping[str, Any]] | None = None
+    datasets: tuple[str, ...] = ()
+
+    def settings(self, preset: str, overrides: Mapping[str, Any] | None = None) -> Any:
+        """The preset's settings with `overrides`. Raises `UserError` for a preset, setting or data set not known."""
+        settings = presets.choose(self.presets, preset, overrides)
+        if self.datasets and settings.dataset not in self.datasets:
+            raise UserError(f"unknown data set {settings.dataset!r}: choose from {', '.join(self.datasets)}")
+        return settings
+
+    def start(self, preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> Run:
+        """Open the run that the notebook's parameters ask for. Raises `UserError` for any that are not known."""
+        settings = self.settings(preset, overrides)
+        return run.start(self.notebook, preset, settings, seed, str(pick_device(device)), weights)

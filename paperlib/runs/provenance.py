@@ -1,0 +1,64 @@
+"""Where a number comes from: code, versions, device and trainings."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+from paperlib.system import files
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "matplotlib",
+    "seaborn",
+    "papermill",
+)
+
+
+def describe_training(trained: Any) -> dict[str, Any]:
+    """What `run.json` says of a `train.Trained`: steps, seconds, and the code that started and resumed it."""
+    return {
+        "steps": trained.steps,
+        "seconds": round(trained.seconds, 1),
+        **trained.provenance,
+        "resumed": trained.resumed,
+    }
+
+
+def describe_code() -> dict[str, Any]:
+    """Git revision of the code, and whether code, notebooks or pins differ from it; None where git does not know."""
+    watched = ["paperlib", "notebooks", "requirements.txt", "pyproject.toml"]
+    try:
+        revision = _git("rev-parse", "HEAD")
+        modified = bool(_git("status", "--porcelain", "--", *watched))
+    except (OSError, subprocess.CalledProcessError):
+        return {"revision": None, "modified": None}
+    return {"revision": revision, "modified": modified}
+
+
+def describe_device(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a number may depend on, as really installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=files.ROOT, check=True, capture_output=True, text=True).stdout.strip()

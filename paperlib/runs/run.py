@@ -1,0 +1,150 @@
+"""Runs and what they leave behind: arrays, figures, claims with verdicts, provenance.
+
+A run writes to `runs/<notebook>/<preset>-<hash of settings and seed>/`:
+
+| file | content |
+| --- | --- |
+| `<model>/last.pt`, ... | checkpoints, see `checkpoints` |
+| `arrays.npz` | all that the figures draw, and nothing else is drawn |
+| `<content-name>.png` | the figures |
+| `metrics.json` | claims with verdicts, and further numbers |
+| `run.json` | provenance; written last, so a run that has one is finished |
+| `weights.safetensors` | the headline model in half precision |
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paperlib.runs.claims import Claim, Verdicts, judge
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.provenance import describe_code, describe_device, versions
+from paperlib.system import files
+from paperlib.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one notebook: what was asked for, and the folder where its files go."""
+
+    notebook: str
+    preset: str
+    settings: Any
+    seed: int
+    device: str
+    weights: str = "train"
+    started: float = field(default_factory=time.time)
+
+    @property
+    def name(self) -> str:
+        return run_name(self.notebook, self.preset, self.settings, self.seed, self.weights)
+
+    @property
+    def directory(self) -> Path:
+        return files.runs_root() / self.name
+
+    def generator(self, stream: int, on_device: bool = False) -> torch.Generator:
+        """A stream of random numbers of its own for each purpose, so that one measurement does not change another."""
+        return torch.Generator(self.device if on_device else "cpu").manual_seed(1000 * self.seed + stream)
+
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Within, torch's global generators start from the seed; their states from before come back."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.startswith("cuda") else []):
+            torch.manual_seed(self.seed)
+            yield
+
+
+def run_name(notebook: str, preset: str, settings: Any, seed: int, weights: str = "train") -> str:
+    """`<notebook>/<preset>-<hash>`: the same for the same settings and seed, another for any other.
+
+    A run with recorded weights has a name of its own, so that it never takes the place of one that was trained.
+    Raises `UserError` for a seed or `weights` that mean nothing.
+    """
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"seed is {seed!r}, but takes a whole number from 0")
+    if weights not in ("train", "recorded"):
+        raise UserError(f"unknown weights {weights!r}: choose from train, recorded")
+    identity = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return f"{notebook}/{preset}-{digest}" + ("-recorded" if weights == "recorded" else "")
+
+
+def start(notebook: str, preset: str, settings: Any, seed: int, device: str, weights: str = "train") -> Run:
+    """Open a run and make its folder. Raises `UserError` as `run_name` does."""
+    run = Run(notebook, preset, settings, seed, device, weights)
+    files.make_folder(run.directory)
+    return run
+
+
+def save_arrays(run: Run, **arrays: Any) -> dict[str, np.ndarray]:
+    """Write `arrays.npz` and return its content, as a later reader will find it."""
+    arrays = {name: a.numpy(force=True) if torch.is_tensor(a) else np.asarray(a) for name, a in arrays.items()}
+    with files.replacing(run.directory / "arrays.npz") as file:
+        np.savez_compressed(file, **arrays)
+    return load_arrays(run.directory)
+
+
+def load_arrays(directory: Path) -> dict[str, np.ndarray]:
+    with np.load(directory / "arrays.npz") as archive:
+        return dict(archive)
+
+
+def save_figure(run: Run, figure: Any, name: str) -> Any:
+    """Write `<name>.png` into the run's folder and return the figure, closed, so that a cell shows it once."""
+    from matplotlib import pyplot
+
+    with files.replacing(run.directory / f"{name}.png") as file:
+        figure.savefig(file, metadata={"Software": None})
+    pyplot.close(figure)
+    return figure
+
+
+def finish(
+    run: Run,
+    claims: Mapping[str, Claim],
+    measured: Mapping[str, Mapping[str, Estimate]],
+    numbers: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    trainings: Mapping[str, Any] | None = None,
+) -> "Verdicts":
+    """Judge the claims, write `metrics.json` and then `run.json`, and return the verdicts as a table.
+
+    `measured` holds the quantities of each claim by name, `numbers` whatever else is worth keeping, `data` the
+    description of the data set, `trainings` that of each training (steps, seconds, revision).
+    """
+    verdicts = {
+        key: {
+            "statement": claim.statement,
+            "expected": claim.expected,
+            "measured": {name: dataclasses.asdict(q) for name, q in measured[key].items()},
+            "holds": judge(run.preset, claim, measured[key]),
+        }
+        for key, claim in claims.items()
+    }
+    files.write_json(run.directory / "metrics.json", {"claims": verdicts, "numbers": dict(numbers or {})})
+    provenance = {
+        "notebook": run.notebook,
+        "preset": run.preset,
+        "settings": dataclasses.asdict(run.settings),
+        "seed": run.seed,
+        "weights": run.weights,
+        "device": describe_device(run.device),
+        "data": dict(data or {}),
+        "trainings": dict(trainings or {}),
+        **describe_code(),
+        "versions": versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started)),
+        "seconds": round(time.time() - run.started, 1),
+    }
+    files.write_json(run.directory / "run.json", provenance)
+    return Verdicts(verdicts)

@@ -1,0 +1,68 @@
+"""95 % intervals: over examples, over seeds, by a jackknife over groups, and of a ratio."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paperlib.runs.estimate import Estimate
+
+Points = np.ndarray | Tensor
+
+
+def mean_interval(values: Points, unit: str = "") -> Estimate:
+    """The mean of independent examples' values (n,), and 1.96 standard errors to both sides.
+
+    For losses of two models on the same examples give the differences. Raises `ValueError` for fewer than two values,
+    another shape, and values that are not finite.
+    """
+    values = np.array(torch.as_tensor(values).detach().cpu(), dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"an interval takes two or more finite numbers (n,), not {values.shape}")
+    mean, half = values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    return Estimate.from_row((mean, mean - half, mean + half), unit)
+
+
+def interval_over_seeds(values: np.ndarray | Sequence[float], unit: str = "") -> Estimate:
+    """The mean of one number per seed: Student's 95 % interval for the mean over further seeds.
+
+    Raises `ValueError` for fewer than two values, or for one that is not finite.
+    """
+    from scipy.stats import t
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"an interval over seeds takes two or more finite numbers, not {values.tolist()}")
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Estimate.from_row((values.mean(), values.mean() - half, values.mean() + half), unit)
+
+
+def accuracy_gain(right: Points, baseline: Points) -> Estimate:
+    """How much more often `right` holds than `baseline`, both bool (n,) on the same examples, in -1 .. 1.
+
+    The interval is that of the mean of n differences, so what both get right, or wrong, does not widen it. Raises
+    `ValueError` for other types, shapes that differ, and fewer than two examples.
+    """
+    right, baseline = np.asarray(right), np.asarray(baseline)
+    if right.dtype != bool or baseline.dtype != bool or right.shape != baseline.shape:
+        shapes = f"{right.dtype} {right.shape} and {baseline.dtype} {baseline.shape}"
+        raise ValueError(f"a gain takes bools on the same examples, not {shapes}")
+    return mean_interval(right.astype(float) - baseline)
+
+
+def ratio(a: Estimate, b: Estimate) -> Estimate:
+    """a / b, with relative errors added as of independent estimates."""
+    value = a.value / b.value
+    half = math.hypot(a.high - a.value, value * (b.high - b.value)) / abs(b.value)
+    return Estimate(value, value - half, value + half)
+
+
+def jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """95 % interval by a delete-a-group jackknife: a value (...), and what it is without each of G groups (G, ...), to value, low and high."""
+    from scipy.stats import t
+
+    count = len(without)
+    half = t.ppf(0.975, count - 1) * math.sqrt(count - 1) * without.std(0)
+    return value, value - half, value + half
