@@ -117,7 +117,7 @@ def write(
     if asked.quick:
         return
     path = files.results_root() / "benchmarks" / f"{name}-{asked.device.type}.json"
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
 

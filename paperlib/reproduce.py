@@ -104,7 +104,7 @@ def run_notebook(job: Job) -> Outcome:
     with _kernel() as kernel, _progress(job.notebook.stem):
         try:
             files.make_folder(job.directory)
-            with files.explained(executing):
+            with files.os_errors_as_user_error(executing):
                 papermill.execute_notebook(
                     job.notebook,
                     executing,

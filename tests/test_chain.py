@@ -1,4 +1,4 @@
-"""Chains against simulation-free independent ways: general eigenvalues, powers of the kernel, closed forms, search."""
+"""Chains against independent ways: general eigenvalues, powers of the kernel, closed forms, search."""
 
 import math
 from dataclasses import replace
@@ -17,15 +17,7 @@ def random_code(seed, x=5, z=4, zeros=0.0):
     return model, chain.transition(model.q_z_given_x, model.q_x_given_z)
 
 
-def test_the_kernel_is_that_of_the_two_draws():
-    model, kernel = random_code(0)
-    q, decoder = model.q_z_given_x, model.q_x_given_z
-    for x in range(5):
-        for y in range(5):
-            assert float(kernel[x, y]) == pytest.approx(sum(float(q[x, z] * decoder[z, y]) for z in range(4)))
-
-
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_reversible_positive_and_at_rest_in_p(seed):
     model, kernel = random_code(seed)
     torch.testing.assert_close(model.p_x @ kernel, model.p_x, rtol=0, atol=1e-14)
@@ -65,14 +57,14 @@ def test_distance_falls_as_predicted():
         model, kernel = random_code(seed, x=6, z=5)
         spectrum = chain.spectrum(model.p_x, model.q_z_given_x)
         steps = int(-9 / math.log10(float(spectrum.eigenvalues[1])))
-        found = chain.distances(kernel, model.p_x, steps)
+        distances = chain.distances(kernel, model.p_x, steps)
         predicted = chain.predicted_distances(model.p_x, spectrum, steps)
-        assert 1e-11 < found[-1] < 1e-7
-        assert float(found[-1] / predicted[-1]) == pytest.approx(1, rel=0.01)
-        assert float(found[0]) == pytest.approx(1 - float(model.p_x.min()))
+        assert 1e-11 < distances[-1] < 1e-7
+        assert float(distances[-1] / predicted[-1]) == pytest.approx(1, rel=0.01)
+        assert float(distances[0]) == pytest.approx(1 - float(model.p_x.min()))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_degrading_a_code_raises_no_eigenvalue(seed):
     """And by more than the second: K minus the degraded kernel is positive semidefinite under p."""
     model, kernel = random_code(seed)
@@ -89,12 +81,10 @@ def test_degrading_a_code_raises_no_eigenvalue(seed):
 def test_parts_of_the_support():
     p = torch.full((4,), 0.25, dtype=torch.float64)
     bit = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1]], dtype=torch.float64)
-    assert chain.components(p[:, None] * bit) == [[0, 2], [1, 3]]
-    assert chain.components(p[:, None] * torch.eye(4, dtype=torch.float64)) == [[0], [1], [2], [3]]
     chained = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    assert chain.components(p[:, None] * chained) == [[0, 1, 2, 3]]
-    for q, parts in ((bit, 2), (torch.eye(4, dtype=torch.float64), 4), (chained, 1)):
-        assert int((chain.spectrum(p, q).eigenvalues > 1 - 1e-12).sum()) == parts
+    for q, parts in ((bit, [0, 1, 0, 1]), (torch.eye(4, dtype=torch.float64), [0, 1, 2, 3]), (chained, [0] * 4)):
+        assert chain.components(p[:, None] * q).tolist() == parts
+        assert int((chain.spectrum(p, q).eigenvalues > 1 - 1e-12).sum()) == len(set(parts))
 
 
 def test_a_hard_bit_never_mixes_however_little_it_says():
@@ -105,7 +95,7 @@ def test_a_hard_bit_never_mixes_however_little_it_says():
     kernel = chain.transition(q, model.q_x_given_z)
     assert float(finite.mutual_information(model)) == pytest.approx(0.098, abs=1e-3)
     assert float(chain.distances(kernel, p, 1000)[-1]) == pytest.approx(0.98, abs=1e-12)
-    with pytest.raises(ValueError, match="more than one stationary law"):
+    with pytest.raises(ValueError, match="more than one stationary distribution"):
         chain.stationary(kernel)
 
 
@@ -134,10 +124,10 @@ def test_the_bound_holds_and_would_fail_without_its_denominator():
         assert one_step <= torch.sqrt(0.5 * finite.decoder_kl(wrong)) + 1e-13
         assert apart <= chain.stationary_bound(finite.decoder_kl(wrong), tau)
         broken += bool(apart > one_step)
-    assert broken > 100, "the error of the law that the chain rests at should exceed that of one step"
+    assert broken > 100, "the stationary distribution should be further off than that of one step"
 
 
-def test_small_errors_obey_the_first_order_law_and_it_is_attained():
+def test_small_errors_obey_the_first_order_bound_and_it_is_attained():
     """(11) for random codes and decoders; a fair bit read by a noisy code with the worst small error reaches it."""
     reached = []
     for seed in range(200):

@@ -44,7 +44,7 @@ def test_the_classifier_learns_held_out_digits(digits, trained):
     assert trained.steps == row["step"] == 200 and trained.provenance == {"revision": "abc"}
     assert row["held_out_accuracy"] > 0.9
     with torch.no_grad():
-        logits = trained.model(datasets.to_signed(digits.held_out.images, 17))
+        logits = trained.model(datasets.to_float(digits.held_out.images, 17))
     labels = torch.from_numpy(digits.held_out.labels)
     assert row["held_out_accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), rel=1e-6)
     entropy = -logits.double().log_softmax(1)[torch.arange(len(labels)), labels].mean().item()
@@ -177,7 +177,7 @@ def test_raw_features_are_the_networks_in_order(digits, monkeypatch):
     network, images = RandomNetwork(0, channels=1, width=16).train(), digits.train.images[:25]
     whole = raw_features(network, images, 17)
     assert whole.dtype == torch.float64 and whole.shape == (25, 56) and network.training
-    torch.testing.assert_close(whole, network.features(datasets.to_signed(images, 17)).double())
+    torch.testing.assert_close(whole, network.features(datasets.to_float(images, 17)).double())
     monkeypatch.setattr(features, "BATCH", 10)
     torch.testing.assert_close(raw_features(network, images, 17), whole)
     torch.testing.assert_close(raw_features(network, torch.from_numpy(images), 17), whole)
@@ -198,7 +198,7 @@ def test_raw_features_are_those_of_evaluation(digits):
             return F.dropout(self.scale * x.flatten(1), 0.5, self.training)
 
     network, images = Noisy(), digits.train.images[:5]
-    expected = datasets.to_signed(images, 17).flatten(1).double()
+    expected = datasets.to_float(images, 17).flatten(1).double()
     torch.testing.assert_close(raw_features(network, images, 17), expected)
     assert not raw_features(network, images, 17).requires_grad and network.training
 

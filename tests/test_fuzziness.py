@@ -11,13 +11,16 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
-from paperlib.fuzziness import experiment as fuzziness
+from paperlib.fuzziness import claims as fuzziness_claims
+from paperlib.fuzziness import experiment as fuzziness_experiment
 from paperlib.fuzziness import figures as fuzziness_figures
-from paperlib.fuzziness import model as fuzziness_vae
+from paperlib.fuzziness import measurements as fuzziness_measurements
+from paperlib.fuzziness import model as fuzziness_model
+from paperlib.fuzziness import training as fuzziness_training
 from paperlib.fuzziness.experiment import Settings
 from paperlib.fuzziness.model import BERNOULLI, MAIN, Variant
 from paperlib.runs.run import Run
-from paperlib.stats import aggregate_posterior, sharpness
+from paperlib.stats import aggregate_posterior, rank_correlation, sharpness
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -31,15 +34,15 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RUNS", "RESULTS"):
             patch.setenv(f"PAPERLIB_{name}", str(tmp_path_factory.mktemp(name)))
-        run = fuzziness.start("smoke", 0, "cpu", "train", QUICK)
-        images = fuzziness_vae.load_images(run)
-        models = fuzziness_vae.fit(run, images)
-        yield run, images, models, fuzziness.measure(run, images, models)
+        run = fuzziness_experiment.start("smoke", 0, "cpu", "train", QUICK)
+        images = fuzziness_experiment.load_images(run)
+        models = fuzziness_training.fit(run, images)
+        yield run, images, models, fuzziness_experiment.measure(run, images, models)
 
 
 def small_vae(likelihood="gaussian", sigma=0.3):
     torch.manual_seed(0)
-    return fuzziness_vae.VAE(12, Settings(code_dim=3, hidden=(8,), sigma=sigma), likelihood).double()
+    return fuzziness_model.VAE(12, Settings(code_dim=3, hidden=(8,), sigma=sigma), likelihood).double()
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
@@ -106,7 +109,7 @@ def test_the_decoders_error_splits_into_variance_and_gap(finished):
 def lists(models, images, z, seed, variant=MAIN, held_out=False):
     """q(x|z) the plain way, all at once in float64: weights (M, N), mean, trace, effective sample size."""
     x = (images.held_out if held_out else images.x).double()
-    codes = fuzziness_vae.encode(models.vaes[seed][variant].model, x.float())
+    codes = fuzziness_model.encode(models.vaes[seed][variant].model, x.float())
     weights = torch.softmax(aggregate_posterior.log_weights(z, codes), 1)
     mean = weights @ x
     return weights, mean, weights @ x.square().sum(1) - mean.square().sum(1), 1 / weights.square().sum(1)
@@ -116,7 +119,7 @@ def test_the_parts_of_the_gap_are_what_they_are_called(finished):
     run, images, models, arrays = finished
     for seed in range(2):
         vae = models.vaes[seed][MAIN].model
-        z = fuzziness._aggregate_codes(run, fuzziness_vae.encode(vae, images.x))
+        z = fuzziness_measurements._aggregate_codes(fuzziness_model.encode(vae, images.x), run.settings.codes, run.seed)
         mu = vae.p_x_given_z(z.float()).detach().double()
         _, mean, trace, samples = lists(models, images, z, seed)
         np.testing.assert_allclose(arrays["between"][seed], mean.var(0, correction=0).sum(), **INDEPENDENT)
@@ -142,11 +145,11 @@ def test_the_noise_of_a_list_is_that_of_its_average(finished):
     _, images, models, arrays = finished
     z = torch.from_numpy(arrays["z"][0])[arrays["reliable"][0]]
     one = torch.zeros(len(images.x), dtype=torch.bool)
-    one[fuzziness.random_half(images)] = True
+    one[fuzziness_measurements.random_half(images)] = True
     halves = []
     for rows in (one, ~one):
         x = images.x[rows]
-        halves.append(aggregate_posterior.conditional(z, fuzziness_vae.encode(models.main, x), x))
+        halves.append(aggregate_posterior.conditional(z, fuzziness_model.encode(models.main, x), x))
     apart = (halves[0].mean - halves[1].mean).square().sum(1).mean()
     noise = sum((half.trace / (half.ess - 1)).mean() for half in halves)
     assert 0.8 < apart / noise < 1.25
@@ -156,10 +159,10 @@ def test_the_noise_of_a_list_is_that_of_its_average(finished):
 def test_the_left_side_of_the_split_is_a_sum_over_the_list(finished):
     """The same error, point by point and slowly."""
     run, images, models, _ = finished
-    codes = fuzziness_vae.encode(models.main, images.x)
+    codes = fuzziness_model.encode(models.main, images.x)
     z = torch.randn(3, run.settings.code_dim, dtype=torch.float64)
     mu = models.main.p_x_given_z(z.float()).detach().double()
-    fast = fuzziness.squared_error(mu, z, codes, images.x)
+    fast = fuzziness_measurements.squared_error(mu, z, codes, images.x)
     for k in range(3):
         log_q = [float(Normal(m, s.exp()).log_prob(z[k]).sum()) for m, s in zip(codes.mean, codes.log_std, strict=True)]
         weights = np.exp(np.array(log_q) - max(log_q))
@@ -170,18 +173,18 @@ def test_the_left_side_of_the_split_is_a_sum_over_the_list(finished):
 def test_codes_are_ranked_by_variance_per_ink_and_only_where_it_can_be_trusted(finished):
     run, images, models, arrays = finished
     for seed in range(2):
-        order, ratio = fuzziness_figures.ranked(arrays, seed), arrays["variance"][seed] / arrays["ink"][seed]
+        order, ratio = fuzziness_claims.ranked(arrays, seed), arrays["variance"][seed] / arrays["ink"][seed]
         assert (np.diff(ratio[order]) >= 0).all()
         assert set(order) == set(np.flatnonzero(arrays["reliable"][seed]))
         assert (arrays["samples"][seed][order] >= run.settings.min_samples).all()
         assert (arrays["halves"][seed][order] <= run.settings.max_halves).all()
         assert arrays["reliable"][seed].mean() < 1, "nothing was set aside: the limits are not at work"
-        left, right = fuzziness_figures.ends(arrays, seed)
+        left, right = fuzziness_claims.ends(arrays, seed)
         assert len(left) == len(right) == len(order) // 10
         assert ratio[left].max() <= ratio[right].min()
-    rows = fuzziness.random_half(images)
+    rows = fuzziness_measurements.random_half(images)
     assert len(set(rows.tolist())) == len(images.x) // 2
-    codes = fuzziness_vae.encode(models.main, images.x)[rows]
+    codes = fuzziness_model.encode(models.main, images.x)[rows]
     z = torch.from_numpy(arrays["z"][0][:5])
     half = aggregate_posterior.conditional(z, codes, images.x[rows]).variance.sum(1).numpy()
     np.testing.assert_allclose(arrays["halves"][0][:5], abs(half / arrays["variance"][0][:5] - 1), atol=1e-5)
@@ -189,12 +192,12 @@ def test_codes_are_ranked_by_variance_per_ink_and_only_where_it_can_be_trusted(f
 
 def test_what_the_figures_draw_is_what_the_arrays_say(finished):
     _, images, models, arrays = finished
-    places = np.flatnonzero(np.isin(fuzziness_figures.ranked(arrays, 0), arrays["shown"]))
-    assert (places[0], places[-1]) == (0, len(fuzziness_figures.ranked(arrays, 0)) - 1)
+    places = np.flatnonzero(np.isin(fuzziness_claims.ranked(arrays, 0), arrays["shown"]))
+    assert (places[0], places[-1]) == (0, len(fuzziness_claims.ranked(arrays, 0)) - 1)
     z = torch.from_numpy(arrays["z"][0][arrays["shown"]])
     decoded = models.main.p_x_given_z(z).detach().numpy().reshape(arrays["decoded"].shape)
     np.testing.assert_array_equal(arrays["decoded"], decoded)
-    codes = fuzziness_vae.encode(models.main, images.x)
+    codes = fuzziness_model.encode(models.main, images.x)
     average = torch.softmax(aggregate_posterior.log_weights(z, codes), 1) @ images.x.double()
     np.testing.assert_allclose(arrays["average"].reshape(len(z), -1), average, atol=2e-6)
     for name in ("fuzziness", "made_of", "error_split", "plane", "sharpness", "better_q"):
@@ -208,7 +211,7 @@ def test_the_map_has_its_corners_where_the_axes_say(finished):
     corners = {(0, 0): (-edge, edge), (0, -1): (edge, edge), (-1, 0): (-edge, -edge)}
     for place, z in corners.items():
         found = aggregate_posterior.conditional(
-            torch.tensor([z]), fuzziness_vae.encode(models.main, images.x), images.x
+            torch.tensor([z]), fuzziness_model.encode(models.main, images.x), images.x
         )
         assert arrays["plane_samples"][place] == pytest.approx(found.ess.item(), rel=1e-5)
         assert arrays["plane_variance"][place] == pytest.approx((found.trace / found.mean.sum()).item(), rel=1e-4)
@@ -218,19 +221,19 @@ def test_correlations_hold_the_controls_fixed(finished):
     arrays = dict(finished[-1])
     good = arrays["reliable"][1]
     ink, log_q, variance = (arrays[name][1][good] for name in ("ink", "log_q", "variance"))
-    expected = sharpness.partial_rank_correlation(variance, arrays["edge_width"][1][good], [ink, log_q])
-    assert fuzziness.correlations(arrays, "edge_width")[1] == expected
+    expected = rank_correlation.partial_rank_correlation(variance, arrays["edge_width"][1][good], [ink, log_q])
+    assert fuzziness_claims.correlations(arrays, "edge_width")[1] == expected
     assert abs(expected - spearmanr(variance, arrays["edge_width"][1][good]).statistic) > 1e-3
-    assert np.isnan(fuzziness.correlations(arrays | {"reliable": 0 * arrays["reliable"] > 0}, "edge_width")).all()
-    within = fuzziness.correlations(arrays, "edge_width", within_classes=True)[1]
+    assert np.isnan(fuzziness_claims.correlations(arrays | {"reliable": 0 * arrays["reliable"] > 0}, "edge_width")).all()
+    within = fuzziness_claims.correlations(arrays, "edge_width", within_classes=True)[1]
     best = arrays["labels"][1][good].argmax(1)
     classes = [best == label for label in range(10) if label != best.min()]
     controls = [ink, log_q, *(flag for flag in classes if flag.any())]
     assert within == pytest.approx(
-        sharpness.partial_rank_correlation(variance, arrays["edge_width"][1][good], controls)
+        rank_correlation.partial_rank_correlation(variance, arrays["edge_width"][1][good], controls)
     )
     arrays["edge_width"] = arrays["ink"] + 0.5 * np.random.default_rng(0).random(arrays["ink"].shape)
-    assert abs(fuzziness.correlations(arrays, "edge_width")[1]) < 0.2, "a fuzziness that is ink, with noise"
+    assert abs(fuzziness_claims.correlations(arrays, "edge_width")[1]) < 0.2, "a fuzziness that is ink, with noise"
 
 
 def test_a_frozen_encoder_sets_a_floor_that_larger_decoders_come_closer_to(finished):
@@ -238,17 +241,17 @@ def test_a_frozen_encoder_sets_a_floor_that_larger_decoders_come_closer_to(finis
     run, images, models, arrays = finished
     selected = []
     for seed in range(2):
-        codes = fuzziness_vae.encode(models.vaes[seed][MAIN].model, images.x)
-        z = fuzziness._aggregate_codes(run, codes)
+        codes = fuzziness_model.encode(models.vaes[seed][MAIN].model, images.x)
+        z = fuzziness_measurements._aggregate_codes(codes, run.settings.codes, run.seed)
         _, _, trace, samples = lists(models, images, z, seed)
-        rows = fuzziness.random_half(images)
+        rows = fuzziness_measurements.random_half(images)
         half = aggregate_posterior.conditional(z, codes[rows], images.x[rows]).trace
         good = (samples >= run.settings.min_samples) & ((half / trace - 1).abs() <= run.settings.max_halves)
         assert good.any()
         np.testing.assert_allclose(arrays["floor"][seed], trace[good].mean(), **INDEPENDENT)
         for k, units in enumerate(run.settings.decoders):
             mu = torch.sigmoid(models.decoders[seed][units].model(z.float())).detach().double()
-            errors = fuzziness.squared_error(mu, z, codes, images.x)
+            errors = fuzziness_measurements.squared_error(mu, z, codes, images.x)
             np.testing.assert_allclose(arrays["frozen_error"][seed, k], errors[good].mean(), **INDEPENDENT)
         selected.append(bool(good.all()))
         assert arrays["floor"][seed] < arrays["frozen_error"][seed, 1] < arrays["frozen_error"][seed, 0]
@@ -262,17 +265,17 @@ def test_the_swept_numbers_are_those_of_their_models(finished):
         mean, log_std = vae.q_z_given_x(images.held_out)
         kl = (0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)).sum(1).mean()
         assert arrays["swept_rate"][1, k] == pytest.approx(kl.item(), rel=1e-4)
-        information = aggregate_posterior.mutual_information(fuzziness_vae.encode(vae, images.x), samples=3)
+        information = aggregate_posterior.mutual_information(fuzziness_model.encode(vae, images.x), samples=3)
         assert arrays["swept_information"][1, k] == pytest.approx(information.nats, abs=0.1)
         draws = [mean + log_std.exp() * torch.randn_like(mean) for _ in range(20)]
         errors = [(vae.p_x_given_z(z) - images.held_out).square().sum(1).mean().item() for z in draws]
         assert arrays["swept_error"][1, k] == pytest.approx(np.mean(errors), abs=5 * np.std(errors))
         assert np.std(errors) < 0.05 * np.mean(errors)
-        z = fuzziness._aggregate_codes(run, fuzziness_vae.encode(vae, images.x))
+        z = fuzziness_measurements._aggregate_codes(fuzziness_model.encode(vae, images.x), run.settings.codes, run.seed)
         widths = sharpness.edge_width(images.pictures(vae.p_x_given_z(z.float())))
         assert arrays["swept_width"][1, k] == pytest.approx(widths.nanmean().item(), rel=1e-6)
         _, _, trace, samples = lists(models, images, z, 1, Variant(kl_weight=weight))
-        _, found, good = fuzziness._at_aggregate_codes(run, images, vae)
+        _, found, good = fuzziness_measurements._at_aggregate_codes(run.settings, images, vae, run.seed)
         np.testing.assert_allclose(found.trace, trace, **INDEPENDENT)
         assert arrays["swept_reliable"][1, k] == pytest.approx(good.double().mean().item())
         expected = (trace / (1 - 1 / samples))[good].mean().item()
@@ -290,10 +293,10 @@ def test_verdicts_follow_the_arrays(finished):
     mixture = np.where(np.arange(10) < 1, 1.0, 0.0)
     good["labels"] = np.broadcast_to(mixture, arrays["labels"].shape).copy()
     for seed in range(2):
-        good["labels"][seed][fuzziness_figures.ends(arrays, seed)[1]] = 0.1
+        good["labels"][seed][fuzziness_claims.ends(arrays, seed)[1]] = 0.1
     good["frozen_error"] = arrays["floor"][:, None] * np.array([[1.5, 1.01]])
     good["swept_error"] = good["swept_width"] = np.arange(6.0).reshape(2, 3)
-    assert set(fuzziness.conclude(cpu, good, models, images).decided().values()) == {"holds"}
+    assert set(fuzziness_experiment.conclude(cpu, good, models, images).decided().values()) == {"holds"}
     middle = {**good, "labels": np.full_like(good["labels"], 0.1)}
     noisy = good["edge_width"] + 2 * arrays["variance"].std() * np.random.default_rng(1).normal(size=(2, 300))
     one_seed = np.stack([good["edge_width"][0], noisy[1]])
@@ -310,43 +313,43 @@ def test_verdicts_follow_the_arrays(finished):
         ("F4", {"frozen_error": arrays["floor"][:, None] * np.array([[1.5, 1.06]])}),
     ]
     for claim, changed in spoilt:
-        decided = fuzziness.conclude(cpu, good | changed, models, images).decided()
+        decided = fuzziness_experiment.conclude(cpu, good | changed, models, images).decided()
         assert decided == dict.fromkeys("F1 F2 F3 F4".split(), "holds") | {claim: "fails"}
 
 
 def test_the_entropy_of_label_mixtures():
     mixtures = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]])
-    np.testing.assert_allclose(fuzziness_figures.label_entropy(mixtures), [0, math.log(2), math.log(3)], atol=1e-12)
+    np.testing.assert_allclose(fuzziness_claims.label_entropy(mixtures), [0, math.log(2), math.log(3)], atol=1e-12)
 
 
 def test_a_finished_training_is_used_again_and_recorded_weights_serve_without_one(finished):
     run, images, models, arrays = finished
-    again = fuzziness_vae.fit(run, images)
+    again = fuzziness_training.fit(run, images)
     assert again.vaes[1][BERNOULLI].seconds == models.vaes[1][BERNOULLI].seconds
-    verdicts = fuzziness.conclude(run, arrays, models, images)
-    assert verdicts.decided() == dict.fromkeys(fuzziness.CLAIMS, "not claimed")
+    verdicts = fuzziness_experiment.conclude(run, arrays, models, images)
+    assert verdicts.decided() == dict.fromkeys(fuzziness_claims.CLAIMS, "not claimed")
     target = files.results_root() / "smoke" / run.notebook
     target.mkdir(parents=True)
-    recorded = fuzziness.start("smoke", 0, "cpu", "recorded", QUICK)
+    recorded = fuzziness_experiment.start("smoke", 0, "cpu", "recorded", QUICK)
     with pytest.raises(UserError, match="nothing is recorded"):
-        fuzziness.measure(recorded, images, models)
+        fuzziness_experiment.measure(recorded, images, models)
     for name in ("weights.safetensors", "arrays.npz", "run.json"):
         shutil.copy(run.directory / name, target)
     with pytest.raises(UserError, match="other settings or seed 0"):
-        fuzziness.measure(fuzziness.start("smoke", 7, "cpu", "recorded", QUICK), images, models)
-    loaded = fuzziness_vae.fit(recorded, images)
-    again = fuzziness.measure(recorded, images, loaded)
+        fuzziness_experiment.measure(fuzziness_experiment.start("smoke", 7, "cpu", "recorded", QUICK), images, models)
+    loaded = fuzziness_training.fit(recorded, images)
+    again = fuzziness_experiment.measure(recorded, images, loaded)
     assert set(again) == set(arrays)
     np.testing.assert_array_equal(again["variance"], arrays["variance"])
     z = torch.from_numpy(arrays["z"][0])
     difference = (loaded.main.p_x_given_z(z) - models.main.p_x_given_z(z)).abs().max()
     assert 0 < difference < 0.01, "half precision, and another load than training's own"
-    assert fuzziness.conclude(recorded, again, loaded, images).decided() == verdicts.decided()
+    assert fuzziness_experiment.conclude(recorded, again, loaded, images).decided() == verdicts.decided()
 
 
 def test_the_explorer_draws_what_the_sliders_say(finished):
     _, images, models, _ = finished
-    explorer = fuzziness.explore(images, models)
+    explorer = fuzziness_experiment.explore(images, models)
     before = explorer.picture.value
     explorer.sliders[0].value = 1.5
     assert explorer.picture.value != before
@@ -380,11 +383,11 @@ def fuzziness_explorer_step(images):
 )
 def test_settings_that_mean_nothing_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
-        fuzziness.start("smoke", 0, "cpu", "train", overrides)
+        fuzziness_experiment.start("smoke", 0, "cpu", "train", overrides)
 
 
 def test_too_few_codes_to_trust_is_said(finished):
     _, images, models, arrays = finished
     nowhere = dict(arrays) | {"reliable": np.zeros_like(arrays["reliable"])}
     with pytest.raises(UserError, match=r"Var q.x.z. can be trusted at 0 of 300 codes"):
-        fuzziness.picture(images, models.main, nowhere)
+        fuzziness_measurements.picture(images, models.main, nowhere)

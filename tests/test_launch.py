@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import environment
 
 from paperlib.system import files
 
@@ -17,7 +18,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FEW = {  # steps of every training; a row of the history for each, to compare
     "pixelvae": {"trunk_steps": 20, "branch_steps": 4, "control_steps": 2, "evaluations": 20, "batch_size": 16}
     | {"dropout": 0.1, "evaluation_images": 20, "learning_rate": 1e-5},
-    "sequential": {"updates": 20, "single_updates": 8, "infusion_updates": 6, "depth_updates": 4, "evaluations": 20}
+    "sequential": {"train_steps": 20, "one_step_train_steps": 8, "infusion_train_steps": 6, "ablation_train_steps": 4, "evaluations": 20}
     | {"batch_size": 16, "evaluation_images": 20, "measured_images": 40, "learning_rate": 1e-5},
 }
 
@@ -28,10 +29,9 @@ def launch(name, runs, count, settings, progress=""):
     command += ["-m", f"paperlib.{name}", "--device", "cpu"]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    environment = os.environ | {"PAPERLIB_RUNS": str(runs), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    environment |= {"PAPERLIB_PROGRESS": str(progress)}
+    variables = environment(runs, {"PAPERLIB_RUNS": str(runs), "PAPERLIB_PROGRESS": str(progress)})
     return subprocess.Popen(
-        command, cwd=files.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=files.ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -42,17 +42,17 @@ def finish(process, seconds=200):
 
 def histories(runs):
     """Of each training in the one run below `runs`, its rows as an array of numbers."""
-    found = {}
+    rows_of = {}
     for file in sorted(runs.glob("*/*/*/last.pt")):
         rows = torch.load(file, weights_only=True)["state"]["history"]
-        found[file.parent.name] = np.array([list(row.values()) for row in rows])
-    return found
+        rows_of[file.parent.name] = np.array([list(row.values()) for row in rows])
+    return rows_of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixelvae", "sequential"])
 def test_two_processes_train_as_one(name, tmp_path):
-    """All objectives, with dropout, moved images, an MMD over the whole batch, a steered rate and random steps.
+    """All objectives, with dropout, moved images, an MMD over the whole batch, a controlled KL and random steps.
 
     Small steps, as Adam's first ones turn rounding into differences.
     """

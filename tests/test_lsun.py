@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from paperlib.data import datasets, image_arrays, lsun
+from paperlib.data.__main__ import main
 from paperlib.system.errors import UserError
 from paperlib.system.files import ROOT
 
@@ -110,7 +111,7 @@ def test_the_command(images, packed, wanted, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path / "data"))
     words = ["prepare", "lsun_bedroom", "--source", packed.parent, "--side", SIDE, "--subset"]
     monkeypatch.setattr(sys, "argv", ["data", *map(str, words)])
-    datasets.main()
+    main()
     folder = Path(capsys.readouterr().out.strip())
     found = np.load(folder / "train-images.npy")
     assert len(found) == len(wanted) == 10
@@ -129,7 +130,7 @@ def test_the_keys_of_the_subset():
 
 def test_an_installed_package_has_the_keys():
     described = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert any(fnmatch.fnmatch(lsun._KEYS.name, pattern) for pattern in described["package-data"]["paperlib"])
+    assert any(fnmatch.fnmatch(lsun._KEYS.name, pattern) for pattern in described["package-data"]["paperlib.data"])
 
 
 def test_images_that_cannot_be_read_are_named(images, wanted, tmp_path, capsys):
@@ -249,7 +250,7 @@ def test_a_kill_on_the_way_leaves_the_old_array(images, packed, tmp_path):
     script = f"""
 import os, signal
 from pathlib import Path
-from paperlib import image_arrays
+from paperlib.data import image_arrays
 
 square, seen = image_arrays._central_square, []
 

@@ -16,7 +16,7 @@ from paperlib.pixelvae.experiment import CLAIMS, Settings
 from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS, VARIANTS
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.run import load_arrays
-from paperlib.stats import intervals, aggregate_posterior, two_sample
+from paperlib.stats import aggregate_posterior, intervals, linear_probe, two_sample
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -99,7 +99,7 @@ def test_probes_are_of_what_their_names_say(finished):
     assert right["none"].shape == (297,)
     train, held_out = (part.flatten(1).double() for part in (images.train, images.held_out))
     _, _, axes = torch.linalg.svd(train - train.mean(0), full_matrices=False)
-    own = two_sample.linear_probe(
+    own = linear_probe.linear_probe(
         (train - train.mean(0)) @ axes[: run.settings.code_dim].T,
         images.labels,
         (held_out - train.mean(0)) @ axes[: run.settings.code_dim].T,

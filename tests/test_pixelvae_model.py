@@ -60,7 +60,7 @@ def run(tmp_path, monkeypatch):
 def test_elbo_and_kl_to_the_posterior_add_up_to_log_p():
     """log p(x) = ELBO + KL(q(z|x) || p(z|x)), one code dimension, all by quadrature: signs and constants."""
     vae, images = tiny_vae(code_dim=1), tiny_images(2)
-    x = images.signed(images.train).double()
+    x = images.to_float(images.train).double()
     z = torch.linspace(-9, 9, 3001, dtype=torch.float64)
     mean, log_std = vae.q_z_given_x(x)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_the_deviation_lies_between_its_floor_and_one(encoder):
 def test_terms_of_a_batch(encoder):
     learns = encoder in ("conv", "linear")
     vae, images = tiny_vae(encoder, channels=3), tiny_images(channels=3)
-    x, labels = images.signed(images.train).double(), images.labels
+    x, labels = images.to_float(images.train).double(), images.labels
     terms = vae(x, labels)
     assert vae.learns_code == learns and (terms.mean is not None) == learns
     if encoder == "label":
@@ -126,7 +126,7 @@ def test_initial_weights_keep_deviations(encoder):
     dataset = datasets.load("digits")
     torch.manual_seed(0)
     vae = PixelVAE(pixelvae.PRESETS["smoke"], 1, 8, 17, 10, encoder)
-    mean, log_std = vae.q_z_given_x(datasets.to_signed(dataset.train.images[:200], 17))
+    mean, log_std = vae.q_z_given_x(datasets.to_float(dataset.train.images[:200], 17))
     assert 0.3 < mean.std(0).median() < 3 and 0.4 < log_std.exp().median() < 0.8
     assert 0.2 < vae.h(mean).std(0).mean() < 3
 
@@ -134,15 +134,15 @@ def test_initial_weights_keep_deviations(encoder):
 def test_every_parameter_learns():
     for encoder in ("conv", "linear", "label", "nothing"):
         vae, images = tiny_vae(encoder), tiny_images()
-        terms = vae(images.signed(images.train).double(), images.labels)
+        terms = vae(images.to_float(images.train).double(), images.labels)
         terms.log_p.sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
 
 
 def test_evaluation_against_a_plain_loop():
     vae, images = noiseless(tiny_vae()), tiny_images()
-    x = images.signed(images.held_out).double()
-    patched = [images.signed(images.held_out[i : i + 1]).double() for i in range(24)]
+    x = images.to_float(images.held_out).double()
+    patched = [images.to_float(images.held_out[i : i + 1]).double() for i in range(24)]
     with torch.no_grad():
         codes = [vae.q_z_given_x(one)[0] for one in patched]
         own = torch.cat([vae.p_x_given_z(x[i : i + 1], codes[i]) for i in range(24)])
@@ -177,7 +177,7 @@ def test_models_without_a_learned_code_have_no_gap_and_no_kl():
 
 def test_unseen_pixels_are_scored_but_not_read():
     vae, images = tiny_vae(), tiny_images(4)
-    x, labels = images.signed(images.train).double(), images.labels
+    x, labels = images.to_float(images.train).double(), images.labels
     read = []
     vae.decoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     torch.manual_seed(0)
@@ -302,11 +302,11 @@ def test_the_chain_is_encode_draw_decode_again_and_again():
     assert states.shape == (4, 3, 8, 8, 1) and torch.equal(states[0], images.train)
     generator, sampler = torch.Generator().manual_seed(5), Sampler(vae.decoder, 3, 8, 8)
     for before, after in itertools.pairwise(states):
-        mean, log_std = vae.q_z_given_x(images.signed(before))
+        mean, log_std = vae.q_z_given_x(images.to_float(before))
         z = mean + log_std.exp() * torch.randn(3, 2, generator=generator)
         with torch.no_grad():
             x = sampler.draw(vae.h(z), generator=generator)
-        assert torch.equal(images.signed(after), x)
+        assert torch.equal(images.to_float(after), x)
     again = pixelvae_model.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(5))
     other = pixelvae_model.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(6))
     assert torch.equal(states, again) and not torch.equal(states, other)

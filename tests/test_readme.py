@@ -86,7 +86,7 @@ def test_the_recipes_of_another_data_set_and_of_more_steps(tmp_path):
     settings = [pair for words in runs for word in words if word.startswith("SET=") for pair in word[4:].split()]
     assert {pair.split("=")[0] for pair in settings} == {"dataset", "side", "steps"}
     assert all("ONLY=03" in words for words in runs)
-    few = [f"{name}=4" for name in ("updates", "single_updates", "infusion_updates", "depth_updates")]
+    few = [f"{name}=4" for name in ("train_steps", "one_step_train_steps", "infusion_train_steps", "ablation_train_steps")]
     asked = [word for pair in [*settings, *few] for word in ("--set", pair)]
     said_by([sys.executable, "-m", "paperlib.reproduce", "--only", "03", *asked], env=environment(tmp_path))
     (arrays,) = (tmp_path / "RUNS").rglob("arrays.npz")

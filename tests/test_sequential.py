@@ -20,7 +20,7 @@ from paperlib.stats import sharpness, two_sample
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
-QUICK = {"updates": 80, "single_updates": 20, "infusion_updates": 16, "depth_updates": 20, "picture_updates": 3}
+QUICK = {"train_steps": 80, "one_step_train_steps": 20, "infusion_train_steps": 16, "ablation_train_steps": 20, "picture_train_steps": 3}
 QUICK |= {"picture_side": 32, "measured_images": 60, "samples": 44}
 
 
@@ -42,17 +42,17 @@ def finished(tmp_path_factory):
 def test_errors_are_of_the_same_codes(finished):
     """The control and the swap start from the images that the chain itself makes, so rows are pairs."""
     run, images, trained, arrays = finished
-    vae, x = trained["sequential"].model, images.signed(images.held_out[100:160])
+    vae, x = trained["sequential"].model, images.to_float(images.held_out[100:160])
     with run.seeded(), torch.no_grad():
         links = sequential_chain.chain(vae, x)
     for link in links:
         error = (link.step.image - x).square().mean((1, 2, 3))
         np.testing.assert_allclose(arrays["sequential_error"][:, link.t - 1], error.numpy(), rtol=1e-3)
-    depth = trained["depth"].model
+    depth = trained["no_latent"].model
     again = depth.generate(2, links[0].step.image, None)
-    np.testing.assert_allclose(arrays["depth_error"][:, 0], (again - x).square().mean((1, 2, 3)).detach(), rtol=1e-3)
-    assert arrays["depth_error"].shape == (60, 2) and arrays["single_error"].shape == (60, 1)
-    mean = images.signed(images.train).mean(0)
+    np.testing.assert_allclose(arrays["no_latent_error"][:, 0], (again - x).square().mean((1, 2, 3)).detach(), rtol=1e-3)
+    assert arrays["no_latent_error"].shape == (60, 2) and arrays["one_step_error"].shape == (60, 1)
+    mean = images.to_float(images.train).mean(0)
     expected = (x - mean).square().mean((1, 2, 3))
     np.testing.assert_allclose(arrays["mean_error"], expected, rtol=0.1)
     assert arrays["sequential_error"][:, -1].mean() < 0.5 * arrays["mean_error"].mean(), "it learns"
@@ -62,7 +62,7 @@ def test_errors_are_of_the_same_codes(finished):
 def test_what_a_step_adds(finished):
     *_, arrays = finished
     found = sequential_samples.per_step(arrays)
-    error, swapped, depth = (arrays[f"{name}_error"].mean(0) for name in ("sequential", "swapped", "depth"))
+    error, swapped, depth = (arrays[f"{name}_error"].mean(0) for name in ("sequential", "swapped", "no_latent"))
     before = np.append(arrays["mean_error"].mean(), error[:-1])
     for t in range(3):
         assert found["fall"][t].value == pytest.approx(1 - error[t] / before[t])
@@ -90,7 +90,7 @@ def test_spectra_are_of_the_drawn_images(finished):
     logs = [np.log(one.mean(0).numpy() + 1 / 12) for one in (power, photographs)]
     assert arrays["spectral_sequential"][1, 0] == pytest.approx(np.sqrt(np.square(logs[0] - logs[1]).mean()))
     assert arrays["spectral_sequential"].shape == (3, 3) and arrays["frequencies"].shape == (8,)
-    assert np.array_equal(arrays["shown_single"], drawn["single"].means[:24])
+    assert np.array_equal(arrays["shown_one_step"], drawn["one_step"].means[:24])
 
 
 def test_sets_are_compared_with_photographs_that_made_none_of_them(finished, monkeypatch):
@@ -118,23 +118,23 @@ def test_sets_are_compared_with_photographs_that_made_none_of_them(finished, mon
     held_out = images.held_out.flatten(1).double().numpy()
     assert np.array_equal(both[np.lexsort(both.T)], held_out[np.lexsort(held_out.T)]), "each photograph on one side"
     kernel = dict(zip(SETS, found["kernel_random"][:, 0], strict=True))
-    assert found["ratio_random"][0] == pytest.approx(kernel["sequential"] / kernel["single"])
+    assert found["ratio_random"][0] == pytest.approx(kernel["sequential"] / kernel["one_step"])
 
 
 def test_nearest_training_images_by_hand(finished):
     run, images, trained, arrays = finished
-    x = images.signed(torch.from_numpy(arrays["near"])).flatten(1)
+    x = images.to_float(torch.from_numpy(arrays["near"])).flatten(1)
     both = torch.cat([images.train, images.train.flip(2)])
-    train = images.signed(both).flatten(1)
+    train = images.to_float(both).flatten(1)
     apart = (x[:, None] - train).square().mean(2).sqrt()
     np.testing.assert_allclose(arrays["nearest_pixels_sequential"][:10], apart.min(1).values, rtol=1e-3)
     assert np.array_equal(arrays["neighbours_pixels"], both[apart.argmin(1)])
     assert arrays["nearest_thumbnails_held_out"].shape == (44,) and (arrays["nearest_pixels_held_out"] > 0).any()
     models = {name: one.model for name, one in trained.items()}
     copies = sequential_samples.drawings(run, images, models)
-    copies["single"] = sequential_chain.Drawn(copies["single"].states, images.train[:44])
+    copies["one_step"] = sequential_chain.Drawn(copies["one_step"].states, images.train[:44])
     found = sequential_samples.nearest(run, images, copies)
-    assert found["nearest_pixels_single"].abs().max() < 1e-3, "a copy is found"
+    assert found["nearest_pixels_one_step"].abs().max() < 1e-3, "a copy is found"
 
 
 def test_pictures(finished):
@@ -177,19 +177,19 @@ def test_every_claim_is_judged_by_what_is_measured(finished):
     assert measured["S1"]["least_lost"].low == min(low), "of all steps, not of the one with the least value"
 
 
-RATES = {"rate": 100.0, "rate_of_single": 105.0}
+RATES = {"rate": 100.0, "rate_of_one_step": 105.0}
 GOOD = {
     "S1": {"least_fall": 0.02, "least_kl": 2.0, "least_lost": 0.6, "least_lost_without": 0.6},
-    "S2": {"first": 1.0, "last": 0.5, "single": 0.8, "noisy_first": 0.7, "noisy_single": 0.7, "trend": -0.9} | RATES,
+    "S2": {"first": 1.0, "last": 0.5, "one_step": 0.8, "noisy_first": 0.7, "noisy_one_step": 0.7, "trend": -0.9} | RATES,
     "S3": {"residual": 1e-14},
     "S4": {"ratio_random": 0.7, "ratio_thumbnails": 1.05} | RATES,
 }
 BAD = [
     ("S1", "least_fall", 0.005), ("S1", "least_kl", 0.9), ("S1", "least_lost", 0.4), ("S1", "least_lost_without", 0.4),
-    ("S2", "first", 0.55), ("S2", "last", 0.75), ("S2", "single", 0.55), ("S2", "trend", -0.7),
-    ("S2", "noisy_first", 0.5), ("S2", "noisy_single", 0.5), ("S2", "rate_of_single", 80.0),
+    ("S2", "first", 0.55), ("S2", "last", 0.75), ("S2", "one_step", 0.55), ("S2", "trend", -0.7),
+    ("S2", "noisy_first", 0.5), ("S2", "noisy_one_step", 0.5), ("S2", "rate_of_one_step", 80.0),
     ("S3", "residual", 1e-9),
-    ("S4", "ratio_random", 0.85), ("S4", "ratio_thumbnails", 1.3), ("S4", "rate_of_single", 120.0),
+    ("S4", "ratio_random", 0.85), ("S4", "ratio_thumbnails", 1.3), ("S4", "rate_of_one_step", 120.0),
 ]  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_bits_per_dimension_of_levels(finished):
         ({"kl_weight": 0.0}, "kl_weight"),
         ({"samples": 10}, "samples"),
         ({"reconstruction_scale": -1.0}, "reconstruction_scale"),
-        ({"updates": 0}, "updates"),
+        ({"train_steps": 0}, "train_steps"),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):

@@ -17,7 +17,7 @@ from paperlib.runs.run import Run
 from paperlib.sequential import experiment as sequential
 from paperlib.sequential import model as sequential_chain
 from paperlib.sequential import training as sequential_model
-from paperlib.sequential.model import chain, depth_links, draw, objective, pixel_codes, random_steps, swap
+from paperlib.sequential.model import chain, no_latent_links, draw, objective, pixel_codes, random_steps, swap
 from paperlib.sequential.networks import Size, StepNetwork
 from paperlib.sequential.training import build
 
@@ -28,16 +28,16 @@ TINY = sequential.Settings(
     widths=(16, 16),
     units=16,
     maps=(4,),
-    single_ladder=(4, 6),
-    single_widths=(16, 16),
-    single_units=16,
-    single_maps=(4,),
+    one_step_ladder=(4, 6),
+    one_step_widths=(16, 16),
+    one_step_units=16,
+    one_step_maps=(4,),
     picture_widths=(16, 16),
     batch_size=4,
-    updates=4,
-    single_updates=4,
-    infusion_updates=3,
-    depth_updates=3,
+    train_steps=4,
+    one_step_train_steps=4,
+    infusion_train_steps=3,
+    ablation_train_steps=3,
     evaluation_images=8,
     measured_images=8,
 )
@@ -97,8 +97,8 @@ def test_a_fixed_deviation_weighs_the_squared_error():
 
 def test_bound_and_kl_to_the_posterior_add_up_to_log_p():
     """Two steps, one code dimension each, on a grid: log p(x) = bound (8) + KL(q(z_1, z_2 | x) || p(z_1, z_2 | x))."""
-    one_scale = {"ladder": (1,), "widths": (16,), "maps": (), "single_ladder": (1,), "single_widths": (16,)}
-    one_scale |= {"single_maps": (), "side": 16}
+    one_scale = {"ladder": (1,), "widths": (16,), "maps": (), "one_step_ladder": (1,), "one_step_widths": (16,)}
+    one_scale |= {"one_step_maps": (), "side": 16}
     vae = tiny(steps=2, shape=(1, 2, 2), picture_widths=(16,), **one_scale)
     x, grid = targets(1, shape=(1, 2, 2)), torch.linspace(-7, 7, 141, dtype=torch.float64)[:, None]
     prior, step = Normal(0.0, 1.0), (grid[1] - grid[0]).item()
@@ -173,33 +173,33 @@ def test_codes_are_heard_from_the_start():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("name", ["sequential", "single", "infusion", "depth"])
+@pytest.mark.parametrize("name", ["sequential", "one_step", "infusion", "no_latent"])
 def test_every_parameter_learns(name, shared):
     vae, x = tiny(name, shared=shared), targets()
-    if name == "depth":
-        links = depth_links(vae, x, tiny("sequential", shared=shared))
+    if name == "no_latent":
+        links = no_latent_links(vae, x, tiny("sequential", shared=shared))
     else:
         links = chain(vae, x, noise=0.1)
     objective(links, 1.0)[0].backward()
     silent = [key for key, p in vae.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
-    if name == "depth":
+    if name == "no_latent":
         assert vae.s.grad[0] == 0, "the control has no first step"
 
 
-@pytest.mark.parametrize("own_terms", [True, False])
-def test_gradients_stop_between_steps_with_terms_of_their_own(own_terms):
+@pytest.mark.parametrize("per_step_loss", [True, False])
+def test_gradients_stop_between_steps_with_terms_of_their_own(per_step_loss):
     vae, x = tiny(), targets()
-    links = chain(vae, x, own_terms=own_terms)
+    links = chain(vae, x, per_step_loss=per_step_loss)
     (-links[1].log_p + links[1].kl).sum().backward()
     first = sum(p.grad.abs().sum().item() for p in vae.networks[0].parameters() if p.grad is not None)
     later = sum(p.grad.abs().sum().item() for p in vae.networks[1].parameters() if p.grad is not None)
-    assert (first == 0) == own_terms and later > 0
+    assert (first == 0) == per_step_loss and later > 0
 
 
 def test_without_own_terms_only_the_last_reconstruction_counts():
-    links = chain(tiny(), targets(), own_terms=False)
-    value, terms = objective(links, 0.5, own_terms=False)
+    links = chain(tiny(), targets(), per_step_loss=False)
+    value, terms = objective(links, 0.5, per_step_loss=False)
     kl = sum(link.kl.mean() for link in links)
     torch.testing.assert_close(value, 0.5 * kl - links[-1].log_p.mean())
     torch.testing.assert_close(terms["kl"], kl)
@@ -283,9 +283,9 @@ def test_masks_grow_and_hold_all_channels_together():
 
 
 def test_depth_goes_on_from_the_images_of_the_trained_chain():
-    parent, vae, x = tiny(), tiny("depth", seed=4), targets()
+    parent, vae, x = tiny(), tiny("no_latent", seed=4), targets()
     torch.manual_seed(0)
-    links = depth_links(vae, x, parent, chosen=[2, 3])
+    links = no_latent_links(vae, x, parent, chosen=[2, 3])
     torch.manual_seed(0)
     before = chain(parent, x)
     for link in links:
@@ -317,11 +317,11 @@ def test_a_drawn_chain_is_the_equation():
     assert drawn.states.shape == (4, 4, 4, 4, 3) and torch.equal(drawn.states[-1], drawn.means)
     generator = torch.Generator().manual_seed(5)
     noise = torch.rand(4, 3, 4, 4, generator=generator) * 2 - 1
-    assert torch.equal(drawn.states[0], images.bytes(noise))
+    assert torch.equal(drawn.states[0], images.to_uint8(noise))
     state = None
     for t in (1, 2, 3):
         state = vae.generate(t, state, torch.randn(4, 5, generator=generator)).detach()
-        assert torch.equal(drawn.states[t], images.bytes(state))
+        assert torch.equal(drawn.states[t], images.to_uint8(state))
     again = draw(vae, images, 4, torch.Generator().manual_seed(5))
     other = draw(vae, images, 4, torch.Generator().manual_seed(6))
     assert torch.equal(drawn.states, again.states) and not torch.equal(drawn.means, other.means)
@@ -335,8 +335,8 @@ def test_infusion_draws_its_transitions():
     for t in (1, 2, 3):
         mean = vae.generate(t, state, None).detach()
         state = mean + vae.log_sigma(t).exp().detach() * torch.randn(mean.shape, generator=generator)
-        assert torch.equal(drawn.states[t], images.bytes(state))
-    assert torch.equal(drawn.means, images.bytes(mean)) and not torch.equal(drawn.means, drawn.states[-1])
+        assert torch.equal(drawn.states[t], images.to_uint8(state))
+    assert torch.equal(drawn.means, images.to_uint8(mean)) and not torch.equal(drawn.means, drawn.states[-1])
 
 
 def test_evaluation_against_a_plain_loop(monkeypatch):
@@ -347,7 +347,7 @@ def test_evaluation_against_a_plain_loop(monkeypatch):
     torch.manual_seed(0)
     rows = {"error": [], "log_p": [], "kl": []}
     for part in images.held_out.split([3, 2, 2]):
-        x = images.signed(part)
+        x = images.to_float(part)
         links = chain(vae, x)
         for k in range(len(x)):
             rows["error"].append([(link.step.image[k] - x[k]).square().mean().item() for link in links])
@@ -361,15 +361,15 @@ def test_evaluation_against_a_plain_loop(monkeypatch):
 
 
 def test_steering_finds_the_weight_that_gives_the_rate():
-    vae = tiny("single").float()
+    vae = tiny("one_step").float()
     for _ in range(400):
-        sequential_model.steer(vae, 30 / vae.log_weight.exp(), 10.0, 0.05)  # a rate that falls as the weight rises
+        sequential_model.update_kl_weight(vae, 30 / vae.log_weight.exp(), 10.0, 0.05)  # a rate that falls as the weight rises
     assert vae.log_weight.exp().item() == pytest.approx(3, rel=1e-3)
     before = vae.log_weight.item()
-    sequential_model.steer(vae, torch.tensor(1e9), 10.0, 0.05)
+    sequential_model.update_kl_weight(vae, torch.tensor(1e9), 10.0, 0.05)
     assert vae.log_weight.item() == pytest.approx(before + 0.05)
     for _ in range(1000):
-        sequential_model.steer(vae, torch.tensor(0.0), 10.0, 1.0)
+        sequential_model.update_kl_weight(vae, torch.tensor(0.0), 10.0, 1.0)
     assert vae.log_weight.exp().item() == pytest.approx(1e-3)
 
 
@@ -383,10 +383,10 @@ def test_what_is_watched_while_a_rate_is_steered_is_no_error_at_another_rate():
 
 
 def test_the_kl_rises_to_its_weight():
-    settings = dataclasses.replace(TINY, kl_ramp=0.1)
-    assert sequential_model.ramp(settings, 0.0) == 0
-    assert sequential_model.ramp(settings, 0.1) == pytest.approx(1 - math.exp(-1))
-    assert sequential_model.ramp(dataclasses.replace(TINY, kl_ramp=0.0), 0.0) == 1
+    settings = dataclasses.replace(TINY, kl_annealing=0.1)
+    assert sequential_model.kl_annealing_factor(settings, 0.0) == 0
+    assert sequential_model.kl_annealing_factor(settings, 0.1) == pytest.approx(1 - math.exp(-1))
+    assert sequential_model.kl_annealing_factor(dataclasses.replace(TINY, kl_annealing=0.0), 0.0) == 1
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
@@ -405,7 +405,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
         return true_objective(*arguments, **options)
 
     monkeypatch.setattr(train, "fit", often)
-    for name, rates in (("sequential", None), ("single", (3.0, 3.0))):
+    for name, rates in (("sequential", None), ("one_step", (3.0, 3.0))):
         whole = sequential_model.fit_model(dataclasses.replace(run, preset="whole"), images, name, 4, rates=rates)
         calls.clear()
         monkeypatch.setattr(sequential_model, "objective", failing)
@@ -429,7 +429,7 @@ def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(run, mon
 
     monkeypatch.setattr(sequential_model, "fit_model", noted)
     trained = sequential_model.fit(run, images)
-    assert list(trained) == ["sequential", "single", "infusion", "depth"] == [name for name, _ in seen]
+    assert list(trained) == ["sequential", "one_step", "infusion", "no_latent"] == [name for name, _ in seen]
     chain_trained = trained["sequential"].model
     assert seen[1][1]["rates"] == sequential_model.rates(run, images, chain_trained)
     assert min(seen[1][1]["rates"]) > 0
@@ -466,7 +466,7 @@ def costs_of_steps(settings, name):
     with torch.device("meta"):
         vae = build(settings, (channels, side, side), name)
         x, index = torch.empty(1, channels, side, side), torch.empty((), dtype=torch.long)
-    for t, graded in itertools.product(range(2 if name == "depth" else 1, vae.steps + 1), (False, True)):
+    for t, graded in itertools.product(range(2 if name == "no_latent" else 1, vae.steps + 1), (False, True)):
         network, known = vae.networks[vae.place(t)[0]], (min(t, 3), graded)
         if known not in costs:
             with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(graded):
@@ -485,10 +485,10 @@ def arithmetic(settings, name):
     first = [t for t in steps if t == 1]
     others = [t for t in steps if t != 1]
     count = min(settings.steps_per_batch or len(others), len(others))
-    parent = costs_of_steps(settings, "sequential")[0] if name == "depth" else {}
+    parent = costs_of_steps(settings, "sequential")[0] if name == "no_latent" else {}
     totals = []
     for chosen in ([*first, *some] for some in itertools.combinations(others, count)):
-        if name == "depth":
+        if name == "no_latent":
             totals.append(sum(parent[t, False] for t in range(1, max(chosen))) + sum(costs[t, True] for t in chosen))
         else:
             totals.append(sum(costs[t, t in chosen] for t in range(1, max(chosen) + 1)))
@@ -498,11 +498,11 @@ def arithmetic(settings, name):
 @pytest.mark.parametrize(("preset", "most"), [("cpu", math.inf), ("gpu", 9e6), ("paper", math.inf)])
 def test_single_is_matched_in_arithmetic(preset, most):
     settings = sequential.PRESETS[preset]
-    (flops, parameters), (single, of_single) = (arithmetic(settings, name) for name in ("sequential", "single"))
-    updates = settings.updates / settings.single_updates if preset != "gpu" else flops and single / flops
+    (flops, parameters), (single, of_one_step) = (arithmetic(settings, name) for name in ("sequential", "one_step"))
+    updates = settings.train_steps / settings.one_step_train_steps if preset != "gpu" else flops and single / flops
     assert abs(single / flops / updates - 1) < 0.1, "over a whole training"
-    assert parameters <= most and of_single <= most
-    assert sum(settings.single_ladder) == 8 * sum(settings.ladder)
+    assert parameters <= most and of_one_step <= most
+    assert sum(settings.one_step_ladder) == 8 * sum(settings.ladder)
 
 
 def test_cost_of_the_presets():
@@ -512,11 +512,11 @@ def test_cost_of_the_presets():
     for preset, speed in (("cpu", 60e9), ("gpu", 0.12 * 790e12)):
         settings, minutes = sequential.PRESETS[preset], {}
         plan = {
-            "sequential": settings.updates,
-            "single": settings.single_updates,
-            "infusion": settings.infusion_updates,
-            "depth": settings.depth_updates,
-            "picture": settings.picture_updates,
+            "sequential": settings.train_steps,
+            "one_step": settings.one_step_train_steps,
+            "infusion": settings.infusion_train_steps,
+            "no_latent": settings.ablation_train_steps,
+            "picture": settings.picture_train_steps,
         }
         if not settings.picture_side:
             del plan["picture"]
@@ -526,7 +526,7 @@ def test_cost_of_the_presets():
         if preset == "cpu":
             assert sum(minutes.values()) < 110, minutes
         else:
-            assert 10 < minutes["sequential"] < 13 and minutes["single"] < 4 and minutes["infusion"] < 3
+            assert 10 < minutes["sequential"] < 13 and minutes["one_step"] < 4 and minutes["infusion"] < 3
     flops, parameters = arithmetic(sequential.PRESETS["paper"], "sequential")
     assert parameters == pytest.approx(190e6, rel=0.15) and flops == pytest.approx(30e9, rel=0.15)
 
@@ -536,7 +536,7 @@ def test_the_gpu_preset_takes_a_few_steps(tmp_path, monkeypatch):
     """The networks, precision and objectives of `gpu`, at 16 pixels, uncompiled."""
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     few = {"dataset": "photos", "side": 16, "batch_size": 4, "compile": False, "evaluation_images": 8}
-    few |= {name: 2 for name in ("updates", "single_updates", "infusion_updates", "depth_updates")}
+    few |= {name: 2 for name in ("train_steps", "one_step_train_steps", "infusion_train_steps", "ablation_train_steps")}
     run = sequential.start("gpu", 0, "cpu", "train", {**few, "measured_images": 8})
     trained = sequential_model.fit(run, sequential_model.load_images(run))
     assert all(math.isfinite(one.history[-1]["loss"]) for one in trained.values())

@@ -9,19 +9,10 @@
 | `lsun_bedroom` | 64 x 64, colour | all but the last 500 | the last 500, less near-copies |
 | `own_images` | a side of choice, colour | all but the last tenth, 500 at most | the last, less near-copies |
 
-`load` gives a data set by name. The first two come with scikit-learn. The others are read from
-`prepared/<name>/{train,test}-{images,labels}.npy` below `data_root()`, memory-mapped, and `prepare`
-writes these files once:
-
-    python -m paperlib.data prepare lsun_bedroom --source FOLDER
-    python -m paperlib.data prepare lsun_bedroom --source bedroom_train_lmdb --subset
-    python -m paperlib.data list
-
-The first writes all images of a folder, of LSUN's LMDB or of an .npy file, the second those 10,000 of LSUN on which
-recorded runs trained. These runs had re-encodings of them at 256 pixels, so the pixels may differ from theirs a little.
+`load` gives a data set by name. The first two come with scikit-learn. The others are read, memory-mapped, from
+`prepared/<name>/{train,test}-{images,labels}.npy` below `data_root()`, which `prepare` writes once.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -35,7 +26,7 @@ import torch
 
 from paperlib.data import downloads, image_arrays
 from paperlib.system.errors import UserError
-from paperlib.system.files import data_root, locked, make_folder, replacing
+from paperlib.system.files import atomic_write, data_root, locked, make_folder
 
 SETS = {
     "digits": "UCI handwritten digits (Alpaydin and Kaynak 1998), from scikit-learn",
@@ -47,7 +38,12 @@ SETS = {
     "lsun_bedroom": "LSUN bedroom (Yu et al. 2015), central squares",
     "own_images": "a reader's own images, central squares",
 }
-_SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "lsun_bedroom": (None, None, 3), "own_images": (None, None, 3)}
+PREPARED = {  # sides and channels, where they are given
+    "mnist": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+    "lsun_bedroom": (None, None, 3),
+    "own_images": (None, None, 3),
+}
 _HASH_WHOLE = 2**30  # bytes
 _HASH_SAMPLE = 4096  # images
 
@@ -64,7 +60,7 @@ class Split:
 class Dataset:
     """`levels` counts the grey levels (17 or 256); `source` says whose images these are.
 
-    `train` and `held_out` share no image. `test` is CIFAR-10's test set, else None.
+    `train` and `held_out` share no image. `test` is CIFAR-10's test set, otherwise None.
     """
 
     name: str
@@ -77,8 +73,8 @@ class Dataset:
     def describe(self) -> dict:
         """What a run records of its data: name, source, levels; per part count, shape, SHA-256.
 
-        The checksum is that of the bytes of `images` in C order. Of a part above 1 GiB only 4,096
-        evenly spaced images are hashed, the first and the last among them; `hashed` says which.
+        The checksum is that of the bytes of `images` in C order. Of a part above 1 GiB only 4,096 evenly spaced images
+        are hashed, the first and the last among them; `hashed` says which.
         """
         parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
         return {
@@ -92,9 +88,9 @@ class Dataset:
 def load(name: str, side: int | None = None) -> Dataset:
     """The data set called `name`, one of `SETS`.
 
-    `side` is the patch size of `photos`, from 4 to 128 pixels, 32 unless told; their patches lie
-    half a side apart. For another set `side` only demands images of that size. MNIST and CIFAR-10
-    are prepared on first use, from the archives below `data_root()` or by download.
+    `side` is the patch size of `photos`, from 4 to 128 pixels (default 32); their patches lie half a side apart. For
+    another set `side` only demands images of that size. MNIST and CIFAR-10 are prepared on first use, from the archives
+    below `data_root()` or by download.
 
     Raises `UserError` for an unknown name, data that is missing and cannot be had, and unfit files.
     """
@@ -102,9 +98,9 @@ def load(name: str, side: int | None = None) -> Dataset:
     if name == "photos":
         return _photos(32 if side is None else side)
     dataset = _digits() if name == "digits" else _load_prepared(name)
-    found = dataset.train.images.shape[1]
-    if side not in (None, found):
-        raise UserError(f"images of {name!r} are {found} pixels a side, not {side}: leave out side")
+    own_side = dataset.train.images.shape[1]
+    if side not in (None, own_side):
+        raise UserError(f"images of {name!r} are {own_side} pixels a side, not {side}: leave out side")
     return dataset
 
 
@@ -113,8 +109,8 @@ def to_unit(
 ) -> torch.Tensor:
     """uint8 (N, H, W, C) to float32 (N, C, H, W) in [0, 1]: grey level k is k / (levels - 1).
 
-    The bytes move to `device` before they are widened. Raises `TypeError` for another type,
-    `ValueError` for another number of dimensions or a pixel of `levels` or more.
+    The bytes move to `device` before they are widened. Raises `TypeError` for another type, `ValueError` for another
+    number of dimensions or a pixel of `levels` or more.
     """
     if not torch.is_tensor(images):
         # A copy, since torch warns of memory that it may not write to, such as a memory map's.
@@ -129,7 +125,7 @@ def to_unit(
     return images.to(torch.float32).div_(levels - 1)
 
 
-def to_signed(
+def to_float(
     images: np.ndarray | torch.Tensor, levels: int = 256, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """As `to_unit`, but in [-1, 1]."""
@@ -139,8 +135,7 @@ def to_signed(
 def from_unit(images: torch.Tensor, levels: int = 256) -> np.ndarray:
     """Float (N, C, H, W) in [0, 1] to uint8 (N, H, W, C), the inverse of `to_unit`.
 
-    Values go to the nearest level, those outside to the end of the range. Raises `ValueError` where
-    one is not a number.
+    Values go to the nearest level within the range. Raises `ValueError` where one is not a number.
     """
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (N, C, H, W)")
@@ -151,22 +146,22 @@ def from_unit(images: torch.Tensor, levels: int = 256) -> np.ndarray:
     return grey.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def from_signed(images: torch.Tensor, levels: int = 256) -> np.ndarray:
-    """As `from_unit`, for images in [-1, 1]."""
+def to_uint8(images: torch.Tensor, levels: int = 256) -> np.ndarray:
+    """As `from_unit`, for images in [-1, 1]: the inverse of `to_float`."""
     return from_unit((images.detach().to(torch.float32) + 1) / 2, levels)
 
 
 def prepare(name: str, source: str | Path | None = None, side: int = 64, subset: bool = False) -> Path:
     """Write the arrays of `name` into `data_root()/prepared/<name>` and return that folder.
 
-    `mnist` and `cifar10` come from the original archives below `data_root()`, or by download;
-    `lsun_bedroom` and `own_images` from `source`, a folder of images, an LMDB or an .npy file, see
-    `image_arrays.write`. `subset` takes from LSUN's `bedroom_train_lmdb` the images of `lsun.subset_keys` only.
+    `mnist` and `cifar10` come from the original archives below `data_root()`, or by download; `lsun_bedroom` and
+    `own_images` from `source`, a folder of images, an LMDB or an .npy file, see `image_arrays.write`. `subset` takes
+    from LSUN's `bedroom_train_lmdb` the images of `lsun.subset_keys` only.
 
     Arrays that are there already are replaced, each whole or not at all. Raises `UserError`.
     """
     _check_name(name)
-    if name not in _SHAPES:
+    if name not in PREPARED:
         raise UserError(f"data set {name!r} comes with scikit-learn: there is nothing to prepare")
     if name in downloads.NAMES and source is not None:
         raise UserError(f"{name!r} takes no --source: its archives belong below {data_root()}")
@@ -181,6 +176,18 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
         with locked(folder, "preparing data", patience=math.inf):
             _prepare_original(name, folder)
     return folder
+
+
+def count_prepared(name: str) -> int:
+    """The number of images that `prepare` wrote to train with."""
+    return len(_read_array(name, _folder(name) / "train-images.npy"))
+
+
+def whereabouts(name: str) -> str:
+    """In words: where the data set is, or "missing"."""
+    if name not in PREPARED:
+        return "with scikit-learn"
+    return "missing" if _missing(name) else f"in {_folder(name)}"
 
 
 def _check_name(name: str) -> None:
@@ -287,24 +294,24 @@ def _first_held_out(name: str, count: int, most: int) -> int:
 
 
 def _near_copies(path: Path, train: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Which of `last` have a near-copy in `train`: found once, which takes minutes for millions of
-    images, and kept beside the array in `path`."""
+    """Which of `last` have a near-copy in `train`: looked for once, which takes minutes for millions of images,
+    and kept beside the array in `path`."""
     kept, file = path.with_name("near-copies.json"), path.stat()
     key = {"bytes": file.st_size, "changed_ns": file.st_mtime_ns, "above": image_arrays.NEAR}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        found = json.loads(kept.read_text())
-        if found["key"] == key:
+        content = json.loads(kept.read_text())
+        if content["key"] == key:
             copies = np.zeros(len(last), dtype=bool)
-            copies[np.array(found["copies"], dtype=np.int64)] = True
+            copies[np.array(content["copies"], dtype=np.int64)] = True
             return copies
     copies = image_arrays.near_copies(last, among=train)
-    with contextlib.suppress(UserError, OSError), replacing(kept) as partial:  # else next time
+    with contextlib.suppress(UserError, OSError), atomic_write(kept) as partial:  # else next time
         partial.write_text(json.dumps({"key": key, "copies": np.flatnonzero(copies).tolist()}))
     return copies
 
 
 def _read_split(name: str, part: str) -> Split:
-    path, shape = _folder(name) / f"{part}-images.npy", _SHAPES[name]
+    path, shape = _folder(name) / f"{part}-images.npy", PREPARED[name]
     images = _read_array(name, path)
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == images.shape[2]
     if not fits or not len(images) or any(shape[k] not in (None, images.shape[k + 1]) for k in range(3)):
@@ -339,7 +346,7 @@ def _prepare_original(name: str, folder: Path) -> None:
     print(f"preparing {name} in {folder}", file=sys.stderr)
     for part, (images, labels) in downloads.read(name, _command(name)).items():
         for file, array in ((f"{part}-images.npy", images), (f"{part}-labels.npy", labels)):
-            with replacing(folder / file) as partial:
+            with atomic_write(folder / file) as partial:
                 np.save(partial, np.ascontiguousarray(array))
 
 
@@ -351,36 +358,8 @@ def _describe(part: Split) -> dict:
     digest = hashlib.sha256()
     for chunk in np.array_split(rows, len(rows) // 1024 + 1):
         digest.update(np.ascontiguousarray(images[chunk]))
-    found = {"count": len(images), "shape": list(images.shape[1:])}
-    found |= {"sha256": digest.hexdigest(), "hashed": hashed}
+    description = {"count": len(images), "shape": list(images.shape[1:])}
+    description |= {"sha256": digest.hexdigest(), "hashed": hashed}
     if part.labels is not None:
-        labels = hashlib.sha256(part.labels.astype(np.uint8))
-        found["labels_sha256"] = labels.hexdigest()
-    return found
-
-
-def main() -> None:
-    program = "python -m paperlib.data"
-    parser = argparse.ArgumentParser(prog=program, description="Prepare and list data sets.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the data sets, and which of them are there")
-    command = commands.add_parser("prepare", help="write a data set's arrays below the data root")
-    command.add_argument("name", metavar="NAME", help=", ".join(_SHAPES))
-    source = "lsun_bedroom, own_images: a folder of images, LSUN's LMDB or an .npy file"
-    command.add_argument("--source", type=Path, metavar="PATH", help=source)
-    side = "lsun_bedroom, own_images: pixels a side (default 64)"
-    command.add_argument("--side", type=int, default=64, metavar="N", help=side)
-    subset = "lsun_bedroom from bedroom_train_lmdb: only the 10,000 images of recorded runs"
-    command.add_argument("--subset", action="store_true", help=subset)
-    arguments = parser.parse_args()
-    if arguments.command == "prepare":
-        folder = prepare(arguments.name, arguments.source, arguments.side, arguments.subset)
-        print(
-            f"{len(_read_array(arguments.name, folder / 'train-images.npy')):,} images to train with", file=sys.stderr
-        )
-        print(folder)
-        return
-    for name, source in SETS.items():
-        there = "with scikit-learn" if name not in _SHAPES else f"in {_folder(name)}"
-        missing = name in _SHAPES and _missing(name)
-        print(f"{name}: {'missing' if missing else there}; {source}")
+        description["labels_sha256"] = hashlib.sha256(part.labels.astype(np.uint8)).hexdigest()
+    return description

@@ -27,6 +27,10 @@ class Images:
         return int(self.labels.max()) + 1
 
     @property
+    def device(self) -> torch.device:
+        return self.held_out.device
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, S, S)."""
         side, _, channels = self.train.shape[1:]
@@ -37,16 +41,16 @@ class Images:
         if torch.is_tensor(self.train):
             return self.train[rows.to(self.train.device)]
         order = rows.cpu().argsort()  # a disk likes to be read in its own order
-        found = torch.from_numpy(self.train[rows.cpu()[order].numpy()])
-        return found[order.argsort()].to(self.held_out.device)
+        images = torch.from_numpy(self.train[rows.cpu()[order].numpy()])
+        return images[order.argsort()].to(self.device)
 
-    def signed(self, images: Tensor) -> Tensor:
+    def to_float(self, images: Tensor) -> Tensor:
         """(B, C, S, S) in [-1, 1] of uint8 (B, S, S, C)."""
-        return datasets.to_signed(images, self.dataset.levels)
+        return datasets.to_float(images, self.dataset.levels)
 
-    def bytes(self, x: Tensor) -> Tensor:
-        """The inverse of `signed`, on the CPU."""
-        return torch.from_numpy(datasets.from_signed(x, self.dataset.levels))
+    def to_uint8(self, x: Tensor) -> Tensor:
+        """The inverse of `to_float`, on the CPU."""
+        return torch.from_numpy(datasets.to_uint8(x, self.dataset.levels))
 
     def __repr__(self) -> str:
         channels, side, _ = self.shape

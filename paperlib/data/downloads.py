@@ -18,8 +18,8 @@ NAMES = ("mnist", "cifar10")
 def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The parts "train" and "test" of `name`: images uint8 (N, H, W, C) and labels uint8 (N,).
 
-    Archives that are missing or fail their checksum are downloaded. Raises `UserError` where that
-    fails, naming the files, their folder and the `command` to run when they are there.
+    Archives that are missing or fail their checksum are downloaded. Raises `UserError` where that fails, naming the
+    files, their folder and the `command` to run when they are there.
     """
     datasets = _torchvision().datasets
     kind = datasets.MNIST if name == "mnist" else datasets.CIFAR10
@@ -55,8 +55,8 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _torchvision() -> ModuleType:
     """The package, imported in spite of missing operators.
 
-    Beside a CPU build of torch from another source its compiled part does not load, and the import
-    stops at the first operator that its Python part describes. Data sets and transforms need none.
+    Beside a CPU build of torch from another source its compiled part does not load, and the import stops at the first
+    operator that its Python part describes. Data sets and transforms need none.
     """
     try:
         import torchvision

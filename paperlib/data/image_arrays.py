@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from paperlib.data import lsun
 from paperlib.system.errors import UserError
-from paperlib.system.files import replacing
+from paperlib.system.files import atomic_write
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NEAR = 0.9
@@ -79,10 +79,9 @@ def open_array(path: Path) -> np.memmap:
 def near_copies(images: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Which of `images` (M, H, W, C) have a near-copy, maybe mirrored, in `among` (N, H, W, C).
 
-    Returns bool (M,). Near-copies are images whose 16 x 16 colour thumbnails correlate by more than
-    `NEAR`. In 10,000 LSUN bedrooms 38 pairs do. Looked at, those above 0.907 were one photograph
-    twice (recompressed, recoloured, mirrored, cropped a little). From there down to 0.865 all were
-    two rooms, but for one pair at 0.874.
+    Returns bool (M,). Near-copies are images whose 16 x 16 colour thumbnails correlate by more than `NEAR`. In 10,000
+    LSUN bedrooms 38 pairs do. By eye, those above 0.907 were one photograph twice (recompressed, recoloured, mirrored,
+    cropped a little); from there down to 0.865 all were two rooms, but for one pair at 0.874.
     """
     wanted = torch.cat([_thumbnails(images), _thumbnails(images[:, :, ::-1])])
     best = torch.full((len(wanted),), -1.0)
@@ -117,7 +116,7 @@ def _copy(source: Path, path: Path, side: int) -> None:
             f"{source} is {images.dtype} {images.shape}, not uint8 (N, {side}, {side}, 3): "
             f"name another file, or its --side"
         )
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         copy = _new_array(partial, images.shape)
         first = 0
         for chunk in _chunks(images, "copying"):
@@ -147,7 +146,7 @@ def _write_squares(
     Those that cannot be read are left out, with `advice`, or are an error if `all_of_them` are wanted.
     """
     bad = []
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         array = _new_array(partial, (total, side, side, 3))
         count = 0
         for name, square in tqdm(_squares(images, side), desc="resizing", unit="image", total=total, delay=2):
@@ -195,12 +194,12 @@ def _square_or_error(image: Path | io.BytesIO, side: int) -> np.ndarray | Except
 
 def _image_files(folder: Path) -> list[str]:
     """Paths within `folder` in the order of names, a folder's files before its subfolders."""
-    found = []
+    paths = []
     for place, folders, names in os.walk(folder):
         folders.sort()
         names = [name for name in names if name[0] != "." and name.lower().endswith(ENDINGS)]
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in sorted(names)]
-    return found
+        paths += [os.path.relpath(os.path.join(place, name), folder) for name in sorted(names)]
+    return paths
 
 
 def _central_square(file: Path | io.BytesIO, side: int) -> np.ndarray:

@@ -41,11 +41,11 @@ def find(source: Path) -> Path | None:
     """The LMDB that the folder `source` is, or that lies in it, or None; a `UserError` where several do."""
     if (source / "data.mdb").exists():
         return source
-    found = sorted(file.parent for file in source.glob("*/data.mdb"))
-    if len(found) > 1:
-        names = ", ".join(folder.name for folder in found)
-        raise UserError(f"{source} holds {len(found)} LMDBs ({names}): name one of them")
-    return found[0] if found else None
+    folders = sorted(file.parent for file in source.glob("*/data.mdb"))
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise UserError(f"{source} holds {len(folders)} LMDBs ({names}): name one of them")
+    return folders[0] if folders else None
 
 
 def read(folder: Path, keys: Sequence[bytes] = ()) -> tuple[int, Iterator[tuple[str, bytes]]]:
@@ -72,13 +72,13 @@ def _stream(folder: Path, keys: Sequence[bytes], total: int) -> Iterator[tuple[s
             keys_wanted.write(b" ".join(keys))
         count = 0
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
-            if missing := pickle.load(reader.stdout):
+            if missing := pickle.load(reader.stdout):  # noqa: S301 - the reader is our own
                 raise UserError(
                     f"{folder} lacks {missing:,} of the {total:,} images of the subset: "
                     f"name the whole bedroom_train_lmdb"
                 )
             while True:
-                key, value = pickle.load(reader.stdout)
+                key, value = pickle.load(reader.stdout)  # noqa: S301
                 yield key.decode("ascii", "backslashreplace"), value
                 count += 1
         if reader.wait() or count != total:

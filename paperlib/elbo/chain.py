@@ -1,4 +1,5 @@
-"""The Markov chain z ~ q(z|x), x' ~ p(x|z) on a finite set: where it rests, how fast, and what a wrong decoder does.
+"""The Markov chain z ~ q(z|x), x' ~ p(x|z) on a finite set: its stationary distribution, its speed, and what a wrong
+decoder does to both.
 
 The equation numbers are those of notebook 01. Tables are float64; p_x is (X,), q_z_given_x (X, Z), p_x_given_z (Z, X)
 as in `finite.Finite`, a kernel is (X, X) with rows that sum to one, and distances are total variation, in [0, 1].
@@ -13,23 +14,24 @@ as in `finite.Finite`, a kernel is (X, X) with rows that sum to one, and distanc
 from dataclasses import dataclass
 
 import torch
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 
 def transition(q_z_given_x: Tensor, p_x_given_z: Tensor) -> Tensor:
-    """The kernel (7), (X, X): row x holds the law of the next state."""
+    """The kernel (7), (X, X): row x holds the distribution of the next state."""
     return q_z_given_x @ p_x_given_z
 
 
 def stationary(kernel: Tensor) -> Tensor:
-    """The law pi (X,) with pi K = pi, by solving that linear system.
+    """The distribution pi (X,) with pi K = pi, by solving that linear system.
 
     Raises `ValueError` where the chain falls apart, so that there is more than one.
     """
     size = len(kernel)
     system = torch.cat([kernel.T - torch.eye(size, dtype=kernel.dtype), torch.ones(1, size, dtype=kernel.dtype)])
     if int(torch.linalg.matrix_rank(system[:-1], atol=1e-13)) < size - 1:
-        raise ValueError("the chain has more than one stationary law: its states fall apart")
+        raise ValueError("the chain has more than one stationary distribution: its states fall apart")
     right = torch.zeros(size + 1, 1, dtype=kernel.dtype)
     right[-1] = 1
     return torch.linalg.lstsq(system, right, driver="gelsd").solution[:, 0]
@@ -68,22 +70,22 @@ def spectrum(p_x: Tensor, q_z_given_x: Tensor) -> Spectrum:
     return Spectrum(eigenvalues, left[:, 1] / p_x.sqrt())
 
 
-def maximal_correlation(q_xz: Tensor, steps: int = 20_000, seed: int = 0) -> Tensor:
-    """The greatest correlation of any f(x) with any g(z) under a joint table (X, Z), found without a decomposition.
+def maximal_correlation(q_xz: Tensor) -> Tensor:
+    """The greatest correlation of any f(x) with any g(z) under a joint table (X, Z), without a decomposition.
 
     Alternating conditional expectations (Breiman and Friedman, 1985): g = E[f|z], f = E[g|x], each with mean 0 and
-    variance 1, until the correlation rises by less than 1e-15.
+    variance 1, until the correlation rises by less than 1e-15, or 20,000 times.
     """
     p_x, q_z = q_xz.sum(1), q_xz.sum(0)
 
-    def standard(f: Tensor, law: Tensor) -> Tensor:
-        f = f - law @ f
-        return f / torch.sqrt(law @ f**2)
+    def standard(f: Tensor, weights: Tensor) -> Tensor:
+        f = f - weights @ f
+        return f / torch.sqrt(weights @ f**2)
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     f = standard(torch.randn(len(p_x), generator=generator, dtype=q_xz.dtype), p_x)
     correlation = torch.tensor(-1.0, dtype=q_xz.dtype)
-    for _ in range(steps):
+    for _ in range(20_000):
         g = standard((f @ q_xz) / q_z, q_z)
         f = standard((q_xz @ g) / p_x, p_x)
         last, correlation = correlation, f @ q_xz @ g
@@ -92,39 +94,30 @@ def maximal_correlation(q_xz: Tensor, steps: int = 20_000, seed: int = 0) -> Ten
     return correlation
 
 
-def components(q_xz: Tensor) -> list[list[int]]:
-    """The parts into which x falls when x and z are joined wherever q(x,z) > 0, by search: lists of indices of x."""
-    joined = q_xz > 0
-    left, parts = set(range(len(q_xz))), []
-    while left:
-        part, front = set(), {min(left)}
-        while front:
-            part |= front
-            codes = joined[list(front)].any(0)
-            front = set(joined[:, codes].any(1).nonzero()[:, 0].tolist()) - part
-        parts.append(sorted(part))
-        left -= part
-    return parts
+def components(q_xz: Tensor) -> Tensor:
+    """The connected component of each x, (X,) whole numbers from 0, when x and z are joined wherever q(x,z) > 0."""
+    joined = (q_xz > 0).double()
+    return torch.from_numpy(connected_components((joined @ joined.T).numpy(), directed=False)[1]).long()
 
 
-def distances(kernel: Tensor, law: Tensor, steps: int) -> Tensor:
-    """Total variation to `law` (X,) after 0, ..., `steps` steps from the worst start: (steps + 1,)."""
-    power, found = torch.eye(len(kernel), dtype=kernel.dtype), []
+def distances(kernel: Tensor, p: Tensor, steps: int) -> Tensor:
+    """Total variation to `p` (X,) after 0, ..., `steps` steps from the worst start: (steps + 1,)."""
+    power, worst = torch.eye(len(kernel), dtype=kernel.dtype), []
     for _ in range(steps + 1):
-        found.append(total_variation(power, law).max())
+        worst.append(total_variation(power, p).max())
         power = power @ kernel
-    return torch.stack(found)
+    return torch.stack(worst)
 
 
 def predicted_distances(p_x: Tensor, spectrum: Spectrum, steps: int) -> Tensor:
-    """What (9) foretells for the worst start after 0, ..., `steps` steps: (steps + 1,). No constant is fitted."""
+    """What (9) predicts for the worst start after 0, ..., `steps` steps: (steps + 1,). No constant is fitted."""
     f = spectrum.slowest.abs()
     powers = spectrum.eigenvalues[1] ** torch.arange(steps + 1, dtype=p_x.dtype)
     return 0.5 * powers * f.max() * (p_x @ f)
 
 
 def stationary_bound(decoder_kl: Tensor, tau: Tensor) -> Tensor:
-    """The right side of (10) for `decoder_kl` = E_q(z) KL(q(x|z) || p(x|z)) in nats; at most 1 tells something."""
+    """The right side of (10) for `decoder_kl` = E_q(z) KL(q(x|z) || p(x|z)) in nats; above 1 it says nothing."""
     return torch.sqrt(0.5 * decoder_kl) / (1 - tau)
 
 

@@ -7,17 +7,11 @@ import numpy as np
 
 from paperlib.runs.plotting import PALETTE, new
 
-FLOWS_CAPTION = (
-    "Left: climbing the ELBO ends on the line rate + distortion = H(p), and different starts end at different rates. "
-    "The line stops at 1.30 nats, the most that a code with q(z) = p(z) can know here; H(p) is 1.50. "
-    "Right: without the KL the same starts run further to the right and down, but many of them, most with seed 0, "
-    "stop above distortion 0, where several x share a code. (Some starts lie above the frame.)"
-)
 GREY = "0.45"
 
 
 def flows(arrays: Mapping[str, np.ndarray]) -> Any:
-    """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `elbo`."""
+    """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `measurements`."""
     figure, axes = new(2, height=3.3, sharex=True, sharey=True)
     entropy, most = float(arrays["flow_entropy"]), float(arrays["flow_most"])
     reach = 1.05 * max(arrays[f"flow_{name}_rate"].max() for name in ("elbo", "none"))
@@ -68,17 +62,17 @@ def convergence(arrays: Mapping[str, np.ndarray]) -> Any:
     figure, axis = new(width=5.6, height=3.4)
     names = [name[6:] for name in arrays if name.startswith("chain_") and not name.endswith("_predicted")]
     for k, name in enumerate(names):
-        found, predicted = arrays[f"chain_{name}"], arrays[f"chain_{name}_predicted"]
-        steps = np.arange(len(found))
-        visible = found > 1e-9  # below that the distance is rounding
-        axis.plot(steps[visible], found[visible], color=PALETTE[k], lw=2.4, alpha=0.6)
+        distance, predicted = arrays[f"chain_{name}"], arrays[f"chain_{name}_predicted"]
+        steps = np.arange(len(distance))
+        visible = distance > 1e-9  # below that the distance is rounding
+        axis.plot(steps[visible], distance[visible], color=PALETTE[k], lw=2.4, alpha=0.6)
         axis.plot(steps[visible], predicted[visible], ":", color="black", lw=1.2)
         last = np.flatnonzero(visible)[-1]
         shift = {"injective": 5, "hard bit": -3, "blur 4": 10}.get(name, 0)
         where = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-        axis.annotate(name, (steps[last], found[last]), (4, shift), color=PALETTE[k], **where)
+        axis.annotate(name, (steps[last], distance[last]), (4, shift), color=PALETTE[k], **where)
     axis.plot([], [], ":", color="black", lw=1.2, label="predicted by (9), no fit")
-    axis.set(yscale="log", xlim=(0, len(found) - 1), ylim=(1e-9, 2), xlabel="n, steps of the chain")
+    axis.set(yscale="log", xlim=(0, len(distance) - 1), ylim=(1e-9, 2), xlabel="n, steps of the chain")
     axis.set_ylabel("TV distance to p(x), worst start")
     axis.legend(frameon=False, loc="lower right")
     return figure
@@ -113,7 +107,7 @@ def price(arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 def amplification(arrays: Mapping[str, np.ndarray]) -> Any:
-    """Error of the stationary law against the slowness of the chain, equal decoder error. Arrays `wrong_*`."""
+    """Error of the stationary distribution against the slowness of the chain, equal decoder error. Arrays `wrong_*`."""
     figure, axis = new(width=4.8, height=3.1)
     slow, apart = arrays["wrong_slowness"], arrays["wrong_apart"]
     order = np.argsort(slow)

@@ -95,21 +95,22 @@ def distortion(model: Finite) -> Tensor:
 
 
 def elbo(model: Finite) -> Tensor:
-    """L by its definition (1): -(distortion + rate), (...)."""
+    """L by its definition (1), (...)."""
     return -distortion(model) - rate(model)
 
 
-def elbo_from_evidence(model: Finite, entropy_term: bool = True) -> Tensor:
-    """L by (2), from p_theta(x) = sum_z p(z) p(x|z) and Bayes' p_theta(z|x), (...).
+def elbo_from_evidence(model: Finite) -> Tensor:
+    """L by (2), (...)."""
+    return elbo_without_entropy(model) - entropy(model.p_x)
 
-    `entropy_term=False` leaves out -H(p), as the post does.
-    """
+
+def elbo_without_entropy(model: Finite) -> Tensor:
+    """(2) without H(p), as the post has it, from p_theta(x) = sum_z p(z) p(x|z) and Bayes' p_theta(z|x), (...)."""
     p_zx = model.p_z[..., None] * model.p_x_given_z
     evidence = p_zx.sum(-2)
     posterior = (p_zx / evidence[..., None, :]).mT  # not a number where the model says x is impossible
     posterior = torch.where(evidence[..., None] > 0, posterior, model.p_z[..., None, :])
-    bound = -kl(model.p_x, evidence) - mean(model.p_x, kl(model.q_z_given_x, posterior))
-    return bound - entropy(model.p_x) if entropy_term else bound
+    return -kl(model.p_x, evidence) - mean(model.p_x, kl(model.q_z_given_x, posterior))
 
 
 def elbo_from_codes(model: Finite) -> Tensor:
@@ -146,7 +147,7 @@ def random_model(
     return Finite(*(table.softmax(-1) for table in tables))
 
 
-def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpness: float = 1.0) -> Tensor:
+def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpness: Tensor | float) -> Tensor:
     """A random encoder (..., X, Z) with q(z) = p(z): a positive random table scaled to both marginals (Sinkhorn).
 
     p_x (..., X) and p_z (..., Z) are positive. The marginals hold within 1e-14.
@@ -178,13 +179,13 @@ def most_informative_coupling(x_parts: tuple[int, ...], z_parts: tuple[int, ...]
 
     @functools.cache
     def best(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[float, int, int, int]:
-        found = (-math.inf if any(rows) else 0.0, 0, 0, 0)
+        choice = (-math.inf if any(rows) else 0.0, 0, 0, 0)
         for i, row in enumerate(rows):
             for j, column in enumerate(columns):
                 if amount := min(row, column):
                     rest = best(take(rows, i, amount), take(columns, j, amount))
-                    found = max(found, (amount * math.log(amount) + rest[0], i, j, amount))
-        return found
+                    choice = max(choice, (amount * math.log(amount) + rest[0], i, j, amount))
+        return choice
 
     table = torch.zeros(len(x_parts), len(z_parts), dtype=torch.float64)
     rows, columns = tuple(x_parts), tuple(z_parts)
@@ -208,7 +209,7 @@ def gradients(model: Finite, kl_weight: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Flow:
-    """Where gradient ascent went: `rate` and `distortion` (steps + 1, ...) in nats, and the last `model`."""
+    """The path of gradient ascent: `rate` and `distortion` (steps + 1, ...) in nats, and the last `model`."""
 
     rate: Tensor
     distortion: Tensor

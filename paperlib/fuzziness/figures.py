@@ -5,32 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from paperlib.fuzziness.claims import label_entropy, ranked
+from paperlib.fuzziness.measurements import COLUMNS, HEAVIEST, MADE_OF, MOSAIC, ROWS
 from paperlib.runs import plotting
+from paperlib.stats.rank_correlation import rank_residuals
 
 Arrays = Mapping[str, np.ndarray]
-
-ROWS, COLUMNS = 5, 14  # of the post's picture: codes of like variance stand in one column
-MADE_OF = 6  # codes of which is shown what q(x|z) is made of
-HEAVIEST = 4  # training digits shown for each
-MOSAIC = 20  # decoded digits a side of the map
-
-
-def label_entropy(labels: np.ndarray) -> np.ndarray:
-    """Entropy in nats of label mixtures (..., K): 0 where q(x|z) is one class."""
-    return -(labels * np.log(np.clip(labels, 1e-300, 1))).sum(-1)
-
-
-def ranked(arrays: Arrays, seed: int) -> np.ndarray:
-    """The codes of one seed where Var q(x|z) may be quoted, from least to most variance per ink."""
-    order = np.argsort(arrays["variance"][seed] / arrays["ink"][seed])
-    return order[arrays["reliable"][seed][order]]
-
-
-def ends(arrays: Arrays, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of the left and of the right tenth of `ranked`."""
-    order = ranked(arrays, seed)
-    tenth = max(1, len(order) // 10)
-    return order[:tenth], order[-tenth:]
 
 
 def error_split(arrays: Arrays) -> Any:
@@ -163,22 +143,13 @@ def sharpness(arrays: Arrays) -> Any:
     for axis, (title, (prefix, name, sign)) in zip(axes, panels.items(), strict=True):
         good = arrays[f"{prefix}reliable"][0]
         variance, value, ink, log_q = (arrays[prefix + n][0][good] for n in ("variance", name, "ink", "log_q"))
-        x, y = (_rank_residual(values, (ink, log_q)) for values in (variance, sign * value))
+        x, y = rank_residuals((variance, sign * value), (ink, log_q)) / len(ink)
         dots, line = {"s": 3, "alpha": 0.25}, {"color": plotting.PALETTE[3], "linewidth": 1.2}
         seaborn.regplot(x=x, y=y, ax=axis, scatter_kws=dots, line_kws=line, n_boot=200, seed=0)
         axis.set(title=title, xlabel="")
     axes[1].set_xlabel("rank of tr Var q(x|z), ink and log q(z) regressed out (1: all codes)")
     axes[0].set_ylabel("rank of fuzziness,\nthe same regressed out")
     return figure
-
-
-def _rank_residual(values: np.ndarray, controls: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Ranks from 0 to 1, less their least-squares fit by the ranks of the controls."""
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(column) / len(values) for column in (values, *controls)]
-    design = np.stack([np.ones(len(values)), *ranks[1:]], axis=1)
-    return ranks[0] - design @ np.linalg.lstsq(design, ranks[0])[0]
 
 
 def better_q(arrays: Arrays) -> Any:

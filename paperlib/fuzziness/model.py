@@ -1,6 +1,6 @@
 """The VAEs of notebook 02 and their training: small Gaussian codes, a decoder that factors over pixels.
 
-A run's settings (`fuzziness.Settings`) say which. The encoder's Gaussians over the whole training set, `encode`, are
+The encoder's Gaussians over the whole training set, `encode`, are
 what `aggregate` makes q(z) and q(x|z) of.
 """
 
@@ -14,10 +14,6 @@ from torch import Tensor, nn
 
 from paperlib.data import datasets
 from paperlib.nn import likelihoods
-from paperlib.runs import train
-from paperlib.runs.provenance import describe_code
-from paperlib.runs.recorded import load_recorded_weights
-from paperlib.runs.run import Run
 from paperlib.stats import aggregate_posterior
 
 
@@ -54,7 +50,7 @@ class VAE(nn.Module):
         self.likelihood = likelihood
 
     def q_z_given_x(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-deviation of q(z|x): (B, pixels) to two (B, code_dim)."""
+        """Mean and log-std of q(z|x): (B, pixels) to two (B, code_dim)."""
         mean, log_std = self.encoder(x).chunk(2, dim=1)
         return mean, log_std.clamp(-7, 2)
 
@@ -82,8 +78,8 @@ def perceptron(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequent
 
 
 @dataclass(frozen=True)
-class Images:
-    """A data set ready to train on: pixels (N, height * width) in [0, 1] and labels (N,), on the run's device."""
+class Pixels:
+    """A data set as vectors: pixels (N, height * width) in [0, 1] and labels (N,), on the device."""
 
     dataset: datasets.Dataset
     x: Tensor
@@ -102,104 +98,16 @@ class Images:
         return x.reshape(*x.shape[:-1], *self.shape)
 
 
-def load_images(run: Run) -> Images:
-    dataset = datasets.load(run.settings.dataset)
+def load_pixels(name: str, device: torch.device | str) -> Pixels:
+    """The data set called `name`. Raises `UserError` as `datasets.load` does."""
+    dataset = datasets.load(name)
 
     def flat(images: np.ndarray) -> Tensor:
-        return datasets.to_unit(images, dataset.levels, run.device).flatten(1)
+        return datasets.to_unit(images, dataset.levels, device).flatten(1)
 
-    labels = torch.as_tensor(np.array(dataset.train.labels), device=run.device)
+    labels = torch.as_tensor(np.array(dataset.train.labels), device=device)
     shape = dataset.train.images.shape[1:3]
-    return Images(dataset, flat(dataset.train.images), labels, flat(dataset.held_out.images), shape)
-
-
-@dataclass(frozen=True)
-class Models:
-    """What was trained: for each seed, a VAE by variant, and decoders of a frozen q by their units."""
-
-    vaes: list[dict[Variant, train.Trained]]
-    decoders: list[dict[int, train.Trained]]
-
-    @property
-    def main(self) -> VAE:
-        """The VAE of the first seed under the ELBO."""
-        return self.vaes[0][MAIN].model
-
-    def __repr__(self) -> str:
-        vaes, decoders = (sum(map(len, of_seeds)) for of_seeds in (self.vaes, self.decoders))
-        return f"{vaes} VAEs and {decoders} decoders of a frozen encoder, {len(self.vaes)} seeds"
-
-
-def fit(run: Run, images: Images) -> Models:
-    """Train all that the claims need, or load the one recorded VAE where the run says `weights = "recorded"`."""
-    if run.weights == "recorded":
-        vae = VAE(images.x.shape[1], run.settings).to(run.device).eval()
-        vae.load_state_dict(load_recorded_weights(run))
-        return Models([{MAIN: train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}], [{}])
-    weights = sorted({1.0, *run.settings.kl_weights})
-    variants = [BERNOULLI, *(Variant(kl_weight=weight) for weight in weights)]
-    vaes, decoders = [], []
-    for seed in range(run.seed, run.seed + run.settings.seeds):
-        vaes.append({variant: fit_vae(run, images, variant, seed) for variant in variants})
-        codes = encode(vaes[-1][MAIN].model, images.x)
-        decoders.append({units: fit_decoder(run, images, codes, units, seed) for units in run.settings.decoders})
-    return Models(vaes, decoders)
-
-
-def fit_vae(run: Run, images: Images, variant: Variant, seed: int) -> train.Trained:
-    """Train a VAE by maximising E_q log p(x|z) - kl_weight * KL; with weight 1, the ELBO."""
-
-    def loss(vae: nn.Module, x: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        log_p, kl = vae(x)
-        return (variant.kl_weight * kl - log_p).mean(), {"elbo": (log_p - kl).mean(), "kl": kl.mean()}
-
-    def evaluate(vae: nn.Module) -> dict[str, float]:
-        log_p, kl = vae(images.held_out)
-        return {"loss": float((variant.kl_weight * kl - log_p).mean()), "kl": float(kl.mean())}
-
-    torch.manual_seed(seed)
-    vae = VAE(images.x.shape[1], run.settings, variant.likelihood)
-    return _fit(run, vae, loss, lambda rows: images.x[rows], len(images.x), seed, variant.name, evaluate)
-
-
-def fit_decoder(run: Run, images: Images, codes: aggregate_posterior.Codes, units: int, seed: int) -> train.Trained:
-    """Train a new decoder, two hidden layers of `units`, on the squared error under a frozen encoder."""
-    mean, std = codes.mean.float(), codes.log_std.exp().float()
-
-    def loss(decoder: nn.Module, rows: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        z = mean[rows] + std[rows] * torch.randn_like(mean[rows])
-        error = (torch.sigmoid(decoder(z)) - images.x[rows]).square().sum(1).mean()
-        return error, {"error": error}
-
-    torch.manual_seed(seed)
-    decoder = perceptron(run.settings.code_dim, (units, units), images.x.shape[1])
-    return _fit(run, decoder, loss, lambda rows: rows, len(codes), seed, f"decoder-{units}")
-
-
-def _fit(run, model, loss, batch, count, seed, name, evaluate=None) -> train.Trained:
-    settings = run.settings
-    recipe = train.Recipe(
-        settings.steps,
-        settings.batch_size,
-        settings.learning_rate,
-        schedule="cosine",
-        ema=0.999,
-        evaluate_every=max(1, settings.steps // 20),
-    )
-    name = f"{name}-seed{seed}"
-    return train.fit(
-        model,
-        loss,
-        lambda rows: batch(rows.to(run.device)),
-        count,
-        recipe,
-        run.directory / name,
-        seed=seed,
-        device=run.device,
-        evaluate=evaluate,
-        provenance=describe_code(),
-        name=name,
-    )
+    return Pixels(dataset, flat(dataset.train.images), labels, flat(dataset.held_out.images), shape)
 
 
 @torch.no_grad()

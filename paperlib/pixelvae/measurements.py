@@ -30,7 +30,7 @@ from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.runs.provenance import describe_code
 from paperlib.runs.run import Run
-from paperlib.stats import aggregate_posterior, features, two_sample
+from paperlib.stats import aggregate_posterior, autocorrelation, features, linear_probe, two_sample
 
 LAGS = (1, 5, 20, 60)  # of the chain's autocorrelation
 LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where sets of images are compared
@@ -134,7 +134,7 @@ def probes(run: Run, images: Images, models: Mapping[str, PixelVAE]) -> dict[str
     }
     labels = [images.labels.cpu(), images.held_out_labels[:n].cpu()]
     right = [
-        two_sample.linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES
+        linear_probe.linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES
     ]
     return {"probe_right": np.stack(right)}
 
@@ -199,9 +199,9 @@ def samples(
         again = decode(z, generator)
         for view, look in (("pixels", _pixels), ("classifier", describe["classifier"])):
             states = torch.stack([look(state) for state in from_data])
-            found[f"similarity_{name}_{view}"] = np.stack(two_sample.autocorrelation(states, LAGS), 1)
+            found[f"similarity_{name}_{view}"] = np.stack(autocorrelation.autocorrelation(states, LAGS), 1)
             pair = look(drawn[f"{name}: q(z)"]), look(again)
-            found[f"decodes_{name}_{view}"] = two_sample.pair_correlation(*pair).row
+            found[f"decodes_{name}_{view}"] = autocorrelation.pair_correlation(*pair).row
         found[f"chain_{name}"] = from_noise[:, 0]
         found[f"many_{name}"] = from_noise[-1, :36]
         found[f"shown_decodes_{name}"] = torch.stack([drawn[f"{name}: q(z)"][:10], again[:10]])
@@ -312,7 +312,7 @@ def exactness(run: Run, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]:
     one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32, relative where
     a parameter is above 1.
     """
-    x = images.signed(images.held_out[:2])
+    x = images.to_float(images.held_out[:2])
     z = sampled(vae, images, images.held_out[:2], run.generator(9, True))
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # TF32 has ten bits, also of float32
         h = vae.h(z)

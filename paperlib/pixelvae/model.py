@@ -46,7 +46,7 @@ from paperlib.runs.recorded import load_recorded_weights
 from paperlib.runs.run import Run
 from paperlib.stats.two_sample import gaussian_mmd
 from paperlib.system import distributed, files
-from paperlib.system.devices import memory_explained
+from paperlib.system.devices import oom_as_user_error
 
 # What each objective adds to the reconstruction term, equation (2): nats an image, from mean, log_std and z, (B, D).
 OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
@@ -266,8 +266,8 @@ def fit_variant(
         inherit(vae, parent)
     else:
         first = train.batch_indices(run.seed, len(images.train), max(64, settings.batch_size), 0).to(device)
-        x, labels = images.signed(images.train[first]), images.labels[first]
-        with torch.no_grad(), memory_explained(f"lower batch_size (now {settings.batch_size})"):
+        x, labels = images.to_float(images.train[first]), images.labels[first]
+        with torch.no_grad(), oom_as_user_error(f"lower batch_size (now {settings.batch_size})"):
             pixelcnn.initialise(vae.decoder, x, vae.h(vae.sample_z(x, labels)))
     recipe = train.Recipe(
         steps,
@@ -304,7 +304,7 @@ def fit_variant(
     return train.fit(
         vae,
         loss,
-        lambda rows: (images.signed(images.train[rows.to(device)]), images.labels[rows.to(device)]),
+        lambda rows: (images.to_float(images.train[rows.to(device)]), images.labels[rows.to(device)]),
         len(images.train),
         recipe,
         run.directory / name,
@@ -342,7 +342,7 @@ def evaluate(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) ->
     """
     log_p, shuffled, kl = [], [], []
     for rows in torch.arange(len(pictures), device=pictures.device).split(BATCH):
-        x, (z, divergence) = images.signed(pictures[rows]), _encoded(vae, images, pictures[rows], labels[rows])
+        x, (z, divergence) = images.to_float(pictures[rows]), _encoded(vae, images, pictures[rows], labels[rows])
         log_p.append(vae.p_x_given_z(x, z).double())
         kl.append(divergence)
         if vae.learns_code:
@@ -360,7 +360,7 @@ BATCH = 128  # images at a time where nothing is trained
 
 def _encoded(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor]:
     """A sample z, and KL(q(z|x) || N(0, I)) (B,), 0 where the code is not learned."""
-    x = images.signed(pictures)
+    x = images.to_float(pictures)
     if not vae.learns_code:
         return vae.sample_z(x, labels), x.new_zeros(len(x))
     mean, log_std = vae.q_z_given_x(x)
@@ -370,7 +370,7 @@ def _encoded(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) ->
 @torch.no_grad()
 def encode(vae: PixelVAE, images: Images, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-deviation of q(z|x) of uint8 images `pictures` (N, S, S, C): two (N, D)."""
-    parts = [vae.q_z_given_x(images.signed(part)) for part in pictures.to(images.train.device).split(BATCH)]
+    parts = [vae.q_z_given_x(images.to_float(part)) for part in pictures.to(images.train.device).split(BATCH)]
     means, log_stds = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(log_stds)
 
@@ -394,7 +394,7 @@ class Decoder:
         for part in z.split(self.batch):
             padded = torch.cat([part, part[-1:].expand(self.batch - len(part), -1)])
             x = self.sampler.draw(self.vae.h(padded), generator=generator, progress=False)
-            drawn.append(self.images.bytes(x[: len(part)]))
+            drawn.append(self.images.to_uint8(x[: len(part)]))
         return torch.cat(drawn)
 
 

@@ -39,7 +39,7 @@ def main() -> int:
     pages = {"index": index(found)}
     pages |= {path.stem: notebook_page(path) for path in sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
     for name, text in pages.items():
-        with files.replacing(folder / f"{name}.html") as file:
+        with files.atomic_write(folder / f"{name}.html") as file:
             file.write_text(text)
     print(folder / "index.html")
     return 0

@@ -176,7 +176,7 @@ def main() -> int:
     stale = [(path, new) for path, old, new in texts() if old != new]
     for path, new in stale:
         if not check:
-            with files.replacing(path) as file:
+            with files.atomic_write(path) as file:
                 file.write_text(new)
         print(
             f"{path.relative_to(files.ROOT)}: {'out of date, run python -m paperlib.report tables' if check else 'written'}"

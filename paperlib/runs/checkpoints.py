@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from paperlib.system.errors import UserError
-from paperlib.system.files import replacing
+from paperlib.system.files import atomic_write
 
 FORMAT = "paperlib checkpoint 1"
 
@@ -27,21 +27,10 @@ def write(directory: Path, content: dict[str, Any]) -> None:
     Raises `UserError` when the disk is full or the folder cannot be written; the last one stays.
     """
     last = directory / "last.pt"
-    with replacing(last) as partial:
-        save(partial, content)
+    with atomic_write(last) as partial:
+        _save(partial, content)
         if last.exists():
             os.replace(last, directory / "previous.pt")
-
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write one file; a full disk is an `OSError`, which `paths.replacing` explains."""
-    with path.open("wb") as file:
-        try:
-            torch.save({"format": FORMAT, **content}, file)
-        except RuntimeError as error:  # torch hides the reason
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
 
 
 def read(directory: Path) -> dict[str, Any] | None:
@@ -82,6 +71,17 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a state dict."""
     return {key: tuple(value.shape) for key, value in weights.items() if torch.is_tensor(value)}
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    """Write one file. A full disk is an `OSError`, which `atomic_write` explains."""
+    with path.open("wb") as file:
+        try:
+            torch.save({"format": FORMAT, **content}, file)
+        except RuntimeError as error:  # torch hides the reason
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _load(path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Claims, their criteria and verdicts, and the only place where these become text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,23 +31,20 @@ def judge(preset: str, claim: Claim, measured: Mapping[str, Estimate]) -> bool |
 
 
 class Verdicts(dict):
-    """The `claims` part of a `metrics.json`; shows itself as a table."""
+    """The `claims` part of a `metrics.json`: an entry by the key of each claim, shown as a table in a notebook.
+
+    An entry has `statement`, `expected`, `measured` (the fields of an `Estimate` by name) and `holds` (true, false, or
+    None where the preset claims nothing).
+    """
 
     def _repr_markdown_(self) -> str:
-        rows = [
-            "| claim | statement | expected | measured | verdict |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for key, entry in self.items():
-            cells = (
-                key,
-                entry["statement"],
-                entry["expected"],
-                measured_text(entry),
-                verdict_text(entry),
-            )
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        return "\n".join(rows)
+        return markdown_table(
+            ("claim", "statement", "expected", "measured", "verdict"),
+            (
+                (key, entry["statement"], entry["expected"], measured_text(entry), verdict_text(entry))
+                for key, entry in self.items()
+            ),
+        )
 
     def __repr__(self) -> str:
         return "\n".join(f"{key}: {verdict_text(entry)} ({measured_text(entry)})" for key, entry in self.items())
@@ -55,6 +52,13 @@ class Verdicts(dict):
     def decided(self) -> dict[str, str]:
         """The verdict of each claim alone, without the numbers that led to it."""
         return {key: verdict_text(entry) for key, entry in self.items()}
+
+    def summary(self) -> str:
+        """One line: the claims of each verdict, as in "holds: S1 S3; fails: S2"; "-" where there are none."""
+        by_verdict: dict[str, list[str]] = {}
+        for key, verdict in self.decided().items():
+            by_verdict.setdefault(verdict, []).append(key)
+        return "; ".join(f"{verdict}: {' '.join(keys)}" for verdict, keys in by_verdict.items()) or "-"
 
 
 def verdict_text(entry: Mapping[str, Any]) -> str:
@@ -64,4 +68,10 @@ def verdict_text(entry: Mapping[str, Any]) -> str:
 def measured_text(entry: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
     """The measured quantities of a claim in words, all or those named."""
     chosen = entry["measured"] if names is None else {name: entry["measured"][name] for name in names}
-    return "; ".join(f"{name.replace('_', ' ')} {Estimate(**q)}" for name, q in chosen.items())
+    return "; ".join(f"{name.replace('_', ' ')} {Estimate(**fields)}" for name, fields in chosen.items())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars within cells are escaped."""
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

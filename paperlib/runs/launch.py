@@ -4,8 +4,8 @@
     torchrun --nproc-per-node=8 -m paperlib.pixelvae --preset paper
 
 Settings, folder and result are the notebook's own, whatever the number of processes, and a training that was stopped
-may go on with another number (`processes` says why). All of them must see the same files. If one dies torchrun ends the
-others and the job; the checkpoint stays.
+may go on with another number (`distributed` says why). All processes must see the same files. If one dies torchrun ends
+the others and the job; the checkpoint stays.
 """
 
 import argparse
@@ -37,9 +37,10 @@ def main(experiment: Experiment) -> None:
 
 
 def parser(notebook: str) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=f"Train the models of notebook {notebook} without it.")
-    found.add_argument("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
-    found.add_argument("--set", action="append", metavar="NAME=VALUE", default=[], help="change one setting")
-    return found
+    """The options of `main`."""
+    command = argparse.ArgumentParser(description=f"Train the models of notebook {notebook} without it.")
+    command.add_argument("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
+    command.add_argument("--set", action="append", metavar="NAME=VALUE", default=[], help="change one setting")
+    return command

@@ -45,13 +45,13 @@ def new(columns: int = 1, rows: int = 1, *, width: float = WIDTH, height: float 
     return figure, axes
 
 
-def show_images(axis: Any, images: np.ndarray, columns: int, *, low: float = 0.0, high: float = 1.0) -> None:
-    """Draw images as one grid on `axis`, `columns` to a row, with the same black (`low`) and white (`high`) for all.
+def show_images(axis: Any, images: np.ndarray, columns: int, *, high: float = 1.0) -> None:
+    """Draw images as one grid on `axis`, `columns` to a row, with the same black, 0, and white, `high`, for all.
 
     `images` is (N, H, W) for grey or (N, H, W, 3) for colour. Contrast is never stretched per image; values outside
-    [low, high] are clipped. One pixel of white separates the images.
+    [0, high] are clipped. One pixel of white separates the images.
     """
-    images = np.clip((np.asarray(images, dtype=np.float64) - low) / (high - low), 0, 1)
+    images = np.clip(np.asarray(images, dtype=np.float64) / high, 0, 1)
     count, height, width = images.shape[:3]
     rows = -(-count // columns)
     sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, *images.shape[3:]))
@@ -67,7 +67,7 @@ def show_images(axis: Any, images: np.ndarray, columns: int, *, low: float = 0.0
 def show_pictures(
     axis: Any, arrays: Mapping[str, np.ndarray], images: np.ndarray, columns: int, title: str = ""
 ) -> None:
-    """A grid of images (N, H, W, C) from black, 0, to white, the last of the data set's grey levels in `arrays`."""
+    """`show_images` for (N, H, W, C), with the last of the data set's grey levels, `arrays["levels"]`, as white."""
     images = images[..., 0] if images.shape[-1] == 1 else images
     show_images(axis, images, columns, high=float(arrays["levels"]) - 1)
     axis.set_title(title)

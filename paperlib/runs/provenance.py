@@ -51,13 +51,13 @@ def describe_device(device: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a number may depend on, as really installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def _git(*words: str) -> str:

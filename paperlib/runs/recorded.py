@@ -22,7 +22,7 @@ def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
 
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
     header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True), "seed": str(run.seed)}
-    with files.replacing(run.directory / "weights.safetensors") as file:
+    with files.atomic_write(run.directory / "weights.safetensors") as file:
         save_file(half, file, metadata=header)
 
 
@@ -92,7 +92,7 @@ def record(directory: Path, settings: Any) -> list[Path]:
     written = []
     for source, target in targets.items():
         if source.exists():
-            with files.replacing(target) as file:
+            with files.atomic_write(target) as file:
                 shutil.copyfile(source, file)
             written.append(target)
     return written

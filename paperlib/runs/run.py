@@ -12,12 +12,12 @@ A run writes to `runs/<notebook>/<preset>-<hash of settings and seed>/`:
 | `weights.safetensors` | the headline model in half precision |
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ import torch
 from paperlib.runs.claims import Claim, Verdicts, judge
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.provenance import describe_code, describe_device, versions
-from paperlib.system import files
+from paperlib.system import devices, files
+from paperlib.system.devices import seeded
 from paperlib.system.errors import UserError
 
 
@@ -53,15 +54,12 @@ class Run:
         return files.runs_root() / self.name
 
     def generator(self, stream: int, on_device: bool = False) -> torch.Generator:
-        """A stream of random numbers of its own for each purpose, so that one measurement does not change another."""
-        return torch.Generator(self.device if on_device else "cpu").manual_seed(1000 * self.seed + stream)
+        """`devices.stream` of the run's seed, on the CPU or on its device."""
+        return devices.stream(self.seed, stream, self.device if on_device else "cpu")
 
-    @contextlib.contextmanager
-    def seeded(self) -> Iterator[None]:
-        """Within, torch's global generators start from the seed; their states from before come back."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.startswith("cuda") else []):
-            torch.manual_seed(self.seed)
-            yield
+    def seeded(self) -> AbstractContextManager[None]:
+        """Within, torch's global generators start from the run's seed, see `devices.seeded`."""
+        return seeded(self.seed, self.device)
 
 
 def run_name(notebook: str, preset: str, settings: Any, seed: int, weights: str = "train") -> str:
@@ -89,7 +87,7 @@ def start(notebook: str, preset: str, settings: Any, seed: int, device: str, wei
 def save_arrays(run: Run, **arrays: Any) -> dict[str, np.ndarray]:
     """Write `arrays.npz` and return its content, as a later reader will find it."""
     arrays = {name: a.numpy(force=True) if torch.is_tensor(a) else np.asarray(a) for name, a in arrays.items()}
-    with files.replacing(run.directory / "arrays.npz") as file:
+    with files.atomic_write(run.directory / "arrays.npz") as file:
         np.savez_compressed(file, **arrays)
     return load_arrays(run.directory)
 
@@ -103,7 +101,7 @@ def save_figure(run: Run, figure: Any, name: str) -> Any:
     """Write `<name>.png` into the run's folder and return the figure, closed, so that a cell shows it once."""
     from matplotlib import pyplot
 
-    with files.replacing(run.directory / f"{name}.png") as file:
+    with files.atomic_write(run.directory / f"{name}.png") as file:
         figure.savefig(file, metadata={"Software": None})
     pyplot.close(figure)
     return figure
@@ -116,7 +114,7 @@ def finish(
     numbers: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     trainings: Mapping[str, Any] | None = None,
-) -> "Verdicts":
+) -> Verdicts:
     """Judge the claims, write `metrics.json` and then `run.json`, and return the verdicts as a table.
 
     `measured` holds the quantities of each claim by name, `numbers` whatever else is worth keeping, `data` the

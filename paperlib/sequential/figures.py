@@ -1,4 +1,4 @@
-"""The figures of notebook 03, drawn from the arrays of a run alone (`sequential_samples` says what they are)."""
+"""The figures of notebook 03, drawn from the arrays of a run alone (`measurements` says what they are)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from paperlib.runs import plotting
+from paperlib.runs.estimate import rows
 from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
-from paperlib.sequential.measurements import KINDS, SETS, per_step
+from paperlib.sequential.claims import per_step
+from paperlib.sequential.measurements import KINDS, SETS
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -66,17 +68,19 @@ def reconstructions(arrays: Arrays) -> Any:
     sheet = np.concatenate([arrays["targets"][None], rebuilt])
     show_pictures(top, arrays, _rows(sheet), count + 1)
     _label_columns(top, ["photograph", *(f"x({t})" for t in range(1, count + 1))], side)
-    steps, found = np.arange(1, count + 1), per_step(arrays)
+    steps, numbers = np.arange(1, count + 1), per_step(arrays)
     error.plot(steps, arrays["sequential_error"].mean(0), "o-", color=BLUE, markersize=3, label="sequential")
-    error.axhline(arrays["single_error"].mean(), color=ORANGE, linestyle="--", linewidth=1.2, label="single step")
+    error.axhline(
+        arrays["one_step_error"].mean(), color=ORANGE, linestyle="--", linewidth=1.2, label="one-step baseline"
+    )
     error.set_ylabel("held-out squared error\nper dimension")
     for name, colour, label in (("lost", RED, "another image's code"), ("lost_without", GREY, "trained without")):
-        values = np.array(found[name])
+        values = rows(numbers[name])
         _interval_line(lost, steps[-len(values) :], values, colour, label)
     lost.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     lost.set_ylabel("share of the step's gain\nthat is lost")
     lost.set_ylim(0, None)
-    rate.bar(steps, [one.value for one in found["kl"]], 0.6, color=GREEN)
+    rate.bar(steps, [one.value for one in numbers["kl"]], 0.6, color=GREEN)
     rate.axhline(1, color="black", linewidth=0.8, linestyle=":")
     rate.set_ylabel("KL of the step (nats)")
     for axis in axes[1]:
@@ -114,7 +118,7 @@ def models(arrays: Arrays) -> Any:
     titles = {
         "training photographs": "photographs",
         "sequential": "sequential",
-        "single": "single step",
+        "one_step": "one-step baseline",
         "infusion": "infusion (last mean)",
     }
     for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
@@ -140,7 +144,7 @@ def spectra(arrays: Arrays) -> Any:
     for t, power in enumerate(arrays["power_sequential"]):
         label = f"x({t + 1})" if t in (0, count - 1) else None
         left.plot(frequencies, (power + 1 / 12) / photographs, color=BLUE, alpha=0.25 + 0.75 * t / count, label=label)
-    for name, colour in (("single", ORANGE), ("infusion", GREEN), ("training", "black")):
+    for name, colour in (("one_step", ORANGE), ("infusion", GREEN), ("training", "black")):
         label = "training photographs" if name == "training" else name
         left.plot(frequencies, (arrays[f"power_{name}"] + 1 / 12) / photographs, "--", color=colour, label=label)
     left.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
@@ -149,8 +153,8 @@ def spectra(arrays: Arrays) -> Any:
     left.legend(frameon=False, fontsize=7)
     steps = np.arange(1, count + 1)
     _interval_line(right, steps, arrays["spectral_sequential"], BLUE)
-    lines = {"single": (ORANGE, "single"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
-    lines |= {"noise_first": (BLUE, "x(1) + noise"), "noise_single": (ORANGE, "single + noise")}
+    lines = {"one_step": (ORANGE, "one_step"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
+    lines |= {"noise_first": (BLUE, "x(1) + noise"), "noise_one_step": (ORANGE, "one-step + noise")}
     for name, (colour, label) in lines.items():
         value, low, high = arrays[f"spectral_{name}"]
         right.axhline(value, color=colour, linestyle=":" if "noise" in name else "--", linewidth=1)
@@ -173,7 +177,7 @@ def nearest(arrays: Arrays) -> Any:
     top.set_yticks([(side + 1) * (k + 0.5) for k in range(3)], ["sample", "nearest by pixels", "by 8 x 8 means"])
     top.tick_params(length=0)
     for axis, view in zip(axes[1], ("pixels", "thumbnails"), strict=True):
-        for name, colour in (("sequential", BLUE), ("single", ORANGE), ("infusion", GREEN), ("held_out", "black")):
+        for name, colour in (("sequential", BLUE), ("one_step", ORANGE), ("infusion", GREEN), ("held_out", "black")):
             values = np.sort(arrays[f"nearest_{view}_{name}"])
             shares = np.linspace(0, 1, len(values))
             axis.plot(values, shares, color=colour, linewidth=1.2, label=name.replace("_", " "))
@@ -194,18 +198,18 @@ def distances(arrays: Arrays) -> Any:
 
 
 def training(arrays: Arrays) -> Any:
-    """What each training watched on held-out images, and the rate of the single step steered to that of the chain."""
-    colours = {"sequential": BLUE, "single": ORANGE, "infusion": GREEN, "depth": GREY}
+    """What each training watched on held-out images, and the rate of the one-step baseline beside that of the chain."""
+    colours = {"sequential": BLUE, "one_step": ORANGE, "infusion": GREEN, "no_latent": GREY}
     histories = {name: arrays[f"{name}_history"].T for name in colours}
     figure, ((*above, rate), (*below, none)) = plotting.new(3, 2, height=4.0)
     none.remove()
     for axis, (name, (steps, _, watched, kl)) in zip([*above, *below], histories.items(), strict=True):
         axis.plot(steps, watched, color=colours[name], linewidth=1.2)
-        axis.set(title=name, xlabel="updates")
-        if name in ("sequential", "single"):
+        axis.set(title=name, xlabel="train_steps")
+        if name in ("sequential", "one_step"):
             rate.plot(steps, kl, color=colours[name], label=name, linewidth=1.2)
     figure.supylabel("watched, held out (nats per dimension)", fontsize=9)
-    rate.set(xlabel="updates", ylabel="KL (nats an image)", title="rate, held out")
+    rate.set(xlabel="train_steps", ylabel="KL (nats an image)", title="rate, held out")
     rate.legend(frameon=False, fontsize=7)
     return figure
 

@@ -1,7 +1,6 @@
 """What notebook 03 measures: errors step by step, spectra of samples, their distances, the nearest photographs.
 
-Each function returns arrays by name; `sequential.measure` writes them all. Estimates are rows of value, low, high.
-Streams of random numbers are separate, so that one measurement does not change another. Drawn images are rounded to
+Each function returns arrays by name. Estimates are rows of value, low, high. Drawn images are rounded to
 grey levels before anything is measured, as photographs are.
 """
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from paperlib.data.device_images import Images
 from paperlib.runs import train
 from paperlib.runs.estimate import Estimate, rows
-from paperlib.runs.run import Run
 from paperlib.sequential.model import (
     Drawn,
     PixelCodes,
@@ -32,10 +30,11 @@ from paperlib.sequential.model import (
     swap_errors,
 )
 from paperlib.sequential.training import evaluate
-from paperlib.stats import features, intervals, sharpness, two_sample
+from paperlib.stats import features, sharpness, two_sample
+from paperlib.system.devices import seeded, stream
 
 ROWS = 10  # of the pictures
-SETS = ("training photographs", "reconstructions", "sequential", "sequential: step 1", "single", "infusion")
+SETS = ("training photographs", "reconstructions", "sequential", "sequential: step 1", "one_step", "infusion")
 KINDS = ("random", "thumbnails")  # of features
 
 
@@ -50,33 +49,33 @@ def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     return found
 
 
-def terms(run: Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
+def terms(settings: Any, seed: int, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
     """On held-out images that no training watched: `<model>_error`, squared error per dimension, `_kl` and `_log_p` in
     nats, each (n, T).
 
-    Of the chain also `swapped_error` (n, T), with the code of one step taken from another image; `depth_error`
+    Of the chain also `swapped_error` (n, T), with the code of one step taken from another image; `no_latent_error`
     (n, T - 1), of the control that makes the steps 2 .. T without codes; `mean_error` (n,), of the mean of the training
     images, which knows no code at all; and `training_error` (n, T), on as many training images. All but the last see
-    the same noise, so rows are pairs. `sigma_<model>` (T,); `kl_weight_single`, to which its steering came.
+    the same noise, so rows are pairs. `sigma_<model>` (T,); `kl_weight_one_step`, to which its kl_controller_gain came.
     """
-    first = run.settings.evaluation_images
-    pictures = images.held_out[first : first + run.settings.measured_images]
+    first = settings.evaluation_images
+    pictures = images.held_out[first : first + settings.measured_images]
     found: dict[str, Any] = {}
-    for name in ("sequential", "single", "infusion"):
-        with run.seeded():
+    for name in ("sequential", "one_step", "infusion"):
+        with seeded(seed, images.device):
             measured = evaluate(models[name], images, pictures)
         found |= {f"{name}_{term}": values for term, values in measured.items()}
         steps = range(1, models[name].steps + 1)
         found[f"sigma_{name}"] = np.array([models[name].log_sigma(t).exp().item() for t in steps])
-    with run.seeded():
+    with seeded(seed, images.device):
         found["sequential_error"], found["swapped_error"] = swap_errors(models["sequential"], images, pictures)
-    with run.seeded():
-        found["depth_error"] = evaluate(models["depth"], images, pictures, models["sequential"])["error"]
-        seen = images.batch(_rows(run, len(images.train), len(pictures), 14))
+    with seeded(seed, images.device):
+        found["no_latent_error"] = evaluate(models["no_latent"], images, pictures, models["sequential"])["error"]
+        seen = images.batch(_rows(seed, len(images.train), len(pictures), 14))
         found["training_error"] = evaluate(models["sequential"], images, seen)["error"]
-    found["kl_weight_single"] = models["single"].log_weight.exp().item()
+    found["kl_weight_one_step"] = models["one_step"].log_weight.exp().item()
     few = images.batch(_spread(len(images.train), 2000))
-    mean = images.signed(few).mean(0, keepdim=True)
+    mean = images.to_float(few).mean(0, keepdim=True)
     x = torch.cat(list(batches(images, pictures)))
     found["mean_error"] = (x - mean).square().flatten(1).mean(1).double()
     return found
@@ -87,52 +86,25 @@ def _spread(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
-def drawings(run: Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, Drawn]:
+def drawings(settings: Any, seed: int, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, Drawn]:
     """`samples` images of each model, all from streams of their own."""
     return {
-        name: draw(models[name], images, run.settings.samples, run.generator(k, on_device=True))
-        for k, name in enumerate(("sequential", "single", "infusion"), start=1)
+        name: draw(models[name], images, settings.samples, stream(seed, k, images.device))
+        for k, name in enumerate(("sequential", "one_step", "infusion"), start=1)
     }
 
 
-def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
-    """What S1 says of each step t, means over held-out images with intervals of paired differences.
-
-    `fall` of the error, relative to that before (of the first step, to the mean training image's); `kl` in nats; the
-    share of that gain that is lost, `lost` with another image's code, `lost_without`, from the second step on, by the
-    control, the same step trained without a code. Where the control is worse than no step at all, that is it.
-    """
-    before = np.column_stack([arrays["mean_error"], arrays["sequential_error"][:, :-1]])
-    error, swapped, depth = arrays["sequential_error"], arrays["swapped_error"], arrays["depth_error"]
-
-    def relative(difference: np.ndarray, t: int) -> Estimate:
-        scale = before[:, t].mean()
-        return Estimate.from_row(np.array(intervals.mean_interval(difference).row) / scale)
-
-    steps = range(error.shape[1])
-    fall = [relative(before[:, t] - error[:, t], t) for t in steps]
-    loss = [relative(swapped[:, t] - error[:, t], t) for t in steps]
-    control = [min(depth[:, t - 1], before[:, t], key=np.mean) for t in steps[1:]]
-    without = [relative(control[t - 1] - error[:, t], t) for t in steps[1:]]
-    return {
-        "fall": fall,
-        "kl": [intervals.mean_interval(arrays["sequential_kl"][:, t]) for t in steps],
-        "lost": [intervals.ratio(a, b) for a, b in zip(loss, fall, strict=True)],
-        "lost_without": [intervals.ratio(a, b) for a, b in zip(without, fall[1:], strict=True)],
-    }
-
-
-def spectra(run: Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+def spectra(settings: Any, seed: int, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
     """Claim S2. `frequencies` (K,) in cycles per pixel; mean power in squared grey levels `power_sequential` (T, K),
-    `power_single`, `power_infusion`, `power_photographs` (held out) and `power_training` (K,).
+    `power_one_step`, `power_infusion`, `power_photographs` (held out) and `power_training` (K,).
 
-    `spectral_sequential` (T, 3), `spectral_single`, `spectral_infusion`, `spectral_training` (3,): distances of log
-    power to the held-out photographs'. `spectral_noise_first`, `spectral_noise_single` (3,): of x(1) and of `single`
-    with the white noise that brings them nearest, the control for what mere grain can do.
+    `spectral_sequential` (T, 3), `spectral_one_step`, `spectral_infusion`, `spectral_training` (3,): distances of log
+    power to the held-out photographs'. `spectral_noise_first`, `spectral_noise_one_step` (3,): of x(1) and of
+    `one_step` with the white noise that brings them nearest, the control for what mere grain can do.
     """
-    training = images.batch(_rows(run, len(images.train), run.settings.samples, 11))
+    training = images.batch(_rows(seed, len(images.train), settings.samples, 11))
     frequencies, photographs = _power(images.held_out)
-    sets = {"single": drawn["single"].means, "infusion": drawn["infusion"].means, "training": training}
+    sets = {"one_step": drawn["one_step"].means, "infusion": drawn["infusion"].means, "training": training}
     found: dict[str, Any] = {"frequencies": frequencies, "power_photographs": photographs.mean(0)}
     steps = [_power(state)[1] for state in drawn["sequential"].states[1:]]
     found["power_sequential"] = torch.stack([power.mean(0) for power in steps])
@@ -140,16 +112,16 @@ def spectra(run: Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, n
     for name, pictures in sets.items():
         power = _power(pictures)[1]
         found[f"power_{name}"], found[f"spectral_{name}"] = power.mean(0), np.array(_spectral(power, photographs).row)
-    single = _power(drawn["single"].means)[1]
-    for name, power in (("first", steps[0]), ("single", single)):
+    single = _power(drawn["one_step"].means)[1]
+    for name, power in (("first", steps[0]), ("one_step", single)):
         # White noise has the same power at every frequency.
         noisy = [_spectral(power + level, photographs) for level in [0, *np.geomspace(1e-3, 1e3, 61)]]
         found[f"spectral_noise_{name}"] = np.array(min(noisy, key=lambda one: one.value).row)
     return found
 
 
-def _rows(run: Run, count: int, most: int, stream: int) -> Tensor:
-    return torch.randperm(count, generator=run.generator(stream))[:most]
+def _rows(seed: int, count: int, most: int, stream: int) -> Tensor:
+    return torch.randperm(count, generator=stream(seed, stream))[:most]
 
 
 def _power(pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,41 +133,43 @@ def _spectral(power: Tensor, photographs: Tensor) -> Estimate:
 
 
 def compared(
-    run: Run, images: Images, models: Mapping[str, SequentialVAE], drawn: Mapping[str, Drawn]
+    settings: Any, seed: int, images: Images, models: Mapping[str, SequentialVAE], drawn: Mapping[str, Drawn]
 ) -> dict[str, np.ndarray]:
     """Claim S4. `kernel_<kind>` (SETS, 3): squared kernel distance to held-out photographs, on features of a random
-    network and on thumbnails; `ratio_<kind>` (3,), that of `sequential` over that of `single`; `shown_<set>` (24, S, S,
-    C). All held-out photographs are the reference; for reconstructions one half, and the other half is reconstructed.
+    network and on thumbnails; `ratio_<kind>` (3,), that of `sequential` over that of `one_step`; `shown_<set>`
+    (24, S, S, C). All held-out photographs are the reference; for reconstructions one half, and the other half is reconstructed.
     """
-    mixed = _rows(run, len(images.held_out), len(images.held_out), 12).to(images.held_out.device)
+    mixed = _rows(seed, len(images.held_out), len(images.held_out), 12).to(images.held_out.device)
     reference, sources = (images.held_out[half] for half in mixed.chunk(2))
-    with run.seeded():
+    with seeded(seed, images.device):
         rebuilt = reconstruct(models["sequential"], images, sources)[-1]
     pictures = {
-        "training photographs": images.batch(_rows(run, len(images.train), run.settings.samples, 13)).cpu(),
+        "training photographs": images.batch(_rows(seed, len(images.train), settings.samples, 13)).cpu(),
         "reconstructions": rebuilt,
         "sequential": drawn["sequential"].means,
         "sequential: step 1": drawn["sequential"].states[1],
-        "single": drawn["single"].means,
+        "one_step": drawn["one_step"].means,
         "infusion": drawn["infusion"].means,
     }
     scale = images.batch(_spread(len(images.train), 10_000))
     networks = {"random": features.RandomNetwork(0, images.shape[0]), "thumbnails": features.Thumbnails()}
     found: dict[str, Any] = {f"shown_{name}": pictures[name][:24] for name in SETS}
     for kind in KINDS:
-        look = features.extractor(networks[kind].to(run.device), scale, images.dataset.levels)
+        look = features.extractor(networks[kind].to(images.device), scale, images.dataset.levels)
         seen, kept, half = {name: look(pictures[name]) for name in SETS}, look(images.held_out), look(reference)
         found[f"kernel_{kind}"] = rows(
             two_sample.kernel_distance(seen[name], half if name == "reconstructions" else kept) for name in SETS
         )
-        found[f"ratio_{kind}"] = np.array(two_sample.kernel_distance_ratio(seen["sequential"], seen["single"], kept).row)
+        found[f"ratio_{kind}"] = np.array(
+            two_sample.kernel_distance_ratio(seen["sequential"], seen["one_step"], kept).row
+        )
     return found
 
 
-def nearest(run: Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+def nearest(settings: Any, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
     """How near samples come to training photographs: `nearest_<view>_<set>` (n,), the root mean squared difference, in
     units of the range -1 .. 1, to the nearest; `<view>` is pixels or thumbnails of 8 x 8 means, `<set>` sequential,
-    single, infusion or held_out, which nobody has copied. `neighbours_<view>` (10, S, S, C): those of the first samples
+    one_step, infusion or held_out, which nobody has copied. `neighbours_<view>` (10, S, S, C): those of the first samples
     of `sequential`, `near` (10, S, S, C). Of a large training set some 10,000 images, evenly spaced, are searched, and
     their mirror images, as both were seen in training.
     """
@@ -206,7 +180,7 @@ def nearest(run: Run, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, n
     for view in ("pixels", "thumbnails"):
         targets = _viewed(images, among, view)
         for name, pictures in sets.items():
-            apart, rows = _to_nearest(_viewed(images, pictures[: run.settings.samples], view), targets)
+            apart, rows = _to_nearest(_viewed(images, pictures[: settings.samples], view), targets)
             found[f"nearest_{view}_{name}"] = apart
             if name == "sequential":
                 found[f"neighbours_{view}"] = among[rows[:ROWS]]
@@ -225,43 +199,43 @@ def _to_nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     return (points - among[rows]).square().mean(1).sqrt(), rows
 
 
-def pictures(run: Run, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
+def pictures(seed: int, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
     """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples; `chain_more` ten
     more, of the model for larger images where there is one; `chain_infusion` the same for its draws, with
     `chain_infusion_means` (10, S, S, C); `targets` (10, S, S, C), held-out photographs, `rebuilt` and `swapped`
     (T, 10, S, S, C), with their codes and with each step's code of the photograph below.
     """
     targets = images.held_out[_spread(len(images.held_out), ROWS)]
-    drawn = draw(models["sequential"], images, ROWS, run.generator(5, on_device=True))
-    infused = draw(models["infusion"], images, ROWS, run.generator(6, on_device=True))
-    with run.seeded():
-        rebuilt, swapped = swap(models["sequential"], images.signed(targets))
+    drawn = draw(models["sequential"], images, ROWS, stream(seed, 5, images.device))
+    infused = draw(models["infusion"], images, ROWS, stream(seed, 6, images.device))
+    with seeded(seed, images.device):
+        rebuilt, swapped = swap(models["sequential"], images.to_float(targets))
     found: dict[str, Any] = {
         "chain": drawn.states,
         "chain_infusion": infused.states,
         "chain_infusion_means": infused.means,
         "targets": targets,
-        "rebuilt": torch.stack([images.bytes(one) for one in rebuilt]),
-        "swapped": torch.stack([images.bytes(one) for one in swapped]),
+        "rebuilt": torch.stack([images.to_uint8(one) for one in rebuilt]),
+        "swapped": torch.stack([images.to_uint8(one) for one in swapped]),
     }
     further = models.get("picture", models["sequential"])
-    found["chain_more"] = draw(further, images, ROWS, run.generator(9, on_device=True)).states
+    found["chain_more"] = draw(further, images, ROWS, stream(seed, 9, images.device)).states
     return found
 
 
-def draw_more(run: Run, images: Images, trained: Mapping[str, train.Trained], rows: int = 5) -> np.ndarray:
-    """Samples of `sequential` that no figure shows: noise and x(1) .. x(T), uint8 (T + 1, rows, S, S, C)."""
-    return draw(trained["sequential"].model, images, rows, run.generator(8, on_device=True)).states.numpy()
+def draw_more(seed: int, images: Images, vae: SequentialVAE) -> np.ndarray:
+    """Samples that no figure shows: noise and x(1) .. x(T), uint8 (T + 1, 5, S, S, C)."""
+    return draw(vae, images, 5, stream(seed, 8, images.device)).states.numpy()
 
 
 @torch.no_grad()
-def exactness(run: Run, images: Images, infusion: SequentialVAE) -> dict[str, np.ndarray]:
+def exactness(seed: int, images: Images, infusion: SequentialVAE) -> dict[str, np.ndarray]:
     """Claim S3: `infusion_losses` (2,) in nats an image, in float64, for one set of masks and draws: through the chain
     whose code is a subset of pixels, and by `plain_infusion_loss`.
     """
     vae = copy.deepcopy(infusion).double()
-    x = images.signed(images.held_out[:8]).double()
-    codes = pixel_codes(vae, x, run.generator(7, on_device=True))
+    x = images.to_float(images.held_out[:8]).double()
+    codes = pixel_codes(vae, x, stream(seed, 7, images.device))
     general, _ = objective(chain(vae, x, codes=codes), 1.0)
     return {"infusion_losses": np.array([general.item(), plain_infusion_loss(vae, x, codes).item()])}
 

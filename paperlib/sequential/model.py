@@ -3,38 +3,38 @@
 The equation numbers up to (4) are those of the notebook, whose (3) says what errors have to do with variances.
 
 An image is made in steps t = 1 .. T. Nothing is known before the first; each takes a code z_t, a ladder of vectors
-(`sequential_networks`), and the image so far:
+(`networks`), and the image so far:
 
     (1)  z_t ~ p(z) = N(0, I),  x(1) = G_1(z_1),  x(t) = G_t(x(t-1), z_t),  p(x | z_1 .. z_t) = N(x; x(t), sigma_t^2 I)
     (5)  G_t(x', z) = g x' + (1 - g) m,   g in (0, 1) for each pixel and m both from the network
     (6)  sigma_t = sigma_min + exp(10 s_t),   s_t learned
 
-so x(t) is a mean, and pictures show means. With a `reconstruction_scale` w in place of learned deviations sigma_t is
+so x(t) is a mean, and pictures show means. With a `reconstruction_scale` w in place of learned stds sigma_t is
 1 / sqrt(2 w), which makes -log p the squared error times w, but for a constant. The encoder sees target and chain,
 
     (7)  q(z_t | x, x(t-1)) = N(mean, diag std^2).
 
-Each step has an objective of its own, in nats an image (`own_terms`), in which x(t-1) is given: no gradient goes back
-from a step to those before,
+Each step has an objective of its own, in nats per image (`per_step_loss`), in which x(t-1) is given: no
+gradient goes back from a step to those before,
 
-    (2)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / ramp))
+    (2)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / kl_annealing))
 
 at the fraction f of training. The sum over t may then be estimated from a few steps a batch: the first, which has a
 network of its own and is taken anyway, and k of the T - 1 others, chosen alike and weighted by (T - 1) / k, which is
 unbiased; steps after the last of them need not be taken. Without
-`own_terms` only the last step's log p counts, with all KLs, and gradients go through the whole chain. Either way
+`per_step_loss` only the last step's log p counts, with all KLs, and gradients go through the whole chain. Either way
 
     (8)  log p(x) >= E log N(x; x(T), sigma_T^2 I) - sum_t E KL(q(z_t | x, x(t-1)) || p(z)).
 
 That is a density of pixels in [-1, 1]; it is no probability of grey levels. (Levels lie 2 / 255 apart, so adding
 log(255 / 2) nats per dimension to -log p makes bits per dimension that compare with those, roughly.)
 
-Samples differ from reconstructions, so in training the networks see x(t-1) with noise, of deviations up to
+Samples differ from reconstructions, so in training the networks see x(t-1) with noise, of stds up to
 `input_noise`. What the gate blends is x(t-1) without it: a later step may then keep what it is given.
 
-`single` is (1) with T = 1 and as much arithmetic, and its KL's weight is steered until its rate, E KL, is that of the
-chain. `depth` is the control for what further steps do by themselves: the steps 2 .. T trained again without codes, on
-the images x(t-1) of the trained chain. `infusion` (Bordes et al. 2017, arXiv 1703.06975) is the chain whose code is not
+`one_step` is (1) with T = 1 and as much arithmetic, and a KL controller raises or lowers the weight of
+its KL until its rate, E KL, is that of the chain. `no_latent`, the no-latent ablation, is the control for what further
+steps do by themselves: the steps 2 .. T trained again without codes, on the images x(t-1) of the trained chain. `infusion` (Bordes et al. 2017, arXiv 1703.06975) is the chain whose code is not
 learned, but a random subset of the target's pixels, ever larger:
 
     (9)  z_t = (mask_t, mask_t x),   each pixel of mask_t is 1 with probability alpha_t = min(1, a + (t - 1) b)
@@ -59,14 +59,15 @@ from paperlib.sequential.networks import Size, Step, StepNetwork
 from paperlib.system import distributed
 
 BATCH = 100  # images at a time where nothing is trained
-QUICKLY = 10.0  # what multiplies s_t: Adam moves every weight alike, and a deviation has a long way to go
+SIGMA_LR_SCALE = 10.0  # what multiplies s_t: Adam moves every weight alike, and a std has a long way to go
 
 
 class SequentialVAE(nn.Module):
     """Equations (1) and (5) to (7), or (4); images (B, C, S, S) in [-1, 1]. Steps count from 1.
 
     With `shared` weights the steps from the second on have one network and differ by a learned embedding. Without a
-    ladder steps have no code: `infusion`, in which the first step sees an image too, or `depth`, which has no first.
+    ladder steps have no code: `infusion`, in which the first step sees an image too, or `no_latent`, which has
+    no first.
     """
 
     def __init__(self, settings: Any, size: Size, steps: int, ladder: tuple[int, ...], infusion: bool = False) -> None:
@@ -79,7 +80,7 @@ class SequentialVAE(nn.Module):
         self.networks = nn.ModuleList([first, *(StepNetwork(size, ladder, count, True) for count in counts)])
         self.s = None
         if settings.reconstruction_scale is None:
-            self.s = nn.Parameter(torch.full((steps,), math.log(0.5) / QUICKLY))
+            self.s = nn.Parameter(torch.full((steps,), math.log(0.5) / SIGMA_LR_SCALE))
         else:
             self.fixed_sigma = 1 / math.sqrt(2 * settings.reconstruction_scale)
         self.register_buffer("positions", torch.arange(steps), persistent=False)
@@ -94,7 +95,7 @@ class SequentialVAE(nn.Module):
         """Of equation (6) at step t."""
         if self.s is None:
             return torch.log(torch.as_tensor(self.fixed_sigma, device=self.log_weight.device))
-        return torch.log(self.min_sigma + torch.exp(QUICKLY * self.s[t - 1]))
+        return torch.log(self.min_sigma + torch.exp(SIGMA_LR_SCALE * self.s[t - 1]))
 
     def forward(self, x: Tensor, previous: Tensor | None, which: int, index: Tensor, noise: float = 0.0) -> Step:
         return self.networks[which](x, previous, index, noise)
@@ -138,7 +139,7 @@ def chain(
     vae: SequentialVAE,
     x: Tensor,
     *,
-    own_terms: bool = True,
+    per_step_loss: bool = True,
     chosen: Sequence[int] | None = None,
     noise: float = 0.0,
     codes: PixelCodes | None = None,
@@ -146,7 +147,7 @@ def chain(
 ) -> list[Link]:
     """The chain for targets x (B, C, S, S), codes from q(z_t | x, x(t-1)) by torch's generator: a link for each step.
 
-    With `chosen` steps it ends at the last of them, and only they have gradients. With `own_terms` no gradient goes
+    With `chosen` steps it ends at the last of them, and only they have gradients. With `per_step_loss` no gradient goes
     from a step to those before. `noise` is added to what the networks see of x(t-1). `call` stands in for `vae`, which
     may be compiled. `codes` are those of infusion, drawn unless given.
     """
@@ -161,7 +162,7 @@ def chain(
         with torch.set_grad_enabled(torch.is_grad_enabled() and (chosen is None or t in chosen)):
             step = call(x, state, *vae.place(t), noise)
             links.append(_link(vae, t, x, step))
-        state = step.image.detach() if own_terms else step.image
+        state = step.image.detach() if per_step_loss else step.image
         if vae.infusion and t < vae.steps:
             state = state + vae.log_sigma(t).detach().exp() * codes.noise[t]
     return links
@@ -173,7 +174,7 @@ def _link(vae: SequentialVAE, t: int, x: Tensor, step: Step) -> Link:
     return Link(t, step, log_p, kl)
 
 
-def depth_links(
+def no_latent_links(
     vae: SequentialVAE,
     x: Tensor,
     parent: SequentialVAE,
@@ -215,15 +216,15 @@ def objective(
     beta: Tensor | float,
     *,
     weights: Mapping[int, float] | None = None,
-    own_terms: bool = True,
+    per_step_loss: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus the sum of (2) over the steps of `links`, each times its weight (1 unless told): a scalar, nats an image.
+    """Minus the sum of (2) over the steps of `links`, each times its weight (1 unless told): a scalar, nats per image.
 
-    Without `own_terms`, minus log p of the last link plus the weighted KLs of all. Also its terms.
+    Without `per_step_loss`, minus log p of the last link plus the weighted KLs of all. Also its terms.
     """
     weight = [1.0 if weights is None else weights[link.t] for link in links]
     kl = sum(w * link.kl.mean() for w, link in zip(weight, links, strict=True))
-    if own_terms:
+    if per_step_loss:
         log_p = sum(w * link.log_p.mean() for w, link in zip(weight, links, strict=True))
     else:
         log_p = links[-1].log_p.mean()
@@ -238,7 +239,7 @@ def reconstruct(vae: SequentialVAE, images: Images, pictures: Tensor) -> Tensor:
     """x(1) .. x(T) with codes of uint8 `pictures` (N, S, S, C): uint8 (T, N, S, S, C)."""
     parts = []
     for x in batches(images, pictures):
-        parts.append(torch.stack([images.bytes(link.step.image) for link in chain(vae, x)]))
+        parts.append(torch.stack([images.to_uint8(link.step.image) for link in chain(vae, x)]))
     return torch.cat(parts, 1)
 
 
@@ -288,7 +289,7 @@ def draw(vae: SequentialVAE, images: Images, count: int, generator: torch.Genera
             if vae.infusion:
                 state = likelihoods.sample_gaussian(mean, vae.log_sigma(t), generator=generator)
             states.append(state)
-        parts.append([torch.stack([images.bytes(one) for one in states]), images.bytes(mean)])
+        parts.append([torch.stack([images.to_uint8(one) for one in states]), images.to_uint8(mean)])
     states, means = zip(*parts, strict=True)
     return Drawn(torch.cat(states, 1), torch.cat(means))
 
@@ -299,7 +300,7 @@ def draw(vae: SequentialVAE, images: Images, count: int, generator: torch.Genera
 def batches(images: Images, pictures: Tensor) -> Iterator[Tensor]:
     """In [-1, 1], some at a time, of sizes that differ by one at most."""
     for part in pictures.tensor_split(max(1, -(-len(pictures) // BATCH))):
-        yield images.signed(part.to(images.held_out.device))
+        yield images.to_float(part.to(images.held_out.device))
 
 
 def squared_error(image: Tensor, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ vectors, one for each scale: coarse ones decide what the image is of, fine ones 
 
     image -> [32 x 32] -> [16 x 16] -> [8 x 8] -> [4 x 4, dense]      convolutions of stride 2, then one of stride 1
                 |            |            |             |
-               z^1          z^2          z^3           z^4            encoder: mean and deviation of each
+               z^1          z^2          z^3           z^4            encoder: mean and std of each
                 |            |            |             |
     image <- [32 x 32] <- [16 x 16] <- [8 x 8] <- [dense, 4 x 4]      generator: transposed convolutions of stride 2
 
@@ -126,7 +126,7 @@ class Down(nn.Module):
 
 
 class Encoder(nn.Module):
-    """q(z_t | x, x(t-1)): the images stacked, (B, inputs, S, S), to mean and log-deviation (B, D), D = sum(ladder)."""
+    """q(z_t | x, x(t-1)): the images stacked, (B, inputs, S, S), to mean and log std (B, D), D = sum(ladder)."""
 
     def __init__(self, inputs: int, size: Size, ladder: tuple[int, ...], steps: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Encoder(nn.Module):
 
 
 def _head(inputs: int, dims: int, steps: int) -> StepLinear:
-    """Means that at first vary by about 1 over images, and deviations near exp(-1): codes that can be heard."""
+    """Means that at first vary by about 1 over images, and stds near exp(-1): codes that can be used."""
     head = StepLinear(inputs, 2 * dims, steps)
     with torch.no_grad():
         head.weight[:, dims:].mul_(0.1)
@@ -217,7 +217,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What a step makes of a batch: x(t) (B, C, S, S); mean, log-deviation of q(z_t|.) and the sample z_t (B, D)."""
+    """What a step makes of a batch: x(t) (B, C, S, S); mean, log std of q(z_t|.) and the sample z_t (B, D)."""
 
     image: Tensor
     mean: Tensor | None
@@ -239,14 +239,14 @@ class StepNetwork(nn.Module):
         return self.encoder(torch.cat([x, seen], 1) if self.sees else x, index)
 
     def forward(self, x: Tensor, previous: Tensor | None, index: Tensor, noise: float = 0.0) -> Step:
-        """The networks see the previous image with noise, for each image of a deviation drawn uniformly from 0 to
+        """The networks see the previous image with noise, for each image of a std drawn uniformly from 0 to
         `noise`: so training is never far from sampling and measuring, which add none.
         """
         seen = previous
         if self.sees and noise:
             options = {"dtype": seen.dtype, "device": seen.device}
-            deviation = noise * distributed.rand((len(seen), 1, 1, 1), **options)
-            seen = seen + deviation * distributed.randn(seen.shape, **options)
+            std = noise * distributed.rand((len(seen), 1, 1, 1), **options)
+            seen = seen + std * distributed.randn(seen.shape, **options)
         mean = log_std = z = None
         if self.generator.ladder:
             mean, log_std = self.q_z_given_x(x, seen, index)

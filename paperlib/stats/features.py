@@ -89,12 +89,12 @@ def fit_classifier(
         torch.from_numpy(np.array(part)).to(device)
         for part in (dataset.train.images, dataset.train.labels, dataset.held_out.labels)
     )
-    held_out = datasets.to_signed(dataset.held_out.images, dataset.levels, device)
+    held_out = datasets.to_float(dataset.held_out.images, dataset.levels, device)
     channels = images.shape[-1]
 
     def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows.to(device)
-        return augmented(datasets.to_signed(images[rows], dataset.levels), mirror=channels == 3), labels[rows]
+        return augmented(datasets.to_float(images[rows], dataset.levels), mirror=channels == 3), labels[rows]
 
     def loss(model: nn.Module, inputs: tuple[Tensor, Tensor], progress: train.Progress) -> tuple[Tensor, dict]:
         logits = model(inputs[0])
@@ -195,7 +195,7 @@ def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int = 
     training = network.training
     network.eval()
     starts = range(0, len(images), BATCH)
-    found = [network.features(datasets.to_signed(images[i : i + BATCH], levels, device)).double().cpu() for i in starts]
+    found = [network.features(datasets.to_float(images[i : i + BATCH], levels, device)).double().cpu() for i in starts]
     network.train(training)
     return torch.cat(found)
 

@@ -18,7 +18,8 @@ def mean_interval(values: Points, unit: str = "") -> Estimate:
     For losses of two models on the same examples give the differences. Raises `ValueError` for fewer than two values,
     another shape, and values that are not finite.
     """
-    values = np.array(torch.as_tensor(values).detach().cpu(), dtype=np.float64)
+    values = values.numpy(force=True) if torch.is_tensor(values) else np.asarray(values)
+    values = values.astype(np.float64)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise ValueError(f"an interval takes two or more finite numbers (n,), not {values.shape}")
     mean, half = values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values))
@@ -60,7 +61,11 @@ def ratio(a: Estimate, b: Estimate) -> Estimate:
 
 
 def jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """95 % interval by a delete-a-group jackknife: a value (...), and what it is without each of G groups (G, ...), to value, low and high."""
+    """95 % interval by a delete-a-group jackknife: a value (...), and what it is without each of G groups (G, ...).
+
+    To value, low and high: v +- t s with s^2 = (G - 1) / G sum_g (v_g - mean of v_g)^2, Student's t of G - 1 degrees of
+    freedom.
+    """
     from scipy.stats import t
 
     count = len(without)

@@ -1,6 +1,5 @@
-"""How fuzzy an image is, and how far one quantity follows another when others are held fixed.
-
-Two measures of the fuzziness of single images, neither of which knows how bright they are:
+"""How fuzzy an image is: two measures of single images, neither of which knows
+how bright they are:
 
 `edge_width`, in pixels. A ramp is a stretch of a row or column over which the grey level never falls, or never rises.
 Its width is its height over the steepest gradient on it: how far it would have to climb at its steepest. The image's
@@ -10,19 +9,17 @@ edge width is the mean over all ramps, each weighted by the part of the image's 
 
 with sums and maximum over the ramp's steps d from pixel to pixel. The weights make it the same for all directions:
 d_x^2 + d_y^2 = |grad|^2, so rows and columns together weigh the total variation. A straight edge blurred by a Gaussian
-of deviation s has width sqrt(2 pi) s, a thin line sqrt(e) s. Each ramp counts by its own height, so a faint stroke with
+of std s has width sqrt(2 pi) s, a thin line sqrt(e) s. Each ramp counts by its own height, so a faint stroke with
 crisp borders is crisp; measures that divide by the range of the whole image call it wide. Noise breaks ramps up: this
 is for smooth images.
 
 `spectral_slope`, of log power against log frequency: about -2.8 for MNIST's digits and lower where high frequencies are
-missing. It tells blurs apart up to a deviation of about two pixels; beyond, most frequencies hold nothing but what
+missing. It tells blurs apart up to a std of about two pixels; beyond, most frequencies hold nothing but what
 leaks from the low ones, and it no longer falls.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,40 +124,3 @@ def _blocks(images: Tensor) -> Iterator[Tensor]:
     images = images[:, None] if images.ndim == 3 else images
     for block in images.detach().split(max(1, PIXELS // images[0].numel())):
         yield block.double()
-
-
-def partial_rank_correlation(
-    a: np.ndarray | Sequence[float], b: np.ndarray | Sequence[float], controls: Sequence[np.ndarray] = ()
-) -> float:
-    """Spearman's correlation of `a` and `b` (n,) with each of `controls` (n,) held fixed, in [-1, 1].
-
-    All are replaced by their ranks; what a line in the ranks of the controls says about the ranks of `a` and `b` is
-    taken out; the residuals are correlated. nan where they are nothing but rounding, since the controls, or being
-    constant, say all about `a` or `b`. Raises `ValueError` for lengths that differ, values that are not finite, and
-    fewer observations than a residual takes.
-    """
-    from scipy.stats import rankdata
-
-    ranks = rankdata(_observations(a, b, controls), axis=-1)
-    ranks -= ranks.mean(-1, keepdims=True)
-    products = ranks @ ranks.T
-    left = wanted = products[:2, :2]  # covariance of what is left of the ranks of a and b
-    if len(products) > 2:
-        both = products[2:, :2]
-        left = wanted - both.T @ np.linalg.pinv(products[2:, 2:], rcond=1e-12, hermitian=True) @ both
-    variances = np.diagonal(left)
-    if (variances <= 1e-10 * np.diagonal(wanted)).any():
-        return math.nan
-    return float(np.clip(left[0, 1] / math.sqrt(variances.prod()), -1, 1))
-
-
-def _observations(a: object, b: object, controls: Sequence[object]) -> np.ndarray:
-    """All as (2 + controls, n) in float64, checked."""
-    columns = [np.asarray(values, dtype=np.float64) for values in (a, b, *controls)]
-    if any(c.shape != columns[0].shape or c.ndim != 1 for c in columns):
-        raise ValueError(f"one number per observation for each: shapes are {[c.shape for c in columns]}")
-    if len(columns[0]) < len(columns) + 1:
-        raise ValueError(f"{len(columns[0])} observations are too few for {len(columns) - 2} controls")
-    if not all(np.isfinite(c).all() for c in columns):
-        raise ValueError("ranks of values that are not finite mean nothing: leave these observations out")
-    return np.stack(columns)

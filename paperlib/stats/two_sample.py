@@ -1,4 +1,4 @@
-"""How far apart two sets of points lie, how long a chain remembers, and what features tell: each with its interval.
+"""How far apart two sets of points lie, with an interval.
 
 Sets a (n, d) and b (m, d) are samples of two distributions. Their squared distance under a kernel k is
 
@@ -19,8 +19,8 @@ the g-th group of either set,
 t Student's 97.5 % point for G - 1 degrees of freedom. It costs no second kernel: D_g takes nothing but the sums of k
 over pairs of groups. A bootstrap will not do. It draws points twice, their pairs put k(u, u) into a mean that is to be
 without it, and every resample comes out too far by about [E k(u, u) - E k(u, u')] / n for each set, which near equality
-is no less than the estimate's own error. For equal laws s^2 is twice the variance on average, so (d) hardly ever lies
-above 0 where there is nothing to find; where few directions carry all variance it may lie below 0 one time in fifteen.
+is no less than the estimate's own error. For equal distributions s^2 is twice the variance on average, so (d)
+hardly ever lies above 0 where there is nothing to find; where few directions carry all variance it may lie below 0 one time in fifteen.
 
 A batch z can be held against N(0, I) itself, `gaussian_mmd`: for k(u, v) = exp(-|u - v|^2 / (2 s^2)) the integrals are
 those of a product of Gaussians in D dimensions, u fixed or u, v of N(0, I),
@@ -29,11 +29,6 @@ those of a product of Gaussians in D dimensions, u fixed or u, v of N(0, I),
 
 k is (2 pi s^2)^(D/2) times the density of N(v, s^2 I) at u. Averaging over v adds 1 to s^2 in the density, at u and
 mean 0; averaging over u adds 1 again, at 0.
-
-The autocorrelation of chains at lag l compares them with each other, at the same times, so that a drift that all share
-is no memory: with f_t the features at time t of 0 .. T-1, and covariances over chains,
-
-    (f)  sum_t tr cov(f_t, f_(t+l))  /  sum_t [tr cov(f_t) + tr cov(f_(t+l))] / 2,   both over t = 0 .. T-1-l.
 """
 
 import math
@@ -44,12 +39,9 @@ import torch
 from torch import Tensor
 
 from paperlib.runs.estimate import Estimate
-from paperlib.stats.intervals import jackknife
+from paperlib.stats.intervals import Points, jackknife
 
 PAIRS = 2**22  # of points, handled at a time: 32 MiB in float64
-PENALTY = 0.01  # of the linear probe
-
-Points = np.ndarray | Tensor
 
 
 # Two samples
@@ -72,7 +64,7 @@ def kernel_distance(a: Points, b: Points, *, groups: int = 20, together: tuple[i
 
 
 def energy_distance(a: Points, b: Points, *, groups: int = 20) -> Estimate:
-    """The energy distance (c) of two sets of points, (n, d) and (m, d), in their unit: 0 for equal laws only.
+    """The energy distance (c) of two sets of points, (n, d) and (m, d), in their unit: 0 for equal distributions only.
 
     Rows, cost, interval and errors as in `kernel_distance`.
     """
@@ -96,7 +88,7 @@ def spectral_distance(a: Points, b: Points, *, least: float = 0.0, groups: int =
     means; chance differences count too, so it comes out above 0, as sets of photographs show. Interval by (d), rows as
     in `kernel_distance`. Raises `ValueError` for shapes that do not fit and for fewer rows than groups.
     """
-    a, b = _points(a), _points(b)
+    a, b = to_points(a), to_points(b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"spectra of {a.shape[1]} and of {b.shape[1]} frequencies have no distance")
     if groups < 2 or min(len(a), len(b)) < groups:
@@ -138,7 +130,7 @@ def _every(
 
     `centre` takes a common mean out first, for kernels that do not change but by rounding.
     """
-    a, b = _points(a), _points(b)
+    a, b = to_points(a), to_points(b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"points of {a.shape[1]} and of {b.shape[1]} dimensions have no distance")
     if groups < 2 or min(len(a), len(b)) < 2 * groups:
@@ -176,8 +168,9 @@ def _all_and_without(sums: np.ndarray, points: Tensor) -> tuple[np.ndarray, np.n
     return np.append(sums.sum(), without), np.append(len(points), len(points) - sizes).astype(float)
 
 
-def _points(points: Points) -> Tensor:
-    points = _float64(points)
+def to_points(points: Points) -> Tensor:
+    """`points` (n, d) in float64. Raises `ValueError` for another shape and for values that are not finite."""
+    points = to_float64(points)
     if points.ndim != 2 or 0 in points.shape:
         raise ValueError(f"points are (n, d) with n and d above 0, not {tuple(points.shape)}")
     if not bool(points.isfinite().all()):
@@ -185,7 +178,8 @@ def _points(points: Points) -> Tensor:
     return points
 
 
-def _float64(values: Points) -> Tensor:
+def to_float64(values: Points) -> Tensor:
+    """`values` as a float64 tensor without gradient, on the device where they are."""
     if not torch.is_tensor(values):
         values = torch.from_numpy(np.array(values, dtype=np.float64))  # a copy: torch warns of read-only memory
     return values.detach().double()
@@ -218,83 +212,3 @@ def gaussian_mmd(z: Tensor, scales: Sequence[float] = (0.25, 1, 4)) -> Tensor:
             across = (s2 / (s2 + 1)) ** (dims / 2) * torch.exp(norms / (-2 * (s2 + 1))).mean()
             total = total + within - 2 * across + (s2 / (s2 + 2)) ** (dims / 2)
     return total / len(scales)
-
-
-# Memory of chains
-
-
-def autocorrelation(states: Points, lags: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Equation (f) with its 95 % interval: features (T, N, d) of N independent chains to three (len(lags),).
-
-    Values, lows and highs, by a jackknife over chains. 1 for chains that stand still, 0 for states that are independent
-    of those `lag` before. nan where the chains never differ from one another. Raises `ValueError` for another shape,
-    fewer than 3 chains, values that are not finite, and a lag outside 1 .. T-1.
-    """
-    states = _float64(states).cpu().numpy()
-    if states.ndim != 3 or states.shape[1] < 3 or 0 in states.shape:
-        raise ValueError(f"states are (T, N, d) of 3 chains or more, not {states.shape}")
-    if not np.isfinite(states).all():
-        raise ValueError("states hold values that are not finite")
-    steps, chains, _ = states.shape
-    if wrong := [lag for lag in lags if not 1 <= lag < steps]:
-        raise ValueError(f"lags {wrong} of chains of {steps} states: they go from 1 to {steps - 1}")
-    x = states - states[:, :1]  # exactly 0 where all chains agree
-    x -= x.mean(1, keepdims=True)
-    squares = np.einsum("tnd,tnd->tn", x, x)
-    # (2, len(lags), N): what each chain adds to the covariances and to the variances.
-    parts = np.array(
-        [
-            [np.einsum("tnd,tnd->n", x[:-lag], x[lag:]) for lag in lags],
-            [(squares[:-lag] + squares[lag:]).sum(0) / 2 for lag in lags],
-        ]
-    ).reshape(2, len(lags), chains)
-    total = parts.sum(2)
-    # Without chain i the means move too: together, a covariance loses N / (N - 1) times what the chain adds to it.
-    without = total[:, None] - chains / (chains - 1) * parts.transpose(0, 2, 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return jackknife(total[0] / total[1], without[0] / without[1])
-
-
-def pair_correlation(a: Points, b: Points) -> Estimate:
-    """Equation (f) for pairs, such as starts and ends of chains: features (N, d) and (N, d), T = 2 and lag 1.
-
-    Raises `ValueError` as `autocorrelation`, and for shapes that differ.
-    """
-    a, b = _points(a), _points(b)
-    if a.shape != b.shape:
-        raise ValueError(f"pairs need equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}")
-    return Estimate.from_row([number[0] for number in autocorrelation(torch.stack([a, b]), [1])])
-
-
-# What features tell, and means over examples
-
-
-def linear_probe(train: Points, train_labels: Points, test: Points, test_labels: Points) -> np.ndarray:
-    """Which test examples a linear classifier of the features gets right: bool (n_test,).
-
-    Multinomial logistic regression on features (n, d), each standardised on `train`, in float32, with a penalty of
-    `PENALTY` / 2 times the squared weights on the mean cross entropy. Labels are (n,) integers. Deterministic. For the
-    45,000 x 3,072 pixels of CIFAR-10 it takes a minute on one core and 2.5 GB. Raises `ValueError` for shapes that do
-    not fit, labels of one class only, and features that are not finite.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    (x, y), (x_test, y_test) = _labelled(train, train_labels), _labelled(test, test_labels)
-    if x.shape[1] != x_test.shape[1]:
-        raise ValueError(f"{x.shape[1]} features to learn from, but {x_test.shape[1]} to test on")
-    scaler = StandardScaler(copy=False).fit(x)
-    # This tolerance, of the gradient, is where accuracy on CIFAR-10's pixels stands still.
-    model = LogisticRegression(C=1 / (PENALTY * len(x)), tol=1e-3, max_iter=1000).fit(scaler.transform(x), y)
-    return model.predict(scaler.transform(x_test)) == y_test
-
-
-def _labelled(features: Points, labels: Points) -> tuple[np.ndarray, np.ndarray]:
-    """Features in float32, in memory of their own, and labels, checked."""
-    x, y = (v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v) for v in (features, labels))
-    x = np.array(x, dtype=np.float32)
-    if x.ndim != 2 or y.shape != x.shape[:1] or 0 in x.shape:
-        raise ValueError(f"features are (n, d) and labels (n,), not {x.shape} and {y.shape}")
-    if not np.isfinite(x).all():
-        raise ValueError("features hold values that are not finite")
-    return x, y

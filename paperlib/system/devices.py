@@ -50,16 +50,29 @@ def compiled(model: nn.Module) -> nn.Module:
     """
     chosen = os.environ.get("CXX")
     names = [chosen] if chosen else ["g++", "clang++", "c++"]
-    found = next((name for name in names if shutil.which(name)), None)
-    if found is None:
+    compiler = next((name for name in names if shutil.which(name)), None)
+    if compiler is None:
         print("no C++ compiler (install g++ or set CXX): running uncompiled, slower", file=sys.stderr)
         return model
-    os.environ["CXX"] = found  # where torch looks
+    os.environ["CXX"] = compiler  # where torch looks
     return torch.compile(model)
 
 
 @contextmanager
-def memory_explained(advice: str) -> Iterator[None]:
+def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Within, torch's global generators start from `seed`; their states from before come back."""
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def stream(seed: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each purpose, by `number`, so that one measurement does not change another."""
+    return torch.Generator(device).manual_seed(1000 * seed + number)
+
+
+@contextmanager
+def oom_as_user_error(advice: str) -> Iterator[None]:
     """Within, running out of memory is a `UserError` that ends with `advice`."""
     try:
         yield
@@ -98,16 +111,13 @@ def interrupt_deferred() -> Iterator[list[int]]:
 
 
 @contextmanager
-def progress_bar(
-    name: str, step: int, steps: int, minutes: float, hidden: bool = False
-) -> Iterator[Callable[..., None]]:
+def progress_bar(name: str, step: int, steps: int, hidden: bool = False) -> Iterator[Callable[..., None]]:
     """A bar on stderr, from `step` to `steps`, for the caller to keep up to date.
 
-    Yields `show(step, elapsed, numbers, force=False)`, to be called after each step: `elapsed` in
-    seconds, and `numbers()`, called only when something is drawn, a dict of floats of which "loss"
-    is one. Where the variable PAPERLIB_PROGRESS names a file there is no bar: that file is replaced
-    at most once a second with JSON of name, step, steps, loss, elapsed and minutes, for another
-    process to draw. TQDM_DISABLE=1 hides the bar; `hidden` turns off both.
+    Yields `show(step, elapsed, numbers, force=False)`, to be called after each step: `elapsed` in seconds, and
+    `numbers()`, called only when something is drawn, a dict of floats of which "loss" is one. Where the variable
+    PAPERLIB_PROGRESS names a file there is no bar: that file is replaced at most once a second with JSON of name, step,
+    steps, loss and elapsed, for another process to draw. TQDM_DISABLE=1 hides the bar; `hidden` turns off both.
     """
     target = os.environ.get("PAPERLIB_PROGRESS")
     pause, drawn = (1.0 if target else 5.0), -math.inf
@@ -121,8 +131,8 @@ def progress_bar(
         if due:
             drawn, shown = time.monotonic(), numbers()
             if target:
-                content = {"name": name, "step": step, "steps": steps, "loss": shown["loss"]}
-                _replace_text(target, json.dumps({**content, "elapsed": elapsed, "minutes": minutes}))
+                content = {"name": name, "step": step, "steps": steps, "loss": shown["loss"], "elapsed": elapsed}
+                _replace_text(target, json.dumps(content))
             bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
         bar.update(step - bar.n)
 

@@ -12,15 +12,15 @@ the working directory, because papermill, nbval and JupyterLab each start a note
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 import paperlib
 from paperlib.system.errors import UserError
@@ -56,13 +56,13 @@ def figures_root() -> Path:
 
 def make_folder(path: Path) -> Path:
     """Create `path` with its parents and return it; a `UserError` where that is not allowed."""
-    with explained(path):
+    with os_errors_as_user_error(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     Yields a path beside `path`, with the same ending; when the block ends without an error the file written there is
@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        with explained(path):
+        with os_errors_as_user_error(path):
             yield partial
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -89,35 +89,26 @@ def locked(folder: Path, doing: str, patience: float = 3.0) -> Iterator[None]:
     Waits for the lock `patience` seconds, as a notebook's kernel that lost its parent takes a moment to end, and then
     raises `UserError`; `doing` says what the other does, such as "training".
     """
-    make_folder(folder)
-    with explained(folder / LOCK):
-        file = (folder / LOCK).open("a+")
-    until = time.monotonic() + patience
-    with file:
-        while not _acquired(file):
-            if time.monotonic() > until:
-                file.seek(0)
-                raise UserError(
-                    f"process {file.read().strip() or '?'} is {doing} in {folder}: wait until it is done (running "
-                    f"again then uses what it made), or end it"
-                )
-            time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-
-
-def _acquired(file: TextIO) -> bool:
+    path = make_folder(folder) / LOCK
+    lock = FileLock(path, timeout=patience)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        with os_errors_as_user_error(path):
+            lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"process {path.read_text().strip() or '?'} is {doing} in {folder}: wait until it is done (running again "
+            f"then uses what it made), or end it"
+        ) from None
+    try:
+        with os_errors_as_user_error(path):
+            path.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def os_errors_as_user_error(path: Path) -> Iterator[None]:
     """Turn the system's errors that a reader can mend, met while writing `path`, into a `UserError`."""
     try:
         yield
@@ -147,8 +138,8 @@ def load_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as `plain` leaves it. Raises `UserError` as `replacing` does."""
-    with replacing(path) as file:
+    """Write `content` as `plain` leaves it. Raises `UserError` as `atomic_write` does."""
+    with atomic_write(path) as file:
         file.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
 
 

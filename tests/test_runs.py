@@ -1,3 +1,5 @@
+"""Runs, the verdicts on their claims, and what is recorded of them."""
+
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -7,10 +9,11 @@ import pytest
 import torch
 
 from paperlib.runs import plotting
-from paperlib.runs.claims import Claim, measured_text
+from paperlib.runs import run as runs
+from paperlib.runs.claims import Claim, Verdicts, measured_text
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, record, save_weights
-from paperlib.runs.run import finish, load_arrays, save_arrays, save_figure, start
+from paperlib.runs.run import finish, load_arrays, save_arrays, save_figure
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -35,7 +38,7 @@ def roots(monkeypatch, tmp_path):
 
 
 def start(preset="cpu", settings=Settings(), seed=0, **options):
-    return start("99_test", preset, settings, seed, "cpu", **options)
+    return runs.start("99_test", preset, settings, seed, "cpu", **options)
 
 
 def test_the_folder_of_a_run_depends_on_settings_and_seed_alone():
@@ -92,9 +95,22 @@ def test_metrics_and_provenance_are_written_and_plain_json():
     provenance = json.loads((run.directory / "run.json").read_text())
     assert provenance["settings"] == {"steps": 3, "hidden": [4, 4]}
     assert provenance["versions"]["torch"] == torch.__version__
-    table = shown._repr_markdown_()
-    assert "gap 2 [-1, 5] nats" in table
-    assert "| fails |" in table
+
+
+def test_verdicts_as_text():
+    entries = finish(
+        start(), {**CLAIMS, "X3": replace(CLAIMS["X1"], statement="a | b")}, {**MEASURED, "X3": MEASURED["X1"]}
+    )
+    assert entries.decided() == {"X1": "holds", "X2": "fails", "X3": "holds"}
+    assert entries.summary() == "holds: X1 X3; fails: X2"
+    assert Verdicts().summary() == "-"
+    assert repr(entries).splitlines()[1] == "X2: fails (gap 2 [-1, 5] nats)"
+    assert entries._repr_markdown_().splitlines()[1:] == [
+        "| --- | --- | --- | --- | --- |",
+        "| X1 | one | below 1 | size 0.5 | holds |",
+        "| X2 | two | interval above 0 | gap 2 [-1, 5] nats | fails |",
+        "| X3 | a \\| b | below 1 | size 0.5 | holds |",
+    ]
 
 
 def test_arrays_come_back_as_written():
@@ -166,8 +182,8 @@ def test_recorded_weights_are_half_precision_and_bound_to_their_settings():
 CLEAN, DIRTY = ({"revision": "abc", "modified": modified} for modified in (False, True))
 
 
-def finish(monkeypatch, run, code=CLEAN, **training):
-    monkeypatch.setattr(results, "describe_code", lambda: code)
+def finish_by(monkeypatch, run, code=CLEAN, **training):
+    monkeypatch.setattr(runs, "describe_code", lambda: code)
     trainings = {"vae": {"steps": 3, "seconds": 1.0, **CLEAN, "resumed": []} | training}
     finish(run, CLAIMS, MEASURED, trainings=trainings)
 
@@ -178,7 +194,7 @@ def finish(monkeypatch, run, code=CLEAN, **training):
 )
 def test_nothing_that_was_made_by_modified_code_is_recorded(monkeypatch, code, training):
     run = start()
-    finish(monkeypatch, run, code, **training)
+    finish_by(monkeypatch, run, code, **training)
     with pytest.raises(UserError, match="not committed"):
         record(run.directory, Settings())
     assert not files.results_root().exists()
@@ -188,20 +204,14 @@ def test_only_finished_trainings_of_the_presets_settings_are_recorded(monkeypatc
     run = start()
     with pytest.raises(UserError, match="not finished"):
         record(run.directory, Settings())
-    finish(monkeypatch, run)
+    finish_by(monkeypatch, run)
     with pytest.raises(UserError, match="own settings"):
         record(run.directory, Settings(steps=4))
-    recorded = start(weights="recorded")
-    assert recorded.directory != run.directory, "it must not take the place of the training"
-    finish(monkeypatch, recorded)
+    other = start(weights="recorded")
+    assert other.directory != run.directory, "it must not take the place of the training"
+    finish_by(monkeypatch, other)
     with pytest.raises(UserError, match="not a training"):
-        record(recorded.directory, Settings())
+        record(other.directory, Settings())
     (run.directory / "picture.png").write_bytes(b"png")
     written = {str(path.relative_to(files.results_root().parent)) for path in record(run.directory, Settings())}
     assert written == {"results/cpu/99_test/metrics.json", "results/cpu/99_test/run.json", "figures/cpu/picture.png"}
-
-
-def test_a_damaged_json_file_is_named(tmp_path):
-    (tmp_path / "metrics.json").write_text('{"claims": ')
-    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
-        files.load_json(tmp_path / "metrics.json")

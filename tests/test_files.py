@@ -23,7 +23,7 @@ def test_roots_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
 def test_replacing_writes_whole_files_and_leaves_nothing_else(tmp_path):
     target = tmp_path / "new" / "file.json"
     for text in ("old", "newer"):
-        with files.replacing(target) as partial:
+        with files.atomic_write(target) as partial:
             assert partial.parent == target.parent, "the move must not cross file systems"
             assert partial.suffix == ".json"
             partial.write_text(text)
@@ -34,7 +34,7 @@ def test_replacing_writes_whole_files_and_leaves_nothing_else(tmp_path):
 def test_an_error_while_writing_keeps_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("old")
-    with pytest.raises(UnicodeEncodeError), files.replacing(target) as partial:
+    with pytest.raises(UnicodeEncodeError), files.atomic_write(target) as partial:
         partial.write_text("half of it \ud800")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
@@ -44,8 +44,8 @@ def test_a_kill_while_writing_keeps_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("old")
     script = (
-        "import os, signal, sys; from pathlib import Path; from paperlib import paths\n"
-        "with paths.replacing(Path(sys.argv[1])) as partial:\n"
+        "import os, signal, sys; from pathlib import Path; from paperlib.system import files\n"
+        "with files.atomic_write(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(target)]).returncode == -9
@@ -57,11 +57,11 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
     target = tmp_path / "big.bin"
     target.write_bytes(b"old")
     script = (
-        "import resource, signal, sys; from pathlib import Path; from paperlib import errors, paths\n"
+        "import resource, signal, sys; from pathlib import Path; from paperlib.system import errors, files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "def main():\n"
-        "    with paths.replacing(Path(sys.argv[1])) as partial:\n"
+        "    with files.atomic_write(Path(sys.argv[1])) as partial:\n"
         "        partial.write_bytes(b'x' * 5000)\n"
         "errors.run_command(main)\n"
     )
@@ -75,7 +75,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path, number):
-    with pytest.raises(UserError, match="cannot write"), files.replacing(tmp_path / "file.txt"):
+    with pytest.raises(UserError, match="cannot write"), files.atomic_write(tmp_path / "file.txt"):
         raise OSError(number, os.strerror(number))
 
 
@@ -86,7 +86,7 @@ def test_a_file_in_place_of_a_folder_is_said_in_one_line(tmp_path):
 
 
 def test_other_system_errors_are_not_disguised(tmp_path):
-    with pytest.raises(OSError, match="Interrupted"), files.replacing(tmp_path / "file.txt"):
+    with pytest.raises(OSError, match="Interrupted"), files.atomic_write(tmp_path / "file.txt"):
         raise OSError(errno.EINTR, "Interrupted")
 
 
@@ -100,3 +100,9 @@ def test_run_command_exits_with_a_code(capsys, raised, code):
         run_command(main)
     assert caught.value.code == code
     assert ("what to do" in capsys.readouterr().err) == (code == 2)
+
+
+def test_a_damaged_json_file_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"claims": ')
+    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
+        files.load_json(tmp_path / "metrics.json")

@@ -1,26 +1,18 @@
-"""Distances, memories and probes against loops over pairs, closed forms, and laws whose answer is known."""
+"""Distances of two samples against loops over pairs, closed forms, and laws whose answer is known."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.exceptions import ConvergenceWarning
 
-from paperlib.runs.estimate import Estimate
+from paperlib.runs.estimate import Estimate, rows
 from paperlib.stats import two_sample
 from paperlib.stats.two_sample import (
-    Estimate,
-    accuracy_gain,
-    autocorrelation,
     energy_distance,
     gaussian_mmd,
     kernel_distance,
-    linear_probe,
-    mean_interval,
-    pair_correlation,
 )
 
 
@@ -68,9 +60,9 @@ def test_two_samples_are_the_loops(rng, monkeypatch, distance, kernel, pairs):
     monkeypatch.setattr(two_sample, "PAIRS", pairs)
     a, b = rng.normal(size=(11, 3)), 0.5 + rng.normal(size=(8, 3)) ** 2  # groups of unequal size
     expected = slow_estimate(a, b, kernel, 4)
-    assert distance(a, torch.from_numpy(b).float().double(), groups=4) == pytest.approx(expected, rel=1e-5)
-    assert distance(a, b, groups=4) == pytest.approx(expected, rel=1e-9)
-    value, low, high = distance(b, a, groups=4)
+    assert distance(a, torch.from_numpy(b).float().double(), groups=4).row == pytest.approx(expected, rel=1e-5)
+    assert distance(a, b, groups=4).row == pytest.approx(expected, rel=1e-9)
+    value, low, high = distance(b, a, groups=4).row
     assert (value, low, high) == pytest.approx(expected, rel=1e-9) and low < value < high
 
 
@@ -110,7 +102,7 @@ KNOWN = [
 @pytest.mark.parametrize(("distance", "known", "mean", "deviation"), KNOWN)
 def test_intervals_cover_the_truth_95_times_in_100(rng, distance, known, mean, deviation):
     repeats, truth, dims = 200, known(mean, deviation), len(mean)
-    found = np.array(
+    found = rows(
         [
             distance(rng.normal(size=(150, dims)), mean + deviation * rng.normal(size=(100, dims)))
             for _ in range(repeats)
@@ -127,7 +119,7 @@ def test_intervals_cover_the_truth_95_times_in_100(rng, distance, known, mean, d
 @pytest.mark.parametrize(("distance", "known", "mean", "deviation"), KNOWN)
 def test_equal_laws_are_at_distance_0(rng, distance, known, mean, deviation):
     repeats, dims = 200, len(mean)
-    found = np.array([distance(rng.normal(size=(80, dims)), rng.normal(size=(80, dims))) for _ in range(repeats)])
+    found = rows([distance(rng.normal(size=(80, dims)), rng.normal(size=(80, dims))) for _ in range(repeats)])
     value, low, high = found.T
     assert abs(value.mean()) < 4 * value.std() / math.sqrt(repeats) and (value < 0).mean() > 0.3
     assert (low > 0).mean() < 0.01 and (high < 0).mean() < 0.12
@@ -158,7 +150,7 @@ def test_a_ratio_leaves_the_same_groups_out_of_all_three(rng):
     half = stats.t.ppf(0.975, 4) * math.sqrt(4 / 5 * np.square(np.array(without) - np.mean(without)).sum())
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
     equal = two_sample.kernel_distance_ratio(a, a, reference)
-    assert equal == pytest.approx((1, 1, 1)), "what the reference does to both cancels"
+    assert equal.row == pytest.approx((1, 1, 1)), "what the reference does to both cancels"
 
 
 def test_spectral_distance_by_hand(rng):
@@ -183,8 +175,8 @@ def test_spectral_distance_by_hand(rng):
 
 def test_energy_distance_does_not_know_where_the_origin_is(rng):
     a, b = rng.normal(size=(2, 100, 16))
-    assert energy_distance(a + 1e6, b + 1e6) == pytest.approx(energy_distance(a, b), abs=1e-7)
-    assert energy_distance(3 * a, 3 * b) == pytest.approx(3 * np.array(energy_distance(a, b)), rel=1e-9)
+    assert energy_distance(a + 1e6, b + 1e6).row == pytest.approx(energy_distance(a, b).row, abs=1e-7)
+    assert energy_distance(3 * a, 3 * b).row == pytest.approx(3 * np.array(energy_distance(a, b).row), rel=1e-9)
 
 
 @pytest.mark.parametrize("distance", [kernel_distance, energy_distance])
@@ -275,178 +267,6 @@ def test_batches_that_are_refused():
     for scales in ((), (1, 0), (-1,), (math.nan,)):
         with pytest.raises(ValueError, match="positive"):
             gaussian_mmd(torch.zeros(3, 2), scales)
-
-
-# Memory of chains
-
-
-def slow_autocorrelation(states, lag):
-    """Equation (6) with loops."""
-    steps, chains, _ = states.shape
-    above = below = 0.0
-    for t in range(steps - lag):
-        one, two = (states[s] - states[s].mean(0) for s in (t, t + lag))
-        above += sum(one[i] @ two[i] for i in range(chains)) / (chains - 1)
-        below += sum(one[i] @ one[i] + two[i] @ two[i] for i in range(chains)) / (chains - 1) / 2
-    return above / below
-
-
-def test_autocorrelation_is_the_loop(rng):
-    """For chains that drift together and grow apart with time."""
-    steps, chains = 6, 5
-    states = rng.normal(size=(steps, chains, 2)).cumsum(0) * np.linspace(1, 3, steps)[:, None, None]
-    drifting = states + 10 * rng.normal(size=(steps, 1, 2))
-    lags = [1, 3, 5]
-    found = np.array(autocorrelation(drifting, lags))
-    for column, lag in zip(found.T, lags, strict=True):
-        value = slow_autocorrelation(states, lag)
-        without = np.array([slow_autocorrelation(np.delete(drifting, i, 1), lag) for i in range(chains)])
-        deviation = math.sqrt((chains - 1) / chains * ((without - without.mean()) ** 2).sum())
-        half = stats.t.ppf(0.975, chains - 1) * deviation
-        np.testing.assert_allclose(column, [value, value - half, value + half], rtol=1e-9)
-    np.testing.assert_allclose(autocorrelation(torch.from_numpy(drifting), lags), found, rtol=1e-12)
-
-
-def test_the_memory_of_autoregressive_chains(rng):
-    """phi^l, covered 95 times in 100; the first state is drawn from the stationary law."""
-    phi, lags, covered, repeats = 0.8, [1, 2, 5], [], 200
-    for _ in range(repeats):
-        states = [rng.normal(size=(40, 2))]
-        while len(states) < 12:
-            states.append(phi * states[-1] + math.sqrt(1 - phi**2) * rng.normal(size=(40, 2)))
-        values, lows, highs = autocorrelation(np.stack(states), lags)
-        truth = phi ** np.array(lags)
-        covered.append((lows < truth) & (truth < highs))
-        assert (abs(values - truth) < 0.35).all()
-    assert ((np.mean(covered, 0) > 0.88) & (np.mean(covered, 0) < 0.99)).all()
-
-
-def test_chains_without_memory_and_with_nothing_else(rng):
-    independent = rng.normal(size=(10, 50, 4)) + 5 * rng.normal(size=(10, 1, 4))
-    _, lows, highs = autocorrelation(independent, [1, 2, 4])
-    assert ((lows < 0) & (highs > 0)).all() and (highs - lows < 0.2).all()
-    still = np.broadcast_to(rng.normal(size=(50, 4)), (10, 50, 4))
-    np.testing.assert_allclose(autocorrelation(still, [1, 9]), 1, rtol=1e-12)
-    turning = still * (-1.0) ** np.arange(10)[:, None, None]
-    np.testing.assert_allclose(autocorrelation(turning, [1, 2]), [[-1, 1]] * 3, rtol=1e-12)
-    together = np.broadcast_to(rng.normal(size=(10, 1, 4)), (10, 50, 4))
-    assert np.isnan(autocorrelation(together, [1])).all()
-
-
-def test_pairs_are_chains_of_two_states(rng):
-    a, b = rng.normal(size=(2, 60, 3))
-    b = 2 * a + b
-    expected = slow_autocorrelation(np.stack([a, b]), 1)
-    assert pair_correlation(a, b).value == pytest.approx(expected, rel=1e-9)
-    assert pair_correlation(a, b) == pytest.approx(np.array(autocorrelation(np.stack([a, b]), [1]))[:, 0], rel=1e-12)
-    assert pair_correlation(a, a) == pytest.approx((1, 1, 1)) and pair_correlation(a, -a).high == pytest.approx(-1)
-    with pytest.raises(ValueError, match="equal shapes"):
-        pair_correlation(a, b[:59])
-
-
-def test_chains_that_are_refused(rng):
-    states = rng.normal(size=(4, 3, 2))
-    for wrong in (states[0], states[:, :2], states[:, :, :0]):
-        with pytest.raises(ValueError, match=r"\(T, N, d\)"):
-            autocorrelation(wrong, [1])
-    for lags in ([0], [1, 4], [-1]):
-        with pytest.raises(ValueError, match="from 1 to 3"):
-            autocorrelation(states, lags)
-    with pytest.raises(ValueError, match="not finite"):
-        autocorrelation(states * np.where(states == states.max(), math.nan, 1), [1])
-
-
-# Means over examples
-
-
-def test_mean_interval_is_the_textbooks(rng):
-    values = rng.normal(size=50)
-    expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
-    assert mean_interval(values) == pytest.approx((values.mean(), *expected), rel=1e-4)
-    assert mean_interval(torch.from_numpy(values)) == mean_interval(values)
-    for wrong in ([1.0], values[None], [1.0, math.nan]):
-        with pytest.raises(ValueError, match="two or more"):
-            mean_interval(wrong)
-
-
-def test_accuracy_gain_is_mcnemars(rng):
-    """What both get right does not matter: with b and c examples that one alone gets right, (b - c) / n."""
-    right = np.repeat([True, True, False, False], [50, 13, 4, 33])
-    baseline = np.repeat([True, False, True, False], [50, 13, 4, 33])
-    order = rng.permutation(100)
-    value, low, high = accuracy_gain(right[order], baseline[order])
-    half = 1.96 * math.sqrt((13 + 4 - (13 - 4) ** 2 / 100) / 99 / 100)
-    assert (value, low, high) == pytest.approx((0.09, 0.09 - half, 0.09 + half), rel=1e-9)
-    assert accuracy_gain(torch.from_numpy(right), baseline).value == pytest.approx(0.09)
-    for wrong in (baseline[:99], baseline.astype(int)):
-        for pair in ((right, wrong), (wrong, right)):
-            with pytest.raises(ValueError, match="bools"):
-                accuracy_gain(*pair)
-
-
-# Linear probes
-
-
-def slow_probe(x, y, x_test, y_test, penalty):
-    """Newton's method on the same objective, dense."""
-    scale = x.std(0)
-    x, x_test = ((part - x.mean(0)) / np.where(scale == 0, 1, scale) for part in (x, x_test))
-    x, x_test = (torch.from_numpy(np.hstack([part, np.ones((len(part), 1))])) for part in (x, x_test))
-    target, shape = torch.from_numpy(y), (int(y.max()) + 1, x.shape[1])
-
-    def objective(flat):
-        weights = flat.reshape(shape)
-        entropy = torch.nn.functional.cross_entropy(x @ weights.T, target)
-        return entropy + penalty / 2 * weights[:, :-1].square().sum()
-
-    flat = torch.zeros(shape).double().flatten()
-    for _ in range(10):
-        gradient = torch.autograd.functional.jacobian(objective, flat)
-        flat = flat - torch.linalg.pinv(torch.autograd.functional.hessian(objective, flat)) @ gradient
-    assert torch.autograd.functional.jacobian(objective, flat).abs().max() < 1e-8
-    return (x_test @ flat.reshape(shape).T).argmax(1).numpy() == y_test
-
-
-def three_classes(rng, count):
-    """Two features of very different size, one constant; overlapping classes."""
-    y = rng.integers(3, size=count)
-    x = np.stack([y + rng.normal(size=count), 1e-3 * (y == 1) + 5e-4 * rng.normal(size=count), np.full(count, 7.0)], 1)
-    return x, y
-
-
-def test_the_probe_is_newtons(rng):
-    train, test = three_classes(rng, 200), three_classes(rng, 2000)
-    right = linear_probe(*train, *test)
-    assert right.dtype == bool and right.shape == (2000,)
-    assert (right == slow_probe(*train, *test, 0.01)).mean() > 0.998
-    assert (right == slow_probe(*train, *test, 0.1)).mean() < 0.995  # so the penalty is seen
-    np.testing.assert_array_equal(linear_probe(*map(torch.from_numpy, (*train, *test))), right)
-    some = test[1] == 2  # the scale is that of the training features, whatever is tested
-    np.testing.assert_array_equal(linear_probe(*train, test[0][some], test[1][some]), right[some])
-
-
-def test_the_probe_finds_what_is_linear_and_nothing_else(rng):
-    x = rng.normal(size=(3000, 4)).astype(np.float32)
-    line, ring = (x[:, 0] > x[:, 1]).astype(int), (np.abs(x[:, 0]) > 0.67).astype(int)
-    given = x.copy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        assert linear_probe(x[:2000], line[:2000], x[2000:], line[2000:]).mean() > 0.97
-        assert linear_probe(x[:2000], ring[:2000], x[2000:], ring[2000:]).mean() < 0.6
-    np.testing.assert_array_equal(x, given)
-
-
-def test_features_that_are_refused(rng):
-    x, y = three_classes(rng, 20)
-    for wrong in ((x[0], y), (x, y[:19]), (x, y[:, None])):
-        with pytest.raises(ValueError, match=r"\(n, d\)"):
-            linear_probe(*wrong, x, y)
-    with pytest.raises(ValueError, match="to test on"):
-        linear_probe(x, y, x[:, :2], y)
-    with pytest.raises(ValueError, match="finite"):
-        linear_probe(x, y, x * math.nan, y)
-    with pytest.raises(ValueError, match="class"):
-        linear_probe(x, 0 * y, x, y)
 
 
 # Rows that belong together

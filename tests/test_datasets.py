@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from paperlib.data import datasets, image_arrays
+from paperlib.data.__main__ import main
 from paperlib.system.errors import UserError, run_command
 from paperlib.system.files import data_root
 
@@ -78,13 +79,13 @@ def complaint(action, *arguments, **options):
 def test_every_grey_level_to_float_and_back(levels):
     grey = np.arange(levels, dtype=np.uint8).reshape(-1, 1, 1, 1)
     exact = np.arange(levels) / (levels - 1)
-    unit, signed = datasets.to_unit(grey, levels), datasets.to_signed(grey, levels)
+    unit, signed = datasets.to_unit(grey, levels), datasets.to_float(grey, levels)
     assert unit.dtype == signed.dtype == torch.float32
     np.testing.assert_allclose(unit.numpy().ravel(), exact, rtol=2**-24, atol=0)
     np.testing.assert_allclose(signed.numpy().ravel(), 2 * exact - 1, rtol=0, atol=2**-23)
     assert (unit.min(), unit.max(), signed.min(), signed.max()) == (0, 1, -1, 1)
     np.testing.assert_array_equal(datasets.from_unit(unit, levels), grey)
-    np.testing.assert_array_equal(datasets.from_signed(signed, levels), grey)
+    np.testing.assert_array_equal(datasets.to_uint8(signed, levels), grey)
 
 
 def test_axes_move_and_nothing_else():
@@ -102,7 +103,7 @@ def test_the_nearest_level_within_the_range():
     values = torch.tensor([-3.0, 0.49 / 255, 0.51 / 255, 254.4 / 255, 254.6 / 255, 1.7, torch.inf])
     assert datasets.from_unit(values.reshape(1, 1, 1, -1)).ravel().tolist() == [*(0, 0, 1, 254, 255, 255, 255)]
     signed = torch.tensor([-1.2, -1 + 2 * 3.4 / 16, -1 + 2 * 3.6 / 16, 5]).double()
-    assert datasets.from_signed(signed.reshape(1, 1, 1, -1), 17).ravel().tolist() == [0, 3, 4, 16]
+    assert datasets.to_uint8(signed.reshape(1, 1, 1, -1), 17).ravel().tolist() == [0, 3, 4, 16]
     half = torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True).reshape(1, 1, 1, 1)
     assert datasets.from_unit(half, 17).item() == 8
 
@@ -126,7 +127,7 @@ def test_memory_maps_are_read_without_warnings_or_writes(put, root):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         datasets.to_unit(images).add_(1)
-        datasets.to_signed(images[3:5])
+        datasets.to_float(images[3:5])
     np.testing.assert_array_equal(images, small_mnist()["train_images"])
     assert not images.flags.writeable
 
@@ -409,7 +410,7 @@ def test_of_huge_parts_a_sample_is_hashed(monkeypatch):
 def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["data", *map(str, words)])
     with pytest.raises(SystemExit) as left:
-        run_command(datasets.main)
+        run_command(main)
     return left.value.code
 
 

@@ -1,0 +1,172 @@
+"""What notebook 02 claims: statements, criteria, and the numbers that decide them, from the arrays alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib.runs.claims import Claim
+from paperlib.runs.estimate import Estimate
+from paperlib.stats import intervals, rank_correlation
+
+CLAIMS = {
+    "F1": Claim(
+        "The decoder's mean is the average of q(x|z).",
+        "|mu(z) - E_q[x|z]|^2 at most 10 % of the variance of E_q[x|z] between codes, z ~ q(z); error = tr Var_q + "
+        "|mu - E_q[x|z]|^2 to rounding",
+        lambda share, residual: share.value <= 0.10 and residual.value < 1e-6,
+        shows=("share",),
+    ),
+    "F2": Claim(
+        "Where Var q(x|z) is large, the sample is fuzzy.",
+        "partial rank correlation of tr Var_q with the edge width or spectral slope of the decoded image, ink and "
+        "log q(z) held fixed: 0.6 or more, interval over seeds above 0.4",
+        lambda edge_width, slope: any(q.value >= 0.6 and (q.low or 0) > 0.4 for q in (edge_width, slope)),
+        shows=("edge_width",),
+    ),
+    "F3": Claim(
+        "Ranked by Var q(x|z) per ink, digits on the left are sharp and of one class, those on the right are "
+        "averages of several.",
+        "label entropy under q(x|z) below 0.1 nat in the left tenth, above 1 nat in the right tenth",
+        lambda left, right: left.value < 0.1 and right.value > 1.0,
+        shows=("left", "right"),
+    ),
+    "F4": Claim(
+        "For a weak p only a better q helps.",
+        "q frozen, the largest decoder's error at most 5 % above E tr Var_q where that is quoted; with the KL weight "
+        "swept, held-out error and edge width rise with it at every step (rank correlation 1 in every seed)",
+        lambda excess, worst_error_trend, worst_width_trend: (
+            excess.value <= 0.05 and worst_error_trend.value > 0.999 and worst_width_trend.value > 0.999
+        ),
+        shows=("excess", "worst_error_trend"),
+    ),
+}
+
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def label_entropy(labels: np.ndarray) -> np.ndarray:
+    """Entropy in nats of label mixtures (..., K): 0 where q(x|z) is one class."""
+    return -(labels * np.log(np.clip(labels, 1e-300, 1))).sum(-1)
+
+
+def ranked(arrays: Arrays, seed: int) -> np.ndarray:
+    """The codes of one seed where Var q(x|z) may be quoted, from least to most variance per ink."""
+    order = np.argsort(arrays["variance"][seed] / arrays["ink"][seed])
+    return order[arrays["reliable"][seed][order]]
+
+
+def ends(arrays: Arrays, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of the left and of the right tenth of `ranked`."""
+    order = ranked(arrays, seed)
+    tenth = max(1, len(order) // 10)
+    return order[:tenth], order[-tenth:]
+
+
+def quantities(arrays: Arrays) -> dict[str, dict[str, Estimate]]:
+    """What each claim is judged by."""
+    from scipy.stats import spearmanr
+
+    seeds = range(len(arrays["variance"]))
+    entropy = [label_entropy(labels) for labels in arrays["labels"]]
+    left, right = zip(*([entropy[k][codes].mean() for codes in ends(arrays, k)] for k in seeds), strict=True)
+    residual = np.abs(arrays["error"] - arrays["spread"] - arrays["gap"]).max() / arrays["error"].mean()
+    trends = {
+        name: np.min([spearmanr(arrays["kl_weights"], of_seed).statistic for of_seed in arrays[name]])
+        for name in ("swept_error", "swept_width")
+    }
+    return {
+        "F1": {
+            "share": _over_seeds(arrays["gap"].mean(1) / arrays["between"]),
+            "residual": Estimate(residual),
+        },
+        "F2": {
+            "edge_width": _over_seeds(correlations(arrays, "edge_width")),
+            "slope": _over_seeds([-r for r in correlations(arrays, "slope")]),
+        },
+        "F3": {"left": _over_seeds(left, "nats"), "right": _over_seeds(right, "nats")},
+        "F4": {
+            "excess": _over_seeds(arrays["frozen_error"][:, -1] / arrays["floor"] - 1),
+            "worst_error_trend": Estimate(trends["swept_error"]),
+            "worst_width_trend": Estimate(trends["swept_width"]),
+        },
+    }
+
+
+def _over_seeds(values: Any, unit: str = "") -> Estimate:
+    """The mean over seeds with its interval, where there is more than one seed; nan where a seed has no number."""
+    if len(values) == 1 or not np.isfinite(values).all():
+        return Estimate(float(np.mean(values)), unit=unit)
+    return intervals.interval_over_seeds(values, unit)
+
+
+def correlations(
+    arrays: Arrays,
+    name: str,
+    prefix: str = "",
+    *,
+    within_classes: bool = False,
+    held_fixed: tuple[str, ...] = ("ink", "log_q"),
+) -> list[float]:
+    """For each seed the partial rank correlation of tr Var_q with `name`, given the arrays `held_fixed` (claim F2).
+
+    `within_classes` also holds fixed which label weighs most. nan for a seed with fewer than ten codes to go by.
+    """
+    found = []
+    for k, good in enumerate(arrays[f"{prefix}reliable"]):
+        good = good & np.isfinite(arrays[prefix + name][k])
+        if good.sum() < 10:
+            found.append(np.nan)
+            continue
+        variance, other, *controls = (arrays[prefix + n][k][good] for n in ("variance", name, *held_fixed))
+        if within_classes:
+            best = arrays["labels"][k][good].argmax(1)
+            controls += [best == label for label in np.unique(best)[1:]]
+        found.append(rank_correlation.partial_rank_correlation(variance, other, controls))
+    return found
+
+
+def controls(arrays: Arrays) -> "Controls":
+    """What the claims' numbers become under other conditions, one number a seed."""
+    between, everywhere = arrays["between"], dict(arrays) | {"reliable": np.ones_like(arrays["reliable"])}
+    entropy = [label_entropy(labels) for labels in arrays["labels"]]
+
+    def end_entropies(arrays: Arrays, end: int) -> list[float]:
+        return [float(entropy[k][ends(arrays, k)[end]].mean()) for k in range(len(entropy))]
+
+    return Controls(
+        {
+            "F1: of which noise of the list": arrays["noise"].mean(1) / between,
+            "F1: share, average over held-out images": arrays["gap_held_out"].mean(1) / between,
+            "F1: of which noise of the held-out list": arrays["noise_held_out"].mean(1) / between,
+            "F2: greyness (F1 restated)": correlations(arrays, "greyness"),
+            "F2: edge width, greyness held fixed too": correlations(
+                arrays, "edge_width", held_fixed=("ink", "log_q", "greyness")
+            ),
+            "F2: edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
+            "F2: spectral slope, Bernoulli decoder": [-r for r in correlations(arrays, "slope", "bernoulli_")],
+            "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),
+            "F2: spectral slope, no code set aside": [-r for r in correlations(everywhere, "slope")],
+            "F2: edge width, within classes": correlations(arrays, "edge_width", within_classes=True),
+            "F2: spectral slope, within classes": [-r for r in correlations(arrays, "slope", within_classes=True)],
+            "F3: weight of the largest class in the left tenth": [
+                arrays["labels"][k][ends(arrays, k)[0]].max(1).mean() for k in range(len(entropy))
+            ],
+            "F3: left, no code set aside (nats)": end_entropies(everywhere, 0),
+            "F3: right, no code set aside (nats)": end_entropies(everywhere, 1),
+            "F4: share of codes where Var q(x|z) may be quoted, smallest KL weight": arrays["swept_reliable"][:, 0],
+            "share of codes where Var q(x|z) may be quoted": arrays["reliable"].mean(1),
+            "the same, Bernoulli decoder": arrays["bernoulli_reliable"].mean(1),
+        }
+    )
+
+
+class Controls(dict):
+    """Numbers by name, one a seed; shows itself as a table."""
+
+    def _repr_markdown_(self) -> str:
+        rows = [f"| {name} | {', '.join(f'{value:.3f}' for value in values)} |" for name, values in self.items()]
+        return "\n".join(
+            ["| control | by seed |", "| --- | --- |", *(row.replace("q(x|z)", "q(x\\|z)") for row in rows)]
+        )
