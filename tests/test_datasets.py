@@ -281,12 +281,6 @@ def test_side_must_be_the_images_own(put):
     assert "'digits' are 8 pixels a side, not 16" in complaint(datasets.load, "digits", 16)
 
 
-@pytest.mark.parametrize("action", [datasets.load, datasets.prepare])
-def test_an_unknown_name_lists_the_valid_ones(action):
-    valid = "digits, photos, mnist, cifar10, lsun_bedroom, own_images"
-    assert complaint(action, "mnits") == f"unknown data set 'mnits': choose from {valid}"
-
-
 def test_missing_lsun_names_folder_file_and_command(root):
     text = complaint(datasets.load, "lsun_bedroom")
     assert f"{root / 'prepared' / 'lsun_bedroom'} has no train-images.npy" in text
@@ -329,12 +323,6 @@ def test_truncated_arrays_are_named(put, file, keep):
     path.write_bytes(path.read_bytes()[:keep])
     text = complaint(datasets.load, "mnist")
     assert text.startswith(f"{path} is damaged (")
-
-
-def test_a_file_in_place_of_the_data_folder(tmp_path, monkeypatch):
-    (tmp_path / "data").write_text("")
-    monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path / "data"))
-    assert "a file stands where a folder is needed" in complaint(datasets.load, "mnist")
 
 
 def test_a_folder_that_cannot_be_written(put, monkeypatch):
@@ -427,17 +415,6 @@ def test_prepare_from_a_folder(name, root, tmp_path, monkeypatch, capsys):
     dataset = datasets.load(name)
     np.testing.assert_array_equal(dataset.train.images, images[:11])
     np.testing.assert_array_equal(dataset.held_out.images, images[11:])
-
-
-def test_prepare_says_what_is_wrong(root, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "prepare", "lsun_bedroom") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: say where the images are: python -m paperlib.data prepare")
-    assert said.count("\n") == 1
-    assert "takes no --source" in complaint(datasets.prepare, "mnist", tmp_path)
-    for name in ("digits", "photos"):
-        assert "nothing to prepare" in complaint(datasets.prepare, name)
-    assert not root.exists()
 
 
 def test_list_says_what_is_there(root, put, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from paperlib.runs.run import run_name
 from paperlib.system import files
 
 TINY = {"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]}  # notebook 02
-SMALL = {"trunk_steps": 2, "branch_steps": 1, "control_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
+SMALL = {"pretrain_steps": 2, "finetune_steps": 1, "ablation_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
 
 
 def words(settings):

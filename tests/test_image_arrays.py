@@ -127,23 +127,6 @@ def test_shortening_keeps_the_first_images(tmp_path, total):
         np.testing.assert_array_equal(np.load(path), images[:count])
 
 
-def test_folders_without_a_good_image(tmp_path):
-    source = tmp_path / "images"
-    source.mkdir()
-    (source / "notes.txt").write_text("no image")
-    assert f"{source} holds no images" in complaint(source, tmp_path)
-    (source / "a.jpg").write_text("broken")
-    (source / "b.jpg").write_text("broken")
-    assert f"none of the 2 images in {source}" in complaint(source, tmp_path)
-
-
-def test_other_sources(folder, tmp_path):
-    source, _ = folder
-    assert "does not exist" in complaint(tmp_path / "nowhere", tmp_path)
-    assert "is no .npy file" in complaint(source / "a.png", tmp_path)
-    assert "--side is 0" in complaint(source, tmp_path, side=0)
-
-
 def test_an_array_is_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(image_arrays, "_CHUNK", 3)
     images = RNG.integers(256, size=(10, 16, 16, 3), dtype=np.uint8)

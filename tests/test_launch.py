@@ -16,10 +16,10 @@ from paperlib.system import files
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FEW = {  # steps of every training; a row of the history for each, to compare
-    "pixelvae": {"trunk_steps": 20, "branch_steps": 4, "control_steps": 2, "evaluations": 20, "batch_size": 16}
+    "pixelvae": {"pretrain_steps": 20, "finetune_steps": 4, "ablation_steps": 2, "evaluations": 20, "batch_size": 16}
     | {"dropout": 0.1, "evaluation_images": 20, "learning_rate": 1e-5},
-    "sequential": {"train_steps": 20, "one_step_train_steps": 8, "infusion_train_steps": 6, "ablation_train_steps": 4, "evaluations": 20}
-    | {"batch_size": 16, "evaluation_images": 20, "measured_images": 40, "learning_rate": 1e-5},
+    "sequential": {"train_steps": 20, "one_step_train_steps": 8, "infusion_train_steps": 6, "ablation_train_steps": 4}
+    | {"evaluations": 20, "batch_size": 16, "evaluation_images": 20, "measured_images": 40, "learning_rate": 1e-5},
 }
 
 
@@ -84,15 +84,15 @@ def workers(process):
 
 @pytest.mark.slow
 def test_one_of_two_killed_ends_the_job_and_what_was_finished_stays(tmp_path):
-    settings = FEW["pixelvae"] | {"branch_steps": 400}
+    settings = FEW["pixelvae"] | {"finetune_steps": 400}
     process = launch("pixelvae", tmp_path / "killed", 2, settings)
-    until(process, lambda: list(tmp_path.glob("killed/*/*/trunk/last.pt")))
+    until(process, lambda: list(tmp_path.glob("killed/*/*/pretraining/last.pt")))
     time.sleep(1)
     os.kill(workers(process)[1], signal.SIGKILL)
     code, _, err = finish(process)
     assert code != 0
     assert "SIGKILL" in err
-    (last,) = tmp_path.rglob("trunk/last.pt")
+    (last,) = tmp_path.rglob("pretraining/last.pt")
     assert torch.load(last, weights_only=True)["state"]["stopped"] == "finished"
 
 
@@ -100,20 +100,20 @@ def test_one_of_two_killed_ends_the_job_and_what_was_finished_stays(tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_stopped_training_goes_on_with_another_number_of_processes(before, after, tmp_path):
     """The rows are those of a training that one process did without a stop: before the stop, around it, and after."""
-    settings = FEW["pixelvae"] | {"trunk_steps": 60, "evaluations": 60, "learning_rate": 1e-6}
+    settings = FEW["pixelvae"] | {"pretrain_steps": 60, "evaluations": 60, "learning_rate": 1e-6}
     assert finish(launch("pixelvae", tmp_path / "whole", 1, settings))[0] == 0
     process = launch("pixelvae", tmp_path / "stopped", before, settings, progress=tmp_path / "progress.json")
     until(process, (tmp_path / "progress.json").exists)  # after the first step
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code != 0 and "stopping after this step" in err
-    (last,) = tmp_path.glob("stopped/*/*/trunk/last.pt")
+    (last,) = tmp_path.glob("stopped/*/*/pretraining/last.pt")
     state = torch.load(last, weights_only=True)["state"]
     assert not state["stopped"] and 0 < state["step"] < 50
     code, _, err = finish(launch("pixelvae", tmp_path / "stopped", after, settings))
     assert code == 0, err[-2000:]
     whole, resumed = histories(tmp_path / "whole"), histories(tmp_path / "stopped")
-    assert set(whole) == set(resumed) and len(whole["trunk"]) == 60
+    assert set(whole) == set(resumed) and len(whole["pretraining"]) == 60
     for training, rows in whole.items():
         np.testing.assert_allclose(resumed[training][:, :2], rows[:, :2], rtol=1e-5, err_msg=training)
         np.testing.assert_allclose(resumed[training], rows, rtol=1e-4, atol=1e-4, err_msg=training)

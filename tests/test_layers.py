@@ -18,8 +18,8 @@ MAY_IMPORT = {
     **{name: {"system"} for name in SHARED},
     "system": set(),
 }
-DRAWS = {"figures", "plotting", "explorer"}
-MAY_DRAW = {"__init__", *DRAWS}
+DRAWS = {"figures", "plotting"}
+MAY_DRAW = {"__init__", "figures", "explorer"}
 
 
 def imported(code):

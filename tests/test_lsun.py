@@ -164,27 +164,19 @@ def test_keys_that_are_missing(images, wanted, tmp_path):
 
 def test_a_subset_of_something_else(images, packed, tmp_path, monkeypatch):
     exported(images, tmp_path / "files")
-    for source in (tmp_path / "files", tmp_path / "files.npy"):
-        assert f"{source} is no LMDB: --subset takes" in complaint(source, tmp_path, subset=True)
+    assert "is no LMDB: --subset takes" in complaint(tmp_path / "files.npy", tmp_path, subset=True)
     monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path / "data"))
     with pytest.raises(UserError, match="'mnist' takes no --subset"):
         datasets.prepare("mnist", subset=True)
-    with pytest.raises(UserError, match="say where the images are"):
-        datasets.prepare("lsun_bedroom", subset=True)
     assert not (tmp_path / "data").exists()
 
 
 def test_which_lmdb_is_meant(images, packed, tmp_path):
-    assert "does not exist" in complaint(tmp_path / "nowhere", tmp_path)
     assert "the folder of LSUN's LMDB" in complaint(packed / "data.mdb", tmp_path)
     assert "is no LMDB" in complaint(tmp_path, tmp_path, subset=True)  # two levels above it
     picture = packed.parent / "a.jpg"
     picture.write_bytes(images[key_of(0)])
     assert f"holds images and an LMDB: name {packed}," in complaint(packed.parent, tmp_path)
-    picture.unlink()
-    pack(packed.parent / "bedroom_val_lmdb", {key_of(1): encoded(1)})
-    text = complaint(packed.parent, tmp_path)
-    assert "holds 2 LMDBs (bedroom_train_lmdb, bedroom_val_lmdb): name one of them" in text
 
 
 def test_an_empty_lmdb(tmp_path):

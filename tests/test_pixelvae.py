@@ -8,19 +8,23 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from paperlib.pixelvae import experiment as pixelvae
+from paperlib.pixelvae import claims as pixelvae_claims
+from paperlib.pixelvae import experiment as pixelvae_experiment
 from paperlib.pixelvae import figures as pixelvae_figures
-from paperlib.pixelvae import measurements as pixelvae_samples
-from paperlib.pixelvae import model as pixelvae_model
-from paperlib.pixelvae.experiment import CLAIMS, Settings
-from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS, VARIANTS
+from paperlib.pixelvae import markov_chain as pixelvae_markov_chain
+from paperlib.pixelvae import measurements as pixelvae_measurements
+from paperlib.pixelvae import training as pixelvae_training
+from paperlib.pixelvae.claims import CLAIMS
+from paperlib.pixelvae.experiment import Settings
+from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS
+from paperlib.pixelvae.training import VARIANTS
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.run import load_arrays
-from paperlib.stats import aggregate_posterior, intervals, linear_probe, two_sample
+from paperlib.stats import aggregate_posterior, autocorrelation, intervals, linear_probe, two_sample
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
-QUICK = {"trunk_steps": 60, "branch_steps": 12, "control_steps": 12, "classifier_steps": 40, "filters": 8}
+QUICK = {"pretrain_steps": 60, "finetune_steps": 12, "ablation_steps": 12, "classifier_steps": 40, "filters": 8}
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +33,10 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RUNS", "RESULTS"):
             patch.setenv(f"PAPERLIB_{name}", str(tmp_path_factory.mktemp(name)))
-        run = pixelvae.start("smoke", 0, "cpu", "train", QUICK)
-        images = pixelvae_model.load_images(run)
-        trained = pixelvae_model.fit(run, images)
-        yield run, images, trained, pixelvae.measure(run, images, trained)
+        run = pixelvae_experiment.start("smoke", 0, "cpu", "train", QUICK)
+        images = pixelvae_experiment.load_images(run)
+        trained = pixelvae_training.fit(run, images)
+        yield run, images, trained, pixelvae_experiment.measure(run, images, trained)
 
 
 # Pictures and codes
@@ -40,7 +44,7 @@ def finished(tmp_path_factory):
 
 def test_blurring_is_a_mean_of_neighbours():
     pictures = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = pixelvae_samples.blurred(pictures)
+    found = pixelvae_measurements.blurred(pictures)
     for n, i, j, c in [(0, 0, 0, 0), (1, 3, 4, 2), (0, 7, 2, 1), (1, 7, 7, 0)]:
         around = pictures[n, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2, c].double()
         assert abs(found[n, i, j, c].item() - around.mean().item()) <= 0.5 + 1e-9
@@ -49,7 +53,7 @@ def test_blurring_is_a_mean_of_neighbours():
 
 def test_shuffled_patches_are_the_same_squares_elsewhere():
     pictures = torch.arange(3 * 8 * 8 * 1).reshape(3, 8, 8, 1).remainder(251).to(torch.uint8)
-    found = pixelvae_samples.patches_shuffled(pictures, torch.Generator().manual_seed(0))
+    found = pixelvae_measurements.patches_shuffled(pictures, torch.Generator().manual_seed(0))
 
     def squares(picture):
         return [tuple(picture[i : i + 2, j : j + 2].flatten().tolist()) for i in range(0, 8, 2) for j in range(0, 8, 2)]
@@ -61,12 +65,12 @@ def test_shuffled_patches_are_the_same_squares_elsewhere():
     assert len(orders) == 3, "each image has an order of its own"
 
 
-def test_fitted_laws_are_those_of_the_codes(finished):
+def test_fitted_distributions_are_those_of_the_codes(finished):
     run, *_ = finished
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4000, 2, generator=generator) * 0.1 + torch.tensor([[3.0, -1.0]])
     z[::2] *= -1  # two clusters
-    drawn = pixelvae_samples.fitted(run, z, 3000)
+    drawn = pixelvae_measurements.fitted(z, 3000, 0)
     for points in drawn.values():
         torch.testing.assert_close(points.mean(0), z.mean(0), rtol=0, atol=0.25)
         torch.testing.assert_close(points.T.cov(), z.T.cov(), rtol=0.1, atol=0.05)
@@ -79,7 +83,7 @@ def test_fitted_laws_are_those_of_the_codes(finished):
 def test_codes_tell_what_they_tell(finished):
     _run, images, trained, arrays = finished
     vae = trained["none"].model
-    mean, log_std = pixelvae_model.encode(vae, images, images.train)
+    mean, log_std = pixelvae_markov_chain.encode(vae, images, images.train)
     told = aggregate_posterior.mutual_information(
         aggregate_posterior.Codes(mean, log_std), generator=torch.Generator().manual_seed(9)
     )
@@ -87,7 +91,7 @@ def test_codes_tell_what_they_tell(finished):
     assert abs(arrays["information"][row] - told.nats) < 0.1 and 1 < told.nats < told.ceiling + 1e-9
     assert arrays["information_ceiling"] == pytest.approx(np.log(1500))
     assert arrays["mean_spread"][row] == pytest.approx(mean.var(0).mean().sqrt().item(), rel=1e-5)
-    assert 0.2 <= arrays["deviation"][row] <= 1
+    assert 0.2 <= arrays["std"][row] <= 1
     assert arrays["energy"][-1, 1] < 0.01, "two samples of the prior differ by chance alone"
     assert arrays["energy"].shape == (len(CODED) + 1, 3)
 
@@ -111,7 +115,7 @@ def test_probes_are_of_what_their_names_say(finished):
 def test_terms_are_held_out_and_equal_for_equal_models(finished):
     run, images, trained, arrays = finished
     models = {name: trained["none"].model for name in ("none", "elbo")}
-    found = pixelvae_samples.terms(run, images, models)
+    found = pixelvae_measurements.terms(run.settings, run.seed, images, models)
     assert all(np.array_equal(row[0], row[1]) for row in found.values())
     k = list(VARIANTS).index("none")
     assert np.array_equal(found["shuffle_gap"][0], arrays["shuffle_gap"][k])
@@ -143,17 +147,19 @@ def test_the_best_gaussian_of_each_class_by_scipy(finished):
 def test_exactness_notices_a_sampler_that_is_not_exact(finished, monkeypatch):
     run, images, trained, arrays = finished
     assert arrays["pixels_that_differ"] == 0 and 0 < arrays["worst_parameter"] < 1e-5
-    true_draw = pixelvae_samples.Sampler.draw
+    true_draw = pixelvae_measurements.Sampler.draw
 
     def off(self, h=None, **options):
         x = true_draw(self, h, **options)
         x[0, 0, 3, 4] += 2 / 16
         return x
 
-    monkeypatch.setattr(pixelvae_samples.Sampler, "draw", off)
-    true_given = pixelvae_samples.Sampler.teacher_forced
-    monkeypatch.setattr(pixelvae_samples.Sampler, "teacher_forced", lambda self, x, h: true_given(self, x, h) * 1.001)
-    found = pixelvae_samples.exactness(run, images, trained["none"].model)
+    monkeypatch.setattr(pixelvae_measurements.Sampler, "draw", off)
+    true_given = pixelvae_measurements.Sampler.teacher_forced
+    monkeypatch.setattr(
+        pixelvae_measurements.Sampler, "teacher_forced", lambda self, x, h: true_given(self, x, h) * 1.001
+    )
+    found = pixelvae_measurements.exactness(run.seed, images, trained["none"].model)
     assert found["pixels_that_differ"] == 1 and found["worst_parameter"] > 1e-5
 
 
@@ -193,23 +199,23 @@ def test_reference_photographs_made_nothing(finished, monkeypatch):
         noise = torch.randint(17, (steps, *start.shape), dtype=torch.uint8)
         return torch.cat([start[None], noise])
 
-    laws = {law: torch.zeros(run.settings.chains, code_dim) for law in ("Gaussian", "mixture")}
-    monkeypatch.setattr(pixelvae_samples, "sampled", sampled)
-    monkeypatch.setattr(pixelvae_samples, "markov_chain", standing)
-    monkeypatch.setattr(pixelvae_samples, "fitted", lambda *rest: laws)
+    fits = {law: torch.zeros(run.settings.chains, code_dim) for law in ("Gaussian", "mixture")}
+    monkeypatch.setattr(pixelvae_measurements, "sampled", sampled)
+    monkeypatch.setattr(pixelvae_measurements, "markov_chain", standing)
+    monkeypatch.setattr(pixelvae_measurements, "fitted", lambda *rest: fits)
     references, starts, pairs = [], [], []
     true = two_sample.kernel_distance
-    true_memory, true_pair = two_sample.autocorrelation, two_sample.pair_correlation
+    true_memory, true_pair = autocorrelation.autocorrelation, autocorrelation.pair_correlation
 
     def kernel_distance(a, b, together):
         references.append((a, b, together))
         return true(a, b, together=together)
 
     monkeypatch.setattr(two_sample, "kernel_distance", kernel_distance)
-    monkeypatch.setattr(two_sample, "autocorrelation", lambda s, lags: starts.append(s) or true_memory(s, lags))
-    monkeypatch.setattr(two_sample, "pair_correlation", lambda a, b: pairs.append((a, b)) or true_pair(a, b))
+    monkeypatch.setattr(autocorrelation, "autocorrelation", lambda s, lags: starts.append(s) or true_memory(s, lags))
+    monkeypatch.setattr(autocorrelation, "pair_correlation", lambda a, b: pairs.append((a, b)) or true_pair(a, b))
     describe = {kind: lambda pictures: pictures.flatten(1).double() for kind in ("classifier", "random")}
-    found = pixelvae_samples.samples(run, images, {name: trained[name].model for name in VARIANTS}, describe)
+    found = pixelvae_measurements.samples(run.settings, run.seed, images, {name: trained[name].model for name in VARIANTS}, describe)
     sources, reference = seen[run.settings.draws].flatten(1).double(), references[0][1]
     assert len(reference) + len(sources) == len(images.held_out)
     assert torch.cdist(sources, reference).min() > 0
@@ -232,9 +238,9 @@ def test_reference_photographs_made_nothing(finished, monkeypatch):
 
 def test_walking_on(finished):
     run, images, trained, _ = finished
-    states = pixelvae_samples.continue_chain(run, images, trained)
+    states = pixelvae_experiment.continue_chain(run, images, trained)
     assert states.shape == (4, 5, 8, 8, 1) and np.array_equal(states[0], images.held_out[-5:].numpy())
-    assert np.array_equal(states, pixelvae_samples.continue_chain(run, images, trained))
+    assert np.array_equal(states, pixelvae_experiment.continue_chain(run, images, trained))
 
 
 # Verdicts
@@ -242,7 +248,7 @@ def test_walking_on(finished):
 
 def test_every_claim_is_judged_by_what_is_measured(finished):
     _, _, _, arrays = finished
-    measured = pixelvae.quantities(arrays)
+    measured = pixelvae_claims.quantities(arrays)
     assert set(measured) == set(CLAIMS)
     for key, claim in CLAIMS.items():
         assert claim.criterion(**measured[key]) in (True, False)
@@ -337,7 +343,7 @@ def test_each_quantity_is_what_its_name_says():
     }
     found = {
         key: {name: quantity.value for name, quantity in measured.items()}
-        for key, measured in pixelvae.quantities(arrays).items()
+        for key, measured in pixelvae_claims.quantities(arrays).items()
     }
     bits = {name: 1 + k / 100 for name, k in at.items()}
     in_nats, set_at, coded_at = 64 * np.log(2), SETS.index, CODED.index
@@ -416,7 +422,7 @@ def test_a_ratio_of_estimates():
 
 def test_table_adds_the_kl_in_bits(finished):
     _, _, _, arrays = finished
-    table = pixelvae.table(arrays)
+    table = pixelvae_claims.table(arrays)
     row = table.loc["elbo"]
     assert row["bound"] == pytest.approx(row["reconstruction"] + row["KL"] / (64 * np.log(2)), abs=0.002)
     assert table.loc["unconditional", "bound"] == table.loc["unconditional", "reconstruction"]
@@ -426,25 +432,25 @@ def test_table_adds_the_kl_in_bits(finished):
 def test_verdicts_and_recorded_weights_that_draw(finished, monkeypatch):
     """What a finished run leaves is enough to load the model without training, and it draws the same images."""
     run, images, trained, arrays = finished
-    verdicts = pixelvae.conclude(run, arrays, trained, images)
+    verdicts = pixelvae_experiment.conclude(run, arrays, trained, images)
     assert set(verdicts) == set(CLAIMS)
     assert verdicts.decided() == {key: "holds" if key == "P7" else "not claimed" for key in CLAIMS}
-    target = files.results_root() / "smoke" / pixelvae.NOTEBOOK
+    target = files.results_root() / "smoke" / pixelvae_experiment.NOTEBOOK
     target.mkdir(parents=True)
     for name in ("arrays.npz", "run.json", "metrics.json", "weights.safetensors"):
         shutil.copy(run.directory / name, target / name)
-    again = pixelvae.start("smoke", 0, "cpu", "recorded", QUICK)
-    loaded = pixelvae_model.fit(again, images)
+    again = pixelvae_experiment.start("smoke", 0, "cpu", "recorded", QUICK)
+    loaded = pixelvae_training.fit(again, images)
     assert list(loaded) == ["none"] and loaded["none"].steps == 0
-    recorded = pixelvae.measure(again, images, loaded)
+    recorded = pixelvae_experiment.measure(again, images, loaded)
     assert all(
         np.array_equal(recorded[name], arrays[name], equal_nan=True)
         for name in arrays
         if arrays[name].dtype.kind == "f"
     )
-    states, own = (pixelvae_samples.continue_chain(run, images, models) for models in (loaded, trained))
+    states, own = (pixelvae_experiment.continue_chain(run, images, models) for models in (loaded, trained))
     assert (states[1] == own[1]).mean() > 0.8, "half precision moves few pixels"
-    assert set(pixelvae.conclude(again, recorded, loaded, images)) == set(CLAIMS)
+    assert set(pixelvae_experiment.conclude(again, recorded, loaded, images)) == set(CLAIMS)
 
 
 def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
@@ -467,9 +473,9 @@ def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"floor": 1.0}, "floor"),
-        ({"trunk_steps": -1}, "trunk_steps"),
-        ({"branch_steps": 0}, "branch_steps"),
+        ({"min_std": 1.0}, "min_std"),
+        ({"pretrain_steps": -1}, "pretrain_steps"),
+        ({"finetune_steps": 0}, "finetune_steps"),
         ({"chains": 10}, "chains"),
         ({"chain_steps": 30}, "chain_steps"),
         ({"betas": (0.9,)}, "betas"),
@@ -483,4 +489,4 @@ def test_settings_out_of_range_are_named(changes, message):
 
 def test_unknown_data_sets_are_refused():
     with pytest.raises(UserError, match="digits, cifar10"):
-        pixelvae.start("smoke", 0, "cpu", "train", {"dataset": "mnist"})
+        pixelvae_experiment.start("smoke", 0, "cpu", "train", {"dataset": "mnist"})

@@ -11,16 +11,22 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperlib.data import datasets
+from paperlib.data.device_images import Images
 from paperlib.nn import likelihoods, pixelcnn
 from paperlib.nn.pixelcnn_sampler import Sampler
-from paperlib.pixelvae import experiment as pixelvae
+from paperlib.pixelvae import experiment as pixelvae_experiment
+from paperlib.pixelvae import markov_chain as pixelvae_markov_chain
 from paperlib.pixelvae import model as pixelvae_model
-from paperlib.pixelvae.model import OBJECTIVES, VARIANTS, Images, PixelVAE, Variant
+from paperlib.pixelvae import training as pixelvae_training
+from paperlib.pixelvae.model import PixelVAE
+from paperlib.pixelvae.training import OBJECTIVES, VARIANTS, Variant
 from paperlib.runs import checkpoints, train
 from paperlib.runs.run import Run
 from paperlib.system.errors import UserError
 
-TINY = pixelvae.Settings(code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=3, filters=4, mixtures=2)
+TINY = pixelvae_experiment.Settings(
+    code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=3, filters=4, mixtures=2
+)
 
 
 def tiny_images(count=24, channels=1, levels=5, seed=0):
@@ -45,7 +51,7 @@ def tiny_vae(encoder="conv", channels=1, levels=5, seed=1, **changes):
 
 def noiseless(vae):
     """The same with std(x) at its floor, which is next to nothing."""
-    vae.floor = 1e-9
+    vae.min_std = 1e-9
     with torch.no_grad():
         vae.encoder[-1].bias[vae.code_dim :] = -100
     return vae
@@ -54,7 +60,7 @@ def noiseless(vae):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
-    return Run("t", "smoke", dataclasses.replace(TINY, batch_size=4, trunk_steps=3, branch_steps=2), 0, "cpu")
+    return Run("t", "smoke", dataclasses.replace(TINY, batch_size=4, pretrain_steps=3, finetune_steps=2), 0, "cpu")
 
 
 def test_elbo_and_kl_to_the_posterior_add_up_to_log_p():
@@ -95,7 +101,7 @@ def test_objectives():
 
 @pytest.mark.parametrize("encoder", ["conv", "linear"])
 def test_the_deviation_lies_between_its_floor_and_one(encoder):
-    vae = tiny_vae(encoder, floor=0.3)
+    vae = tiny_vae(encoder, min_std=0.3)
     for scale in (1.0, 1e4, -1e4):
         with torch.no_grad():
             vae.encoder[-1].bias[2:] = scale
@@ -125,7 +131,7 @@ def test_initial_weights_keep_deviations(encoder):
     """Means vary over images, and the map over codes, by about 1; with torch's own weights by a few hundredths."""
     dataset = datasets.load("digits")
     torch.manual_seed(0)
-    vae = PixelVAE(pixelvae.PRESETS["smoke"], 1, 8, 17, 10, encoder)
+    vae = PixelVAE(pixelvae_experiment.PRESETS["smoke"], 1, 8, 17, 10, encoder)
     mean, log_std = vae.q_z_given_x(datasets.to_float(dataset.train.images[:200], 17))
     assert 0.3 < mean.std(0).median() < 3 and 0.4 < log_std.exp().median() < 0.8
     assert 0.2 < vae.h(mean).std(0).mean() < 3
@@ -149,7 +155,7 @@ def test_evaluation_against_a_plain_loop():
         other = torch.cat([vae.p_x_given_z(x[i : i + 1], codes[(i + 1) % 24]) for i in range(24)])
     before, pixelvae_model.BATCH = pixelvae_model.BATCH, 7
     try:
-        measured = pixelvae_model.evaluate(vae.float(), images, images.held_out, images.held_out_labels)
+        measured = pixelvae_training.evaluate(vae.float(), images, images.held_out, images.held_out_labels)
     finally:
         pixelvae_model.BATCH = before
     torch.testing.assert_close(measured["shuffle_gap"], own - other, rtol=1e-3, atol=1e-3)
@@ -163,7 +169,7 @@ def test_the_shuffle_gap_is_zero_where_the_decoder_is_deaf():
         for name, parameter in vae.named_parameters():
             if "condition" in name:
                 parameter.zero_()
-    measured = pixelvae_model.evaluate(vae.float(), images, images.held_out, images.held_out_labels)
+    measured = pixelvae_training.evaluate(vae.float(), images, images.held_out, images.held_out_labels)
     assert (measured["shuffle_gap"] == 0).all() and measured["kl"].min() > 0
 
 
@@ -171,7 +177,7 @@ def test_models_without_a_learned_code_have_no_gap_and_no_kl():
     images = tiny_images()
     for encoder in ("label", "nothing"):
         vae = tiny_vae(encoder).float()
-        measured = pixelvae_model.evaluate(vae, images, images.held_out, images.held_out_labels)
+        measured = pixelvae_training.evaluate(vae, images, images.held_out, images.held_out_labels)
         assert set(measured) == {"bits_per_dim"}
 
 
@@ -193,7 +199,7 @@ def test_unseen_pixels_are_scored_but_not_read():
     torch.testing.assert_close(terms.log_p[1::2], expected[1::2])
 
 
-@pytest.mark.parametrize(("name", "variant"), [("trunk", Variant()), ("none", Variant())])
+@pytest.mark.parametrize(("name", "variant"), [("pretraining", Variant()), ("none", Variant())])
 def test_only_the_first_half_of_the_trunk_hides_pixels(run, monkeypatch, name, variant):
     images, hidden = tiny_images(), []
     true = PixelVAE.forward
@@ -204,10 +210,10 @@ def test_only_the_first_half_of_the_trunk_hides_pixels(run, monkeypatch, name, v
 
     monkeypatch.setattr(PixelVAE, "forward", forward)
     settings = dataclasses.replace(run.settings, input_dropout=1.0, batch_size=24)
-    pixelvae_model.fit_variant(dataclasses.replace(run, settings=settings), images, name, variant, 8)
-    rates = [1, 0.75, 0.5, 0.25, 0, 0, 0, 0] if name == "trunk" else [0] * 8
+    pixelvae_training.fit_variant(dataclasses.replace(run, settings=settings), images, name, variant, 8)
+    rates = [1, 0.75, 0.5, 0.25, 0, 0, 0, 0] if name == "pretraining" else [0] * 8
     assert hidden == pytest.approx(rates, abs=0.35) and hidden[4:] == [0] * 4
-    assert (hidden[0] == 1) == (name == "trunk")
+    assert (hidden[0] == 1) == (name == "pretraining")
 
 
 # Trainings
@@ -215,56 +221,59 @@ def test_only_the_first_half_of_the_trunk_hides_pixels(run, monkeypatch, name, v
 
 def test_branches_start_from_the_trunk_and_scratch_does_not(run):
     images = tiny_images()
-    trained = pixelvae_model.fit(run, images)
-    assert list(trained) == ["trunk", *VARIANTS]
+    trained = pixelvae_training.fit(run, images)
+    assert list(trained) == ["pretraining", *VARIANTS]
     alone = dataclasses.replace(run, seed=0, preset="alone")
     deviation = {
-        name: pixelvae_model.encode(trained[name].model, images, images.train)[1].exp()
+        name: pixelvae_markov_chain.encode(trained[name].model, images, images.train)[1].exp()
         for name in ("none", "linear", "none-scratch")
     }
     assert (
         deviation["none"].max() < 0.35 and deviation["linear"].max() < 0.35 < 0.5 < deviation["none-scratch"].median()
     )
     for name in ("none", "elbo", "mmd", "none-scratch", "elbo-scratch"):
-        without_trunk = pixelvae_model.fit_variant(alone, images, name, VARIANTS[name], 2).model.state_dict()
+        without_trunk = pixelvae_training.fit_variant(alone, images, name, VARIANTS[name], 2).model.state_dict()
         same = all(torch.equal(v, without_trunk[k]) for k, v in trained[name].model.state_dict().items())
         assert same == name.endswith("scratch")
-    parent = trained["trunk"].model.state_dict()
+    parent = trained["pretraining"].model.state_dict()
     again = dataclasses.replace(run, preset="again", settings=dataclasses.replace(run.settings, learning_rate=1e-9))
-    branch = pixelvae_model.fit_variant(again, images, "mmd", VARIANTS["mmd"], 2, parent).model.state_dict()
+    branch = pixelvae_training.fit_variant(again, images, "mmd", VARIANTS["mmd"], 2, parent).model.state_dict()
     for key, value in parent.items():
         torch.testing.assert_close(branch[key], value, rtol=0, atol=1e-5)
 
 
 def test_inherit_takes_what_fits():
     parent, child = tiny_vae(seed=1), tiny_vae("label", seed=2)
-    new = pixelvae_model.inherit(child, parent.state_dict())
+    new = pixelvae_training.load_matching_weights(child, parent.state_dict())
     own, theirs = child.state_dict(), parent.state_dict()
     assert new == ["expand.0.weight"], "only the layer that reads the code differs in shape"
     assert all(torch.equal(own[k], theirs[k]) for k in own if k not in new)
-    assert set(pixelvae_model.inherit(tiny_vae("linear", seed=3), theirs)) == {"encoder.1.weight", "encoder.1.bias"}
+    assert set(pixelvae_training.load_matching_weights(tiny_vae("linear", seed=3), theirs)) == {
+        "encoder.1.weight",
+        "encoder.1.bias",
+    }
 
 
 def test_without_a_trunk_nothing_is_trained_twice(run):
-    settings = dataclasses.replace(run.settings, trunk_steps=0, control_steps=1)
-    trained = pixelvae_model.fit(dataclasses.replace(run, settings=settings), tiny_images())
+    settings = dataclasses.replace(run.settings, pretrain_steps=0, ablation_steps=1)
+    trained = pixelvae_training.fit(dataclasses.replace(run, settings=settings), tiny_images())
     assert list(trained) == list(VARIANTS) and trained["none-scratch"] is trained["none"]
     assert not (run.directory / "elbo-scratch").exists()
 
 
 def test_a_trunk_starts_from_another_runs_weights(run, tmp_path):
     images = tiny_images()
-    first = pixelvae_model.fit_variant(run, images, "trunk", Variant(), 3)
-    held = train.load_weights(run.directory / "trunk")
+    first = pixelvae_training.fit_variant(run, images, "pretraining", Variant(), 3)
+    held = train.load_weights(run.directory / "pretraining")
     assert all(torch.equal(held[k], v) for k, v in first.model.state_dict().items())
-    where = str((run.directory / "trunk").relative_to(tmp_path))
-    settings = dataclasses.replace(run.settings, start_from=where, trunk_steps=1, learning_rate=1e-9)
+    where = str((run.directory / "pretraining").relative_to(tmp_path))
+    settings = dataclasses.replace(run.settings, start_from=where, pretrain_steps=1, learning_rate=1e-9)
     again = dataclasses.replace(run, settings=settings)
-    trained = pixelvae_model.fit(again, images)["trunk"]
+    trained = pixelvae_training.fit(again, images)["pretraining"]
     for key, value in trained.model.state_dict().items():
         torch.testing.assert_close(value, held[key], rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="no checkpoint"):
-        pixelvae_model.fit(
+        pixelvae_training.fit(
             dataclasses.replace(run, settings=dataclasses.replace(settings, start_from="elsewhere")), images
         )
 
@@ -298,7 +307,7 @@ def test_weights_to_start_from_are_those_that_training_returns(tmp_path, changes
 def test_the_chain_is_encode_draw_decode_again_and_again():
     images = tiny_images(3)
     vae = noiseless(tiny_vae()).float()
-    states = pixelvae_model.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(5))
+    states = pixelvae_markov_chain.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(5))
     assert states.shape == (4, 3, 8, 8, 1) and torch.equal(states[0], images.train)
     generator, sampler = torch.Generator().manual_seed(5), Sampler(vae.decoder, 3, 8, 8)
     for before, after in itertools.pairwise(states):
@@ -307,23 +316,23 @@ def test_the_chain_is_encode_draw_decode_again_and_again():
         with torch.no_grad():
             x = sampler.draw(vae.h(z), generator=generator)
         assert torch.equal(images.to_float(after), x)
-    again = pixelvae_model.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(5))
-    other = pixelvae_model.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(6))
+    again = pixelvae_markov_chain.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(5))
+    other = pixelvae_markov_chain.markov_chain(vae, images, images.train, 3, torch.Generator().manual_seed(6))
     assert torch.equal(states, again) and not torch.equal(states, other)
 
 
 def test_a_decoder_takes_any_number_of_codes():
     images, vae = tiny_images(), tiny_vae().float()
     z = torch.randn(7, 2)
-    drawn = pixelvae_model.Decoder(vae, images, 3)(z, torch.Generator().manual_seed(0))
+    drawn = pixelvae_markov_chain.Decoder(vae, images, 3)(z, torch.Generator().manual_seed(0))
     assert drawn.shape == (7, 8, 8, 1) and drawn.dtype == torch.uint8 and int(drawn.max()) <= 4
-    few = pixelvae_model.Decoder(vae, images, 3)(z[:3], torch.Generator().manual_seed(0))
+    few = pixelvae_markov_chain.Decoder(vae, images, 3)(z[:3], torch.Generator().manual_seed(0))
     assert torch.equal(drawn[:3], few)
 
 
 def test_noise_images_use_every_level_alike():
     images = tiny_images(levels=5)
-    noise = pixelvae_model.noise_images(images, 200, torch.Generator().manual_seed(0))
+    noise = pixelvae_markov_chain.noise_images(images, 200, torch.Generator().manual_seed(0))
     counts = np.bincount(noise.flatten().numpy(), minlength=5)
     assert len(counts) == 5 and (abs(counts / counts.sum() - 0.2) < 0.02).all()
 
@@ -334,7 +343,7 @@ def test_noise_images_use_every_level_alike():
 def flops_per_image(preset):
     """Of one training step, forward and backward, on CIFAR-10's images, and parameters."""
     torch.manual_seed(0)
-    vae = PixelVAE(pixelvae.PRESETS[preset], 3, 32, 256, 10, "conv")
+    vae = PixelVAE(pixelvae_experiment.PRESETS[preset], 3, 32, 256, 10, "conv")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     with FlopCounterMode(display=False) as counter:
         vae(x, torch.zeros(2, dtype=torch.long)).log_p.mean().backward()
@@ -348,21 +357,21 @@ def test_cost_of_the_presets():
     assert 0.9e9 < cpu < 1.4e9
     assert 18e9 < gpu < 22e9
     assert parameters < 9e6
-    settings = pixelvae.PRESETS["gpu"]
+    settings = pixelvae_experiment.PRESETS["gpu"]
 
     def minutes(steps):
         return steps * settings.batch_size * gpu / (0.2 * 790e12) / 60
 
-    assert 6 < minutes(settings.trunk_steps + settings.branch_steps) < 11
-    assert minutes(settings.trunk_steps + 6 * settings.branch_steps + 2 * settings.control_steps) < 22
+    assert 6 < minutes(settings.pretrain_steps + settings.finetune_steps) < 11
+    assert minutes(settings.pretrain_steps + 6 * settings.finetune_steps + 2 * settings.ablation_steps) < 22
 
 
 @pytest.mark.slow
 def test_the_gpu_preset_takes_a_few_steps(tmp_path, monkeypatch):
     """The networks, precision and objectives of `gpu`, at digits' size, uncompiled."""
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
-    few = {"dataset": "digits", "trunk_steps": 2, "branch_steps": 2, "control_steps": 1, "batch_size": 4}
-    run = pixelvae.start("gpu", 0, "cpu", "train", {**few, "compile": False, "evaluation_images": 8})
-    trained = pixelvae_model.fit(run, pixelvae_model.load_images(run))
+    few = {"dataset": "digits", "pretrain_steps": 2, "finetune_steps": 2, "ablation_steps": 1, "batch_size": 4}
+    run = pixelvae_experiment.start("gpu", 0, "cpu", "train", {**few, "compile": False, "evaluation_images": 8})
+    trained = pixelvae_training.fit(run, pixelvae_experiment.load_images(run))
     assert all(math.isfinite(one.history[-1]["loss"]) for one in trained.values())
-    assert trained["trunk"].steps == 2 and len(trained) == 9
+    assert trained["pretraining"].steps == 2 and len(trained) == 9

@@ -14,15 +14,15 @@ from paperlib.data import datasets
 from paperlib.data.device_images import Images
 from paperlib.runs import train
 from paperlib.runs.run import Run
-from paperlib.sequential import experiment as sequential
-from paperlib.sequential import model as sequential_chain
-from paperlib.sequential import training as sequential_model
-from paperlib.sequential.model import chain, no_latent_links, draw, objective, pixel_codes, random_steps, swap
+from paperlib.sequential import experiment as sequential_experiment
+from paperlib.sequential import model as sequential_model
+from paperlib.sequential import training as sequential_training
+from paperlib.sequential.model import chain, draw, no_latent_links, objective, pixel_codes, random_steps, swap
 from paperlib.sequential.networks import Size, StepNetwork
 from paperlib.sequential.training import build
 
-TINY = sequential.Settings(
-    steps=3,
+TINY = sequential_experiment.Settings(
+    chain_steps=3,
     side=4,
     ladder=(2, 3),
     widths=(16, 16),
@@ -99,7 +99,7 @@ def test_bound_and_kl_to_the_posterior_add_up_to_log_p():
     """Two steps, one code dimension each, on a grid: log p(x) = bound (8) + KL(q(z_1, z_2 | x) || p(z_1, z_2 | x))."""
     one_scale = {"ladder": (1,), "widths": (16,), "maps": (), "one_step_ladder": (1,), "one_step_widths": (16,)}
     one_scale |= {"one_step_maps": (), "side": 16}
-    vae = tiny(steps=2, shape=(1, 2, 2), picture_widths=(16,), **one_scale)
+    vae = tiny(chain_steps=2, shape=(1, 2, 2), picture_widths=(16,), **one_scale)
     x, grid = targets(1, shape=(1, 2, 2)), torch.linspace(-7, 7, 141, dtype=torch.float64)[:, None]
     prior, step = Normal(0.0, 1.0), (grid[1] - grid[0]).item()
     with torch.no_grad():
@@ -341,9 +341,9 @@ def test_infusion_draws_its_transitions():
 
 def test_evaluation_against_a_plain_loop(monkeypatch):
     vae, images = tiny().float(), tiny_images(7)
-    monkeypatch.setattr(sequential_chain, "BATCH", 3)
+    monkeypatch.setattr(sequential_model, "BATCH", 3)
     torch.manual_seed(0)
-    found = sequential_model.evaluate(vae, images, images.held_out)
+    found = sequential_training.evaluate(vae, images, images.held_out)
     torch.manual_seed(0)
     rows = {"error": [], "log_p": [], "kl": []}
     for part in images.held_out.split([3, 2, 2]):
@@ -363,13 +363,15 @@ def test_evaluation_against_a_plain_loop(monkeypatch):
 def test_steering_finds_the_weight_that_gives_the_rate():
     vae = tiny("one_step").float()
     for _ in range(400):
-        sequential_model.update_kl_weight(vae, 30 / vae.log_weight.exp(), 10.0, 0.05)  # a rate that falls as the weight rises
+        sequential_training.update_kl_weight(
+            vae, 30 / vae.log_weight.exp(), 10.0, 0.05
+        )  # a rate that falls as the weight rises
     assert vae.log_weight.exp().item() == pytest.approx(3, rel=1e-3)
     before = vae.log_weight.item()
-    sequential_model.update_kl_weight(vae, torch.tensor(1e9), 10.0, 0.05)
+    sequential_training.update_kl_weight(vae, torch.tensor(1e9), 10.0, 0.05)
     assert vae.log_weight.item() == pytest.approx(before + 0.05)
     for _ in range(1000):
-        sequential_model.update_kl_weight(vae, torch.tensor(0.0), 10.0, 1.0)
+        sequential_training.update_kl_weight(vae, torch.tensor(0.0), 10.0, 1.0)
     assert vae.log_weight.exp().item() == pytest.approx(1e-3)
 
 
@@ -377,16 +379,19 @@ def test_what_is_watched_while_a_rate_is_steered_is_no_error_at_another_rate():
     images = tiny_images()
     measured = {"error": torch.ones(2, 1), "log_p": torch.full((2, 1), -48.0), "kl": torch.full((2, 1), 10.0)}
     for rate, dearer in ((10.0, 0.0), (9.6, 0.0), (5.0, 10 * (10 - 5.25)), (20.0, 10 * (19 - 10))):
-        found = sequential_model.watched(measured, images, rate)["distortion_at_the_rate"]
+        found = sequential_training.watched(measured, images, rate)["distortion_at_the_rate"]
         assert found == pytest.approx(1 + dearer / 48)
-    assert next(iter(sequential_model.watched(measured, images).items())) == ("negative_bound", pytest.approx(58 / 48))
+    assert next(iter(sequential_training.watched(measured, images).items())) == (
+        "negative_bound",
+        pytest.approx(58 / 48),
+    )
 
 
 def test_the_kl_rises_to_its_weight():
     settings = dataclasses.replace(TINY, kl_annealing=0.1)
-    assert sequential_model.kl_annealing_factor(settings, 0.0) == 0
-    assert sequential_model.kl_annealing_factor(settings, 0.1) == pytest.approx(1 - math.exp(-1))
-    assert sequential_model.kl_annealing_factor(dataclasses.replace(TINY, kl_annealing=0.0), 0.0) == 1
+    assert sequential_training.kl_annealing_factor(settings, 0.0) == 0
+    assert sequential_training.kl_annealing_factor(settings, 0.1) == pytest.approx(1 - math.exp(-1))
+    assert sequential_training.kl_annealing_factor(dataclasses.replace(TINY, kl_annealing=0.0), 0.0) == 1
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
@@ -406,13 +411,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
 
     monkeypatch.setattr(train, "fit", often)
     for name, rates in (("sequential", None), ("one_step", (3.0, 3.0))):
-        whole = sequential_model.fit_model(dataclasses.replace(run, preset="whole"), images, name, 4, rates=rates)
+        whole = sequential_training.fit_model(dataclasses.replace(run, preset="whole"), images, name, 4, rates=rates)
         calls.clear()
         monkeypatch.setattr(sequential_model, "objective", failing)
         with pytest.raises(RuntimeError, match="stopped"):
-            sequential_model.fit_model(run, images, name, 4, rates=rates)
+            sequential_training.fit_model(run, images, name, 4, rates=rates)
         monkeypatch.setattr(sequential_model, "objective", true_objective)
-        resumed = sequential_model.fit_model(run, images, name, 4, rates=rates)
+        resumed = sequential_training.fit_model(run, images, name, 4, rates=rates)
         assert len(resumed.resumed) == 1 and resumed.steps == 4
         for key, value in whole.model.state_dict().items():
             assert torch.equal(value, resumed.model.state_dict()[key]), key
@@ -421,17 +426,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
 
 def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(run, monkeypatch):
     images, seen = tiny_images(), []
-    true = sequential_model.fit_model
+    true = sequential_training.fit_model
 
     def noted(run, images, name, updates, **options):
         seen.append((name, options))
         return true(run, images, name, updates, **options)
 
-    monkeypatch.setattr(sequential_model, "fit_model", noted)
-    trained = sequential_model.fit(run, images)
+    monkeypatch.setattr(sequential_training, "fit_model", noted)
+    trained = sequential_training.fit(run, images)
     assert list(trained) == ["sequential", "one_step", "infusion", "no_latent"] == [name for name, _ in seen]
     chain_trained = trained["sequential"].model
-    assert seen[1][1]["rates"] == sequential_model.rates(run, images, chain_trained)
+    assert seen[1][1]["rates"] == sequential_training.rates(run, images, chain_trained)
     assert min(seen[1][1]["rates"]) > 0
     assert seen[3][1]["parent"] is chain_trained
 
@@ -439,14 +444,14 @@ def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(run, mon
 def test_smaller_images_are_means_over_squares():
     pictures = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3), dtype=np.uint8)
     split = datasets.Split(pictures)
-    dataset = sequential_model.smaller(datasets.Dataset("d", split, split, 256, "noise"), 4)
+    dataset = sequential_training.smaller(datasets.Dataset("d", split, split, 256, "noise"), 4)
     assert dataset.train.images.shape == (5, 4, 4, 3) and "2 x 2" in dataset.source
     for n, i, j, c in itertools.product(range(5), range(4), range(4), range(3)):
         mean = pictures[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c].astype(float).mean()
         assert abs(dataset.held_out.images[n, i, j, c] - mean) <= 0.5
-    assert sequential_model.smaller(dataset, 4) is dataset
+    assert sequential_training.smaller(dataset, 4) is dataset
     with pytest.raises(ValueError, match="no squares"):
-        sequential_model.smaller(dataset, 3)
+        sequential_training.smaller(dataset, 3)
 
 
 def test_images_on_disk_are_read_in_the_order_asked_for(tmp_path):
@@ -497,7 +502,7 @@ def arithmetic(settings, name):
 
 @pytest.mark.parametrize(("preset", "most"), [("cpu", math.inf), ("gpu", 9e6), ("paper", math.inf)])
 def test_single_is_matched_in_arithmetic(preset, most):
-    settings = sequential.PRESETS[preset]
+    settings = sequential_experiment.PRESETS[preset]
     (flops, parameters), (single, of_one_step) = (arithmetic(settings, name) for name in ("sequential", "one_step"))
     updates = settings.train_steps / settings.one_step_train_steps if preset != "gpu" else flops and single / flops
     assert abs(single / flops / updates - 1) < 0.1, "over a whole training"
@@ -510,7 +515,7 @@ def test_cost_of_the_presets():
     gpu: DESIGN's 13, 4 and 3 minutes, at 12 % of an H200's 790 TFLOP/s. paper: the authors' 190 million and 30 GFLOP.
     """
     for preset, speed in (("cpu", 60e9), ("gpu", 0.12 * 790e12)):
-        settings, minutes = sequential.PRESETS[preset], {}
+        settings, minutes = sequential_experiment.PRESETS[preset], {}
         plan = {
             "sequential": settings.train_steps,
             "one_step": settings.one_step_train_steps,
@@ -527,7 +532,7 @@ def test_cost_of_the_presets():
             assert sum(minutes.values()) < 110, minutes
         else:
             assert 10 < minutes["sequential"] < 13 and minutes["one_step"] < 4 and minutes["infusion"] < 3
-    flops, parameters = arithmetic(sequential.PRESETS["paper"], "sequential")
+    flops, parameters = arithmetic(sequential_experiment.PRESETS["paper"], "sequential")
     assert parameters == pytest.approx(190e6, rel=0.15) and flops == pytest.approx(30e9, rel=0.15)
 
 
@@ -537,6 +542,6 @@ def test_the_gpu_preset_takes_a_few_steps(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     few = {"dataset": "photos", "side": 16, "batch_size": 4, "compile": False, "evaluation_images": 8}
     few |= {name: 2 for name in ("train_steps", "one_step_train_steps", "infusion_train_steps", "ablation_train_steps")}
-    run = sequential.start("gpu", 0, "cpu", "train", {**few, "measured_images": 8})
-    trained = sequential_model.fit(run, sequential_model.load_images(run))
+    run = sequential_experiment.start("gpu", 0, "cpu", "train", {**few, "measured_images": 8})
+    trained = sequential_training.fit(run, sequential_training.load_images(run.settings, run.device))
     assert all(math.isfinite(one.history[-1]["loss"]) for one in trained.values())

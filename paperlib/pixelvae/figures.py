@@ -1,11 +1,12 @@
-"""The figures of notebook 04, drawn from the arrays of a run alone (`pixelvae_samples` says what they are)."""
+"""The figures of notebook 04, drawn from the arrays of a run alone (`measurements` says what they are)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS, VARIANTS
+from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS
+from paperlib.pixelvae.training import VARIANTS
 from paperlib.runs import plotting
 from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
 
@@ -25,9 +26,9 @@ def training(arrays: Arrays) -> Any:
     """P1, P2: bits per dimension while training, and what the decoder loses when z is that of another image."""
     figure, (left, right) = plotting.new(2, height=3.6, width_ratios=[3, 2])
     inset = left.inset_axes([0.5, 0.33, 0.48, 0.35])
-    inset.set_title("the branches' second half", fontsize=7)
-    offset = arrays["trunk_history"][-1, 0] if "trunk_history" in arrays else 0
-    styles = {"trunk": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
+    inset.set_title("second half of fine-tuning", fontsize=7)
+    offset = arrays["pretraining_history"][-1, 0] if "pretraining_history" in arrays else 0
+    styles = {"pretraining": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
     styles |= {
         "none-scratch": (BLUE, ":"),
         "elbo-scratch": (RED, ":"),
@@ -39,9 +40,9 @@ def training(arrays: Arrays) -> Any:
         if f"{name}_history" not in arrays:
             continue
         steps, _, held_out = arrays[f"{name}_history"].T
-        begins = 0 if name == "trunk" or VARIANTS[name].scratch else offset
+        begins = 0 if name == "pretraining" or VARIANTS[name].scratch else offset
         left.plot(begins + steps, held_out, line, color=colour, label=name, linewidth=1.2)
-        if name != "trunk" and not VARIANTS[name].scratch:
+        if name != "pretraining" and not VARIANTS[name].scratch:
             second = len(steps) // 2  # the half in which they have settled
             inset.plot(begins + steps[second:], held_out[second:], line, color=colour, linewidth=1.2)
     final = [rows[-1, 2] for name, rows in arrays.items() if name.endswith("_history")]
@@ -58,7 +59,7 @@ def training(arrays: Arrays) -> Any:
     right.set_xticks(places, CODED, rotation=30, ha="right")
     for limit in (0.1, 0.5, 5):  # of P1 and P2
         right.axhline(limit, color="black", linewidth=0.6, linestyle=":")
-    right.set(ylabel="nats an image")
+    right.set(ylabel="nats per image")
     right.axhline(0, color="black", linewidth=0.6)
     right.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure

@@ -1,8 +1,8 @@
 """Two generations of a checkpoint in a folder, read without ever running code from them.
 
-`last.pt` is the newest and `previous.pt` the one before it. Each is written whole before it takes
-its place, so a kill at any moment leaves at least one of them whole. They hold tensors, numbers,
-strings, lists and dicts, and load with `weights_only=True`.
+`last.pt` is the newest and `previous.pt` the one before it. Each is written whole before it takes its place, so a kill
+at any moment leaves at least one of them whole. They hold tensors, numbers, strings, lists and dicts, and load with
+`weights_only=True`.
 """
 
 import os
@@ -36,8 +36,8 @@ def write(directory: Path, content: dict[str, Any]) -> None:
 def read(directory: Path) -> dict[str, Any] | None:
     """The newest whole checkpoint in `directory`, on the CPU; None where there is none.
 
-    A damaged last one gives way to the previous, with a line on stderr. Raises `UserError` when
-    none of those present is whole, and for a file that holds more than tensors and plain values.
+    A damaged last one gives way to the previous, with a line on stderr. Raises `UserError` when none that is
+    there is whole, and for a file that holds more than tensors and plain values.
     """
     damaged = []
     for path in (directory / "last.pt", directory / "previous.pt"):
@@ -95,7 +95,7 @@ def _load(path: Path) -> dict[str, Any] | None:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and plain values, so it was not loaded: if it is not "
-            f"yours, delete it; else run with --fresh to start over"
+            f"yours, delete it; otherwise run with --fresh to start over"
         ) from error
     except PermissionError as error:
         raise UserError(f"cannot read {path}: allow reading it and run again") from error

@@ -25,9 +25,9 @@ CLAIMS = {
     ),
     "S2": Claim(
         "Samples sharpen along the chain, beyond a VAE of one step.",
-        "distance of log power spectra to held-out photographs: last step below the first and below the one-step baseline's, "
-        "intervals apart, and below what both reach with the white noise that suits them best; rank correlation with "
-        "the step -0.8 or less; the baseline's rate within 10 % of the chain's",
+        "distance of log power spectra to held-out photographs: last step below the first and below the one-step "
+        "baseline's, intervals apart, and below what both reach with the white noise that suits them best; rank "
+        "correlation with the step -0.8 or less; the baseline's rate within 10 % of the chain's",
         lambda first, last, one_step, noisy_first, noisy_one_step, trend, rate, rate_of_one_step, **_: (
             last.high < min(first.low, one_step.low, noisy_first.value, noisy_one_step.value)
             and trend.value <= -0.8
@@ -44,8 +44,8 @@ CLAIMS = {
     ),
     "S4": Claim(
         "The chain's samples are nearer to photographs than those of a one-step VAE.",
-        "kernel distance of sequential over one-step at most 0.8, interval below 1, on features of a random network, and "
-        "not shown to be above 1 on thumbnails; the baseline's rate within 10 % of the chain's",
+        "kernel distance of sequential over one-step at most 0.8, interval below 1, on features of a random network, "
+        "and not shown to be above 1 on thumbnails; the baseline's rate within 10 % of the chain's",
         lambda ratio_random, ratio_thumbnails, rate, rate_of_one_step, **_: (
             ratio_random.value <= 0.8
             and ratio_random.high < 1

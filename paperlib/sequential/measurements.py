@@ -120,8 +120,8 @@ def spectra(settings: Any, seed: int, images: Images, drawn: Mapping[str, Drawn]
     return found
 
 
-def _rows(seed: int, count: int, most: int, stream: int) -> Tensor:
-    return torch.randperm(count, generator=stream(seed, stream))[:most]
+def _rows(seed: int, count: int, most: int, number: int) -> Tensor:
+    return torch.randperm(count, generator=stream(seed, number))[:most]
 
 
 def _power(pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,8 @@ def compared(
 ) -> dict[str, np.ndarray]:
     """Claim S4. `kernel_<kind>` (SETS, 3): squared kernel distance to held-out photographs, on features of a random
     network and on thumbnails; `ratio_<kind>` (3,), that of `sequential` over that of `one_step`; `shown_<set>`
-    (24, S, S, C). All held-out photographs are the reference; for reconstructions one half, and the other half is reconstructed.
+    (24, S, S, C). All held-out photographs are the reference; for reconstructions one half, and the other half is
+    reconstructed.
     """
     mixed = _rows(seed, len(images.held_out), len(images.held_out), 12).to(images.held_out.device)
     reference, sources = (images.held_out[half] for half in mixed.chunk(2))
@@ -169,9 +170,9 @@ def compared(
 def nearest(settings: Any, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
     """How near samples come to training photographs: `nearest_<view>_<set>` (n,), the root mean squared difference, in
     units of the range -1 .. 1, to the nearest; `<view>` is pixels or thumbnails of 8 x 8 means, `<set>` sequential,
-    one_step, infusion or held_out, which nobody has copied. `neighbours_<view>` (10, S, S, C): those of the first samples
-    of `sequential`, `near` (10, S, S, C). Of a large training set some 10,000 images, evenly spaced, are searched, and
-    their mirror images, as both were seen in training.
+    one_step, infusion or held_out, which nobody has copied. `neighbours_<view>` (10, S, S, C): those of the first
+    samples of `sequential`, `near` (10, S, S, C). Of a large training set some 10,000 images, evenly spaced, are
+    searched, and their mirror images, as both were seen in training.
     """
     among = images.batch(_spread(len(images.train), 10_000))
     among = torch.cat([among, among.flip(2)])

@@ -17,12 +17,12 @@ so x(t) is a mean, and pictures show means. With a `reconstruction_scale` w in p
 Each step has an objective of its own, in nats per image (`per_step_loss`), in which x(t-1) is given: no
 gradient goes back from a step to those before,
 
-    (2)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / kl_annealing))
+    (2)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / a))
 
-at the fraction f of training. The sum over t may then be estimated from a few steps a batch: the first, which has a
-network of its own and is taken anyway, and k of the T - 1 others, chosen alike and weighted by (T - 1) / k, which is
-unbiased; steps after the last of them need not be taken. Without
-`per_step_loss` only the last step's log p counts, with all KLs, and gradients go through the whole chain. Either way
+at the fraction f of training, with a the setting `kl_annealing`. The sum over t may then be estimated from a few steps
+a batch: the first, which has a network of its own and is taken anyway, and k of the T - 1 others, chosen alike and
+weighted by (T - 1) / k, which is unbiased; steps after the last of them need not be taken. Without `per_step_loss` only
+the last step's log p counts, with all KLs, and gradients go through the whole chain. Either way
 
     (8)  log p(x) >= E log N(x; x(T), sigma_T^2 I) - sum_t E KL(q(z_t | x, x(t-1)) || p(z)).
 
@@ -32,10 +32,11 @@ log(255 / 2) nats per dimension to -log p makes bits per dimension that compare 
 Samples differ from reconstructions, so in training the networks see x(t-1) with noise, of stds up to
 `input_noise`. What the gate blends is x(t-1) without it: a later step may then keep what it is given.
 
-`one_step` is (1) with T = 1 and as much arithmetic, and a KL controller raises or lowers the weight of
-its KL until its rate, E KL, is that of the chain. `no_latent`, the no-latent ablation, is the control for what further
-steps do by themselves: the steps 2 .. T trained again without codes, on the images x(t-1) of the trained chain. `infusion` (Bordes et al. 2017, arXiv 1703.06975) is the chain whose code is not
-learned, but a random subset of the target's pixels, ever larger:
+`one_step` is (1) with T = 1 and as much arithmetic, and a KL controller raises or lowers the weight of its KL until its
+rate, E KL, is that of the chain. `no_latent`, the no-latent ablation, is the control for what further steps do by
+themselves: the steps 2 .. T trained again without codes, on the images x(t-1) of the trained chain. `infusion` (Bordes
+et al. 2017, arXiv 1703.06975) is the chain whose code is not learned, but a random subset of the target's pixels, ever
+larger:
 
     (9)  z_t = (mask_t, mask_t x),   each pixel of mask_t is 1 with probability alpha_t = min(1, a + (t - 1) b)
     (4)  p_t(x(t) | x') = N(G_t(x'), sigma_t^2 I),   x' = mask_t x + (1 - mask_t) x(t-1),   x(0) uniform in [-1, 1]

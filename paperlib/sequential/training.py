@@ -228,9 +228,9 @@ def rates(run: Run, images: Images, vae: SequentialVAE) -> tuple[float, float]:
 def watched(measured: dict[str, Tensor], images: Images, rate: float | None = None) -> dict[str, float]:
     """What a training watches on held-out images, the first of which decides where it stops.
 
-    Minus the bound (8) in nats per dimension; for chains without codes minus the mean log p. Where the rate has a target,
-    minus log p and ten nats for each nat of rate that is further than 5 % from its target: what has not yet come down
-    to the rate would have the least error.
+    Minus the bound (8) in nats per dimension; for chains without codes minus the mean log p. Where the rate has a
+    target, minus log p and ten nats for each nat of rate that is further than 5 % from its target: what has not yet
+    come down to the rate would have the least error.
     """
     dims = math.prod(images.shape)
     kl = measured["kl"].sum(1).mean().item()

@@ -21,10 +21,10 @@ from paperlib.system.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+    """The device called "auto" (CUDA where there is one, otherwise the CPU), "cpu", "cuda" or "cuda:N".
 
-    Under torchrun "cuda" is the one of this process. Raises `UserError` for another name, and for
-    CUDA on a machine without it.
+    Under torchrun "cuda" is the one of this process. Raises `UserError` for another name, and for CUDA on a machine
+    without it.
     """
     kind, colon, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
@@ -87,8 +87,8 @@ def oom_as_user_error(advice: str) -> Iterator[None]:
 def interrupt_deferred() -> Iterator[list[int]]:
     """Within, a first Ctrl-C is noted in the list yielded, and only a second one raises.
 
-    So the caller can end at a point where its state is whole. Outside the main thread, and where
-    Ctrl-C is ignored, nothing changes.
+    So the caller can end at a point where its state is whole. Outside the main thread, and where Ctrl-C is ignored,
+    nothing changes.
     """
     asked: list[int] = []
 
@@ -121,7 +121,7 @@ def progress_bar(name: str, step: int, steps: int, hidden: bool = False) -> Iter
     """
     target = os.environ.get("PAPERLIB_PROGRESS")
     pause, drawn = (1.0 if target else 5.0), -math.inf
-    disable = {"disable": True} if target or hidden else {}  # else for TQDM_DISABLE to say
+    disable = {"disable": True} if target or hidden else {}  # otherwise TQDM_DISABLE decides
 
     def show(step: int, elapsed: float, numbers: Callable[[], dict[str, float]], force: bool = False) -> None:
         nonlocal drawn

@@ -1,0 +1,284 @@
+"""What notebook 04 claims: statements, criteria, and the numbers that decide them, from the arrays alone."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS
+from paperlib.pixelvae.training import VARIANTS
+from paperlib.runs.claims import Claim
+from paperlib.runs.estimate import Estimate
+from paperlib.stats.intervals import accuracy_gain, mean_interval, ratio
+
+Arrays = Mapping[str, np.ndarray]
+MODELS = tuple(VARIANTS)  # in the order of rows of the arrays
+
+CLAIMS = {
+    "P1": Claim(
+        "With an autoregressive decoder the ELBO leaves z unused.",
+        "KL below 0.5 nat and shuffle gap below 0.1 nat per image, from scratch and after pretraining",
+        lambda kl, shuffle_gap, kl_scratch, shuffle_gap_scratch, **_: (
+            max(kl.value, kl_scratch.value) < 0.5 and max(shuffle_gap.value, shuffle_gap_scratch.value) < 0.1
+        ),
+        shows=("kl", "shuffle_gap"),
+    ),
+    "P2": Claim(
+        "Without the KL z is used, once the decoder has been made to listen.",
+        "shuffle gap above 5 nats per image, interval above 0",
+        lambda shuffle_gap, **_: shuffle_gap.value > 5 and shuffle_gap.low > 0,
+        shows=("shuffle_gap",),
+    ),
+    "P3": Claim(
+        "Then decoding the prior fails, and the Markov chain works.",
+        "kernel distance to photographs: of N(0, I) above the chain's, intervals apart; of the chain at most 1.2 times "
+        "that of z ~ q(z) of held-out images; between chains from noise and from data not shown (by its interval) to "
+        "exceed a tenth of the chain's",
+        lambda prior, chain, q_z, noise_to_data, **_: (
+            prior.low > chain.high and chain.value <= 1.2 * q_z.value and noise_to_data.low <= 0.1 * chain.value
+        ),
+        shows=("prior", "chain", "q_z"),
+    ),
+    "P4": Claim(
+        "The chain moves gradually; under the ELBO it jumps.",
+        "autocorrelation of pixels: without the KL neighbouring states above 0.05, interval included, and above 0.5 "
+        "of what two decodes of one z have; after 60 steps less than half of it; under the ELBO neighbours below 0.05 "
+        "on the same scale",
+        lambda neighbours, similarity, after_60_steps, similarity_elbo, **_: (
+            neighbours.low > 0.05
+            and similarity.value > 0.5
+            and after_60_steps.value < 0.5 * neighbours.value
+            and similarity_elbo.value < 0.05
+        ),
+        shows=("neighbours", "similarity", "similarity_elbo"),
+    ),
+    "P5": Claim(
+        "The features are useful.",
+        "linear probe on sampled z of `none`: 3 points above the means of a random encoder and above as many principal "
+        "components, intervals above 0",
+        lambda above_random, above_components, **_: (
+            min(above_random.value, above_components.value) >= 0.03 and min(above_random.low, above_components.low) > 0
+        ),
+        shows=("above_random", "above_components"),
+    ),
+    "P6": Claim(
+        "A sample-based regulariser (MMD) has both: z is used, and the prior can be decoded.",
+        "shuffle gap at least half of `none`'s; kernel distance of prior samples at most 1.2 times that of z ~ q(z); "
+        "energy distance of q(z) to p(z) at most a tenth of `none`'s",
+        lambda shuffle_gap, shuffle_gap_none, prior, q_z, energy, energy_none, **_: (
+            shuffle_gap.value >= 0.5 * shuffle_gap_none.value
+            and prior.value <= 1.2 * q_z.value
+            and energy.value <= 0.1 * energy_none.value
+        ),
+        shows=("shuffle_gap", "shuffle_gap_none"),
+    ),
+    "P7": Claim(
+        "The incremental sampler is exact.",
+        "float64: the same images as one full pass per pixel; float32: parameters within 1e-5 of the network's, "
+        "relative above 1",
+        lambda pixels_that_differ, worst_parameter: pixels_that_differ.value == 0 and worst_parameter.value <= 1e-5,
+        exact=True,
+        shows=("pixels_that_differ",),
+    ),
+    "D1": Claim(
+        "The generator complex, the inference simple: with a linear encoder z is used and useful as well.",
+        "shuffle gap at least half of the convolutional encoder's; linear probe at most 3 points below",
+        lambda shuffle_gap, shuffle_gap_conv, probe_gain, **_: (
+            shuffle_gap.value >= 0.5 * shuffle_gap_conv.value and probe_gain.value >= -0.03
+        ),
+        shows=("shuffle_gap", "shuffle_gap_conv"),
+    ),
+    "G1": Claim(
+        "The glasses: for a given feature, here the class, the needed p(x|z) is complex.",
+        "the best factored Gaussian of each class loses more than 1,000 nats per image to a PixelCNN++ for q(x|class), "
+        "interval above that, and more than ten times what knowing the class gains",
+        lambda nats_lost, gain_by_class, **_: nats_lost.low > 1000 and nats_lost.value > 10 * abs(gain_by_class.value),
+        shows=("nats_lost",),
+    ),
+}
+
+
+def quantities(arrays: Arrays) -> dict[str, dict[str, Estimate]]:
+    """What each claim is judged by."""
+    decide = {
+        "P1": _collapse,
+        "P2": _use,
+        "P3": _draws,
+        "P4": _memory,
+        "P5": _features,
+        "P6": _mmd,
+        "P7": _exactness,
+        "D1": _linear_encoder,
+        "G1": _glasses,
+    }
+    return {claim: numbers(arrays) for claim, numbers in decide.items()}
+
+
+def _mean(arrays: Arrays, term: str, model: str) -> Estimate:
+    """A term of a model, in nats per image, over held-out images."""
+    return mean_interval(arrays[term][MODELS.index(model)].astype(np.float64), "nats")
+
+
+def _bits(arrays: Arrays, model: str) -> np.ndarray:
+    return arrays["bits_per_dim"][MODELS.index(model)].astype(np.float64)
+
+
+def _nats_per_bit(arrays: Arrays) -> float:
+    """Nats per image of one bit per dimension."""
+    return math.log(2) * arrays["chain_none"][0].size
+
+
+def _kernel(arrays: Arrays, name: str) -> Estimate:
+    return Estimate.from_row(arrays["kernel_classifier"][SETS.index(name)])
+
+
+def _energy(arrays: Arrays, model: str) -> Estimate:
+    return Estimate.from_row(arrays["energy"][CODED.index(model)])
+
+
+def _similarity(arrays: Arrays, model: str, lag: int) -> Estimate:
+    return Estimate.from_row(arrays[f"similarity_{model}_pixels"][LAGS.index(lag)])
+
+
+def _right(arrays: Arrays, name: str) -> np.ndarray:
+    return arrays["probe_right"][PROBES.index(name)]
+
+
+def _collapse(arrays: Arrays) -> dict[str, Estimate]:
+    bound = _bits(arrays, "elbo") + arrays["kl"][MODELS.index("elbo")] / _nats_per_bit(arrays)
+    return {
+        "kl": _mean(arrays, "kl", "elbo"),
+        "shuffle_gap": _mean(arrays, "shuffle_gap", "elbo"),
+        "kl_scratch": _mean(arrays, "kl", "elbo-scratch"),
+        "shuffle_gap_scratch": _mean(arrays, "shuffle_gap", "elbo-scratch"),
+        "negative_elbo": mean_interval(bound, "bits/dim"),
+        "unconditional": mean_interval(_bits(arrays, "unconditional"), "bits/dim"),
+    }
+
+
+def _use(arrays: Arrays) -> dict[str, Estimate]:
+    return {
+        "shuffle_gap": _mean(arrays, "shuffle_gap", "none"),
+        "shuffle_gap_scratch": _mean(arrays, "shuffle_gap", "none-scratch"),
+        "kl": _mean(arrays, "kl", "none"),
+    }
+
+
+def _draws(arrays: Arrays) -> dict[str, Estimate]:
+    return {
+        "prior": _kernel(arrays, "none: prior"),
+        "chain": _kernel(arrays, "none: chain"),
+        "q_z": _kernel(arrays, "none: q(z)"),
+        "noise_to_data": Estimate.from_row(arrays["noise_to_data_classifier"]),
+        "fitted_gaussian": _kernel(arrays, "none: Gaussian"),
+        "fitted_mixture": _kernel(arrays, "none: mixture"),
+        "held_out_photographs": _kernel(arrays, "held-out photographs"),
+    }
+
+
+def _memory(arrays: Arrays) -> dict[str, Estimate]:
+    two_decodes = Estimate.from_row(arrays["decodes_none_pixels"])
+    return {
+        "neighbours": _similarity(arrays, "none", 1),
+        "two_decodes": two_decodes,
+        "similarity": ratio(_similarity(arrays, "none", 1), two_decodes),
+        "after_60_steps": _similarity(arrays, "none", 60),
+        "similarity_elbo": ratio(_similarity(arrays, "elbo", 1), two_decodes),
+    }
+
+
+def _features(arrays: Arrays) -> dict[str, Estimate]:
+    return {
+        "above_random": accuracy_gain(_right(arrays, "none"), _right(arrays, "random encoder")),
+        "above_components": accuracy_gain(_right(arrays, "none"), _right(arrays, "components")),
+        **{name: Estimate(float(_right(arrays, name).mean())) for name in ("none", "elbo", "mmd", "pixels")},
+    }
+
+
+def _mmd(arrays: Arrays) -> dict[str, Estimate]:
+    return {
+        "shuffle_gap": _mean(arrays, "shuffle_gap", "mmd"),
+        "shuffle_gap_none": _mean(arrays, "shuffle_gap", "none"),
+        "prior": _kernel(arrays, "mmd: prior"),
+        "q_z": _kernel(arrays, "mmd: q(z)"),
+        "energy": _energy(arrays, "mmd"),
+        "energy_none": _energy(arrays, "none"),
+    }
+
+
+def _exactness(arrays: Arrays) -> dict[str, Estimate]:
+    return {name: Estimate(float(arrays[name])) for name in ("pixels_that_differ", "worst_parameter")}
+
+
+def _linear_encoder(arrays: Arrays) -> dict[str, Estimate]:
+    return {
+        "shuffle_gap": _mean(arrays, "shuffle_gap", "linear"),
+        "shuffle_gap_conv": _mean(arrays, "shuffle_gap", "none"),
+        "probe_gain": accuracy_gain(_right(arrays, "linear"), _right(arrays, "none")),
+    }
+
+
+def _glasses(arrays: Arrays) -> dict[str, Estimate]:
+    nats, label = _nats_per_bit(arrays), _bits(arrays, "label")
+    return {
+        "nats_lost": mean_interval(arrays["gaussian_nats"] - nats * label, "nats"),
+        "gain_by_class": mean_interval(nats * (_bits(arrays, "unconditional") - label), "nats"),
+        "gaussian": mean_interval(arrays["gaussian_nats"] / nats, "bits/dim"),
+        "pixelcnn": mean_interval(label, "bits/dim"),
+    }
+
+
+def summary(arrays: Arrays) -> dict[str, Any]:
+    """Further numbers of the run, by model, set or probe."""
+    models = {
+        name: {term: float(arrays[term][k].mean()) for term in ("bits_per_dim", "kl", "shuffle_gap")}
+        for k, name in enumerate(MODELS)
+    }
+    for k, name in enumerate(CODED):
+        models[name] |= {term: float(arrays[term][k]) for term in ("information", "mean_spread", "std")} | {
+            "energy_distance": arrays["energy"][k].tolist()
+        }
+    return {
+        "models": models,
+        "information_ceiling": float(arrays["information_ceiling"]),
+        "energy_distance_of_the_prior_to_itself": arrays["energy"][-1].tolist(),
+        "kernel_distance": {
+            kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in ("classifier", "random")
+        },
+        "noise_to_data": {kind: arrays[f"noise_to_data_{kind}"].tolist() for kind in ("classifier", "random")},
+        "probe": dict(zip(PROBES, arrays["probe_right"].mean(1).tolist(), strict=True)),
+        "similarity_by_lag": {
+            f"{model}, {view}": dict(zip(map(str, LAGS), arrays[f"similarity_{model}_{view}"].tolist(), strict=True))
+            for model in ("none", "elbo")
+            for view in ("pixels", "classifier")
+        },
+        "two_decodes": {
+            f"{model}, {view}": arrays[f"decodes_{model}_{view}"].tolist()
+            for model in ("none", "elbo")
+            for view in ("pixels", "classifier")
+        },
+    }
+
+
+def table(arrays: Arrays) -> Any:
+    """The terms of each model on held-out images, as a table (a pandas data frame).
+
+    `reconstruction` -E log p(x|z) in bits/dim, no bound on -log p(x) where z is learned without the KL; `bound`, with
+    the KL added (empty for the class, which is no draw from a prior); in nats per image `KL`, `shuffle gap`, `I_q`.
+    """
+    import pandas
+
+    in_bits = math.log(2) * arrays["chain_none"][0].size
+    rows = {}
+    for name, terms in summary(arrays)["models"].items():
+        bound = math.nan if name == "label" else terms["bits_per_dim"] + np.nan_to_num(terms["kl"]) / in_bits
+        rows[name] = {
+            "reconstruction": terms["bits_per_dim"],
+            "bound": bound,
+            "KL": terms["kl"],
+            "shuffle gap": terms["shuffle_gap"],
+            f"I_q (at most {arrays['information_ceiling']:.1f})": terms.get("information", math.nan),
+            "energy distance": terms.get("energy_distance", [math.nan])[0],
+        }
+    return pandas.DataFrame(rows).T.round(3)
