@@ -110,7 +110,7 @@ def test_sets_are_compared_with_photographs_that_made_none_of_them(finished, mon
     rebuilt, references = [], []
     true_rebuilt, true_kernel = sequential_model.reconstruct, two_sample.kernel_distance
     monkeypatch.setattr(
-        sequential_model, "reconstruct", lambda vae, images, x: rebuilt.append(x) or true_rebuilt(vae, images, x)
+        sequential_measurements, "reconstruct", lambda vae, images, x: rebuilt.append(x) or true_rebuilt(vae, images, x)
     )
     monkeypatch.setattr(two_sample, "kernel_distance", lambda a, b: references.append(b) or true_kernel(a, b))
     monkeypatch.setattr(

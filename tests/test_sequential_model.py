@@ -413,10 +413,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
     for name, rates in (("sequential", None), ("one_step", (3.0, 3.0))):
         whole = sequential_training.fit_model(dataclasses.replace(run, preset="whole"), images, name, 4, rates=rates)
         calls.clear()
-        monkeypatch.setattr(sequential_model, "objective", failing)
+        monkeypatch.setattr(sequential_training, "objective", failing)
         with pytest.raises(RuntimeError, match="stopped"):
             sequential_training.fit_model(run, images, name, 4, rates=rates)
-        monkeypatch.setattr(sequential_model, "objective", true_objective)
+        monkeypatch.setattr(sequential_training, "objective", true_objective)
         resumed = sequential_training.fit_model(run, images, name, 4, rates=rates)
         assert len(resumed.resumed) == 1 and resumed.steps == 4
         for key, value in whole.model.state_dict().items():

@@ -5,4 +5,14 @@ from paperlib.pixelvae.claims import table
 from paperlib.pixelvae.experiment import conclude, continue_chain, fit, load_images, measure, start
 from paperlib.runs.run import save_figure
 
-__all__ = ["conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure", "start", "table"]
+__all__ = [
+    "conclude",
+    "continue_chain",
+    "figures",
+    "fit",
+    "load_images",
+    "measure",
+    "save_figure",
+    "start",
+    "table",
+]

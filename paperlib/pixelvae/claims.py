@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS
-from paperlib.pixelvae.training import VARIANTS
+from paperlib.pixelvae.measurements import CHAINED, LAGS, PROBES, SETS
+from paperlib.pixelvae.training import CODED, VARIANTS
 from paperlib.runs.claims import Claim
 from paperlib.runs.estimate import Estimate
-from paperlib.stats.intervals import accuracy_gain, mean_interval, ratio
+from paperlib.stats import intervals
 
 Arrays = Mapping[str, np.ndarray]
-MODELS = tuple(VARIANTS)  # in the order of rows of the arrays
+Quantities = dict[str, Estimate]
 
 CLAIMS = {
     "P1": Claim(
@@ -25,7 +25,7 @@ CLAIMS = {
         shows=("kl", "shuffle_gap"),
     ),
     "P2": Claim(
-        "Without the KL z is used, once the decoder has been made to listen.",
+        "Without the KL z is used, once pretraining has prevented posterior collapse.",
         "shuffle gap above 5 nats per image, interval above 0",
         lambda shuffle_gap, **_: shuffle_gap.value > 5 and shuffle_gap.low > 0,
         shows=("shuffle_gap",),
@@ -99,73 +99,46 @@ CLAIMS = {
 }
 
 
-def quantities(arrays: Arrays) -> dict[str, dict[str, Estimate]]:
+# The numbers that decide them
+
+
+def quantities(arrays: Arrays) -> dict[str, Quantities]:
     """What each claim is judged by."""
-    decide = {
-        "P1": _collapse,
-        "P2": _use,
-        "P3": _draws,
-        "P4": _memory,
-        "P5": _features,
-        "P6": _mmd,
-        "P7": _exactness,
+    deciders = {
+        "P1": _elbo_ignores_z,
+        "P2": _z_is_used_without_kl,
+        "P3": _chain_against_prior,
+        "P4": _gradual_chain,
+        "P5": _useful_features,
+        "P6": _mmd_has_both,
+        "P7": _exact_sampler,
         "D1": _linear_encoder,
         "G1": _glasses,
     }
-    return {claim: numbers(arrays) for claim, numbers in decide.items()}
+    return {key: decide(arrays) for key, decide in deciders.items()}
 
 
-def _mean(arrays: Arrays, term: str, model: str) -> Estimate:
-    """A term of a model, in nats per image, over held-out images."""
-    return mean_interval(arrays[term][MODELS.index(model)].astype(np.float64), "nats")
-
-
-def _bits(arrays: Arrays, model: str) -> np.ndarray:
-    return arrays["bits_per_dim"][MODELS.index(model)].astype(np.float64)
-
-
-def _nats_per_bit(arrays: Arrays) -> float:
-    """Nats per image of one bit per dimension."""
-    return math.log(2) * arrays["chain_none"][0].size
-
-
-def _kernel(arrays: Arrays, name: str) -> Estimate:
-    return Estimate.from_row(arrays["kernel_classifier"][SETS.index(name)])
-
-
-def _energy(arrays: Arrays, model: str) -> Estimate:
-    return Estimate.from_row(arrays["energy"][CODED.index(model)])
-
-
-def _similarity(arrays: Arrays, model: str, lag: int) -> Estimate:
-    return Estimate.from_row(arrays[f"similarity_{model}_pixels"][LAGS.index(lag)])
-
-
-def _right(arrays: Arrays, name: str) -> np.ndarray:
-    return arrays["probe_right"][PROBES.index(name)]
-
-
-def _collapse(arrays: Arrays) -> dict[str, Estimate]:
-    bound = _bits(arrays, "elbo") + arrays["kl"][MODELS.index("elbo")] / _nats_per_bit(arrays)
+def _elbo_ignores_z(arrays: Arrays) -> Quantities:
+    bits, kl = _bits(arrays, "elbo"), _row(arrays, "kl", "elbo")
     return {
-        "kl": _mean(arrays, "kl", "elbo"),
-        "shuffle_gap": _mean(arrays, "shuffle_gap", "elbo"),
-        "kl_scratch": _mean(arrays, "kl", "elbo-scratch"),
-        "shuffle_gap_scratch": _mean(arrays, "shuffle_gap", "elbo-scratch"),
-        "negative_elbo": mean_interval(bound, "bits/dim"),
-        "unconditional": mean_interval(_bits(arrays, "unconditional"), "bits/dim"),
+        "kl": _mean(kl),
+        "shuffle_gap": _gap(arrays, "elbo"),
+        "kl_scratch": _mean(_row(arrays, "kl", "elbo-scratch")),
+        "shuffle_gap_scratch": _gap(arrays, "elbo-scratch"),
+        "negative_elbo": _mean(bits + kl / _nats_per_bit(arrays), "bits/dim"),
+        "unconditional": _mean(_bits(arrays, "unconditional"), "bits/dim"),
     }
 
 
-def _use(arrays: Arrays) -> dict[str, Estimate]:
+def _z_is_used_without_kl(arrays: Arrays) -> Quantities:
     return {
-        "shuffle_gap": _mean(arrays, "shuffle_gap", "none"),
-        "shuffle_gap_scratch": _mean(arrays, "shuffle_gap", "none-scratch"),
-        "kl": _mean(arrays, "kl", "none"),
+        "shuffle_gap": _gap(arrays, "none"),
+        "shuffle_gap_scratch": _gap(arrays, "none-scratch"),
+        "kl": _mean(_row(arrays, "kl", "none")),
     }
 
 
-def _draws(arrays: Arrays) -> dict[str, Estimate]:
+def _chain_against_prior(arrays: Arrays) -> Quantities:
     return {
         "prior": _kernel(arrays, "none: prior"),
         "chain": _kernel(arrays, "none: chain"),
@@ -177,88 +150,120 @@ def _draws(arrays: Arrays) -> dict[str, Estimate]:
     }
 
 
-def _memory(arrays: Arrays) -> dict[str, Estimate]:
-    two_decodes = Estimate.from_row(arrays["decodes_none_pixels"])
+def _gradual_chain(arrays: Arrays) -> Quantities:
+    """Both similarities are on the scale of `none`: 1 is what two decodes of one z have."""
+    none, elbo = (arrays[f"similarity_{model}_pixels"] for model in ("none", "elbo"))
+    neighbours, scale = Estimate.from_row(none[LAGS.index(1)]), Estimate.from_row(arrays["decodes_none_pixels"])
     return {
-        "neighbours": _similarity(arrays, "none", 1),
-        "two_decodes": two_decodes,
-        "similarity": ratio(_similarity(arrays, "none", 1), two_decodes),
-        "after_60_steps": _similarity(arrays, "none", 60),
-        "similarity_elbo": ratio(_similarity(arrays, "elbo", 1), two_decodes),
+        "neighbours": neighbours,
+        "two_decodes": scale,
+        "similarity": intervals.ratio(neighbours, scale),
+        "after_60_steps": Estimate.from_row(none[LAGS.index(60)]),
+        "similarity_elbo": intervals.ratio(Estimate.from_row(elbo[LAGS.index(1)]), scale),
     }
 
 
-def _features(arrays: Arrays) -> dict[str, Estimate]:
+def _useful_features(arrays: Arrays) -> Quantities:
+    right = dict(zip(PROBES, arrays["probe_right"], strict=True))
     return {
-        "above_random": accuracy_gain(_right(arrays, "none"), _right(arrays, "random encoder")),
-        "above_components": accuracy_gain(_right(arrays, "none"), _right(arrays, "components")),
-        **{name: Estimate(float(_right(arrays, name).mean())) for name in ("none", "elbo", "mmd", "pixels")},
+        "above_random": intervals.accuracy_gain(right["none"], right["random encoder"]),
+        "above_components": intervals.accuracy_gain(right["none"], right["components"]),
+        **{name: Estimate(float(right[name].mean())) for name in ("none", "elbo", "mmd", "pixels")},
     }
 
 
-def _mmd(arrays: Arrays) -> dict[str, Estimate]:
+def _mmd_has_both(arrays: Arrays) -> Quantities:
     return {
-        "shuffle_gap": _mean(arrays, "shuffle_gap", "mmd"),
-        "shuffle_gap_none": _mean(arrays, "shuffle_gap", "none"),
+        "shuffle_gap": _gap(arrays, "mmd"),
+        "shuffle_gap_none": _gap(arrays, "none"),
         "prior": _kernel(arrays, "mmd: prior"),
         "q_z": _kernel(arrays, "mmd: q(z)"),
-        "energy": _energy(arrays, "mmd"),
-        "energy_none": _energy(arrays, "none"),
+        "energy": Estimate.from_row(arrays["energy"][CODED.index("mmd")]),
+        "energy_none": Estimate.from_row(arrays["energy"][CODED.index("none")]),
     }
 
 
-def _exactness(arrays: Arrays) -> dict[str, Estimate]:
+def _exact_sampler(arrays: Arrays) -> Quantities:
     return {name: Estimate(float(arrays[name])) for name in ("pixels_that_differ", "worst_parameter")}
 
 
-def _linear_encoder(arrays: Arrays) -> dict[str, Estimate]:
+def _linear_encoder(arrays: Arrays) -> Quantities:
+    right = dict(zip(PROBES, arrays["probe_right"], strict=True))
     return {
-        "shuffle_gap": _mean(arrays, "shuffle_gap", "linear"),
-        "shuffle_gap_conv": _mean(arrays, "shuffle_gap", "none"),
-        "probe_gain": accuracy_gain(_right(arrays, "linear"), _right(arrays, "none")),
+        "shuffle_gap": _gap(arrays, "linear"),
+        "shuffle_gap_conv": _gap(arrays, "none"),
+        "probe_gain": intervals.accuracy_gain(right["linear"], right["none"]),
     }
 
 
-def _glasses(arrays: Arrays) -> dict[str, Estimate]:
-    nats, label = _nats_per_bit(arrays), _bits(arrays, "label")
+def _glasses(arrays: Arrays) -> Quantities:
+    scale, gaussian, pixelcnn = _nats_per_bit(arrays), arrays["gaussian_nats"], _bits(arrays, "label")
     return {
-        "nats_lost": mean_interval(arrays["gaussian_nats"] - nats * label, "nats"),
-        "gain_by_class": mean_interval(nats * (_bits(arrays, "unconditional") - label), "nats"),
-        "gaussian": mean_interval(arrays["gaussian_nats"] / nats, "bits/dim"),
-        "pixelcnn": mean_interval(label, "bits/dim"),
+        "nats_lost": _mean(gaussian - scale * pixelcnn),
+        "gain_by_class": _mean(scale * (_bits(arrays, "unconditional") - pixelcnn)),
+        "gaussian": _mean(gaussian / scale, "bits/dim"),
+        "pixelcnn": _mean(pixelcnn, "bits/dim"),
     }
+
+
+def _row(arrays: Arrays, term: str, model: str) -> np.ndarray:
+    """A term of one model on each held-out image, (n,)."""
+    return arrays[term][list(VARIANTS).index(model)]
+
+
+def _bits(arrays: Arrays, model: str) -> np.ndarray:
+    return _row(arrays, "bits_per_dim", model).astype(np.float64)
+
+
+def _nats_per_bit(arrays: Arrays) -> float:
+    """Nats per image of one bit per dimension."""
+    return math.log(2) * arrays["chain_none"][0].size
+
+
+def _mean(values: np.ndarray, unit: str = "nats") -> Estimate:
+    return intervals.mean_interval(values.astype(np.float64), unit)
+
+
+def _gap(arrays: Arrays, model: str) -> Estimate:
+    return _mean(_row(arrays, "shuffle_gap", model))
+
+
+def _kernel(arrays: Arrays, name: str) -> Estimate:
+    return Estimate.from_row(arrays["kernel_classifier"][SETS.index(name)])
+
+
+# Further numbers
 
 
 def summary(arrays: Arrays) -> dict[str, Any]:
     """Further numbers of the run, by model, set or probe."""
-    models = {
-        name: {term: float(arrays[term][k].mean()) for term in ("bits_per_dim", "kl", "shuffle_gap")}
-        for k, name in enumerate(MODELS)
-    }
-    for k, name in enumerate(CODED):
-        models[name] |= {term: float(arrays[term][k]) for term in ("information", "mean_spread", "std")} | {
-            "energy_distance": arrays["energy"][k].tolist()
-        }
+    views = [(f"{model}_{view}", f"{model}, {view}") for model in CHAINED for view in ("pixels", "classifier")]
+    kinds = "classifier", "random"
     return {
-        "models": models,
+        "models": _terms(arrays),
         "information_ceiling": float(arrays["information_ceiling"]),
         "energy_distance_of_the_prior_to_itself": arrays["energy"][-1].tolist(),
-        "kernel_distance": {
-            kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in ("classifier", "random")
-        },
-        "noise_to_data": {kind: arrays[f"noise_to_data_{kind}"].tolist() for kind in ("classifier", "random")},
+        "kernel_distance": {kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in kinds},
+        "noise_to_data": {kind: arrays[f"noise_to_data_{kind}"].tolist() for kind in kinds},
         "probe": dict(zip(PROBES, arrays["probe_right"].mean(1).tolist(), strict=True)),
         "similarity_by_lag": {
-            f"{model}, {view}": dict(zip(map(str, LAGS), arrays[f"similarity_{model}_{view}"].tolist(), strict=True))
-            for model in ("none", "elbo")
-            for view in ("pixels", "classifier")
+            words: dict(zip(map(str, LAGS), arrays[f"similarity_{name}"].tolist(), strict=True))
+            for name, words in views
         },
-        "two_decodes": {
-            f"{model}, {view}": arrays[f"decodes_{model}_{view}"].tolist()
-            for model in ("none", "elbo")
-            for view in ("pixels", "classifier")
-        },
+        "two_decodes": {words: arrays[f"decodes_{name}"].tolist() for name, words in views},
     }
+
+
+def _terms(arrays: Arrays) -> dict[str, dict[str, Any]]:
+    """Means over held-out images by model, and what its code tells where it learns one."""
+    models: dict[str, dict[str, Any]] = {
+        name: {term: float(arrays[term][k].mean()) for term in ("bits_per_dim", "kl", "shuffle_gap")}
+        for k, name in enumerate(VARIANTS)
+    }
+    for k, name in enumerate(CODED):
+        models[name] |= {term: float(arrays[term][k]) for term in ("information", "mean_spread", "std")}
+        models[name]["energy_distance"] = arrays["energy"][k].tolist()
+    return models
 
 
 def table(arrays: Arrays) -> Any:
@@ -269,13 +274,12 @@ def table(arrays: Arrays) -> Any:
     """
     import pandas
 
-    in_bits = math.log(2) * arrays["chain_none"][0].size
     rows = {}
-    for name, terms in summary(arrays)["models"].items():
-        bound = math.nan if name == "label" else terms["bits_per_dim"] + np.nan_to_num(terms["kl"]) / in_bits
+    for name, terms in _terms(arrays).items():
+        bound = terms["bits_per_dim"] + np.nan_to_num(terms["kl"]) / _nats_per_bit(arrays)
         rows[name] = {
             "reconstruction": terms["bits_per_dim"],
-            "bound": bound,
+            "bound": math.nan if name == "label" else bound,
             "KL": terms["kl"],
             "shuffle gap": terms["shuffle_gap"],
             f"I_q (at most {arrays['information_ceiling']:.1f})": terms.get("information", math.nan),

@@ -17,22 +17,22 @@ import numpy as np
 
 from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
-from paperlib.pixelvae import measurements
+from paperlib.pixelvae import measurements, training
 from paperlib.pixelvae.claims import CLAIMS, quantities, summary
+from paperlib.pixelvae.markov_chain import markov_chain
 from paperlib.pixelvae.measurements import LAGS
-from paperlib.pixelvae.training import VARIANTS, fit
+from paperlib.pixelvae.model import build
+from paperlib.pixelvae.training import VARIANTS
 from paperlib.runs import presets, train
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
 from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, save_weights
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, save_weights
 from paperlib.runs.run import Run, finish, save_arrays
 
 NOTEBOOK = "04_cifar_pixelvae"
-
-
 HEADLINE = (
     "cifar_chain",
     "One Markov chain z ~ q(z|x), x ~ p(x|z) of 60 states in reading order, from noise: above without the KL, below "
@@ -47,39 +47,41 @@ class Settings:
     dataset: str = option("digits", "data set: digits or cifar10")
     code_dim: int = option(8, "dimensions of the code z")
     min_std: float = option(0.2, "least std of q(z|x); the greatest is 1")
-    encoder_channels: tuple[int, ...] = option((16, 32), "of the encoder's convolutions, each halving the image")
-    encoder_units: int = option(64, "of its dense layer")
-    code_channels: int = option(8, "of the map that z becomes for the decoder")
-    blocks: int = option(1, "gated blocks per stage of the PixelCNN++")
-    filters: int = option(12, "its features")
-    mixtures: int = option(4, "logistics per pixel")
-    dropout: float = option(0.0, "within its blocks")
-    kl_weight: float = option(1.0, "of the KL in the objective elbo; 1 is the ELBO")
-    mmd_weight: float = option(1e4, "of the MMD in the objective mmd, in nats per image")
-    pretrain_steps: int = option(40, "optimiser steps of pretraining, without regulariser, shared by all; 0 for none")
-    finetune_steps: int = option(
-        15, "of fine-tuning none, elbo, mmd and unconditional, and of none-scratch and elbo-scratch, not pretrained"
+    encoder_channels: tuple[int, ...] = option(
+        (16, 32), "channels of the encoder's convolutions, each halving the image"
     )
-    ablation_steps: int = option(8, "of fine-tuning label and linear")
+    encoder_units: int = option(64, "units of the encoder's dense layer")
+    code_channels: int = option(8, "channels of the map that z becomes for the decoder")
+    blocks: int = option(1, "gated blocks per stage of the PixelCNN++")
+    filters: int = option(12, "features of the PixelCNN++")
+    mixtures: int = option(4, "logistics per pixel")
+    dropout: float = option(0.0, "dropout within the blocks of the PixelCNN++")
+    kl_weight: float = option(1.0, "weight of the KL in the objective elbo; 1 is the ELBO")
+    mmd_weight: float = option(1e4, "weight of the MMD in the objective mmd, in nats per image")
+    pretrain_steps: int = option(40, "optimiser steps without regulariser before fine-tuning; 0 for no pretraining")
+    finetune_steps: int = option(
+        15, "optimiser steps of none, elbo, mmd and unconditional, and of none-scratch and elbo-scratch"
+    )
+    ablation_steps: int = option(8, "optimiser steps of the ablations label and linear")
     input_dropout: float = option(
         0.5, "share of images of which the decoder sees no pixel in pretraining, falling to 0 at half its steps"
     )
     start_from: str = option("", "start pretraining from the weights of another run's model: a folder below runs")
     batch_size: int = option(32, "images per step")
-    learning_rate: float = option(2e-3, "of Adam")
-    schedule: str = option("cosine", "of the learning rate of fine-tuning: constant, cosine or exponential")
-    decay: float = option(1.0, "per step of the exponential schedule")
+    learning_rate: float = option(2e-3, "learning rate of Adam")
+    schedule: str = option("cosine", "learning rate after pretraining: constant, cosine or exponential")
+    decay: float = option(1.0, "factor per step of the exponential schedule")
     betas: tuple[float, ...] = option((0.9, 0.999), "momenta of Adam")
     ema: float = option(0.99, "decay of the moving average of the weights")
     precision: str = option("float32", "float32 or bfloat16 (training only)")
     clip_norm: float = option(0.0, "greatest norm of the gradient, 0 for no limit")
     compile: bool = option(False, "train through torch.compile")
     evaluations: int = option(3, "evaluations within a training")
-    evaluation_images: int = option(100, "held-out images of each")
+    evaluation_images: int = option(100, "held-out images of each evaluation")
     measured_images: int = option(297, "held-out images on which terms and probes are measured at last")
     classifier_steps: int = option(200, "optimiser steps of the classifier whose features the kernel distance uses")
-    classifier_width: int = option(32, "channels of its last layers")
-    chain_steps: int = option(60, "of the Markov chain")
+    classifier_width: int = option(32, "channels of the classifier's last layers")
+    chain_steps: int = option(60, "steps of the Markov chain")
     chains: int = option(40, "Markov chains of each kind, a multiple of 20")
     draws: int = option(100, "images drawn from every other distribution")
 
@@ -96,9 +98,6 @@ class Settings:
             raise ValueError(f"draws is {self.draws}, but must be at least chains, {self.chains}")
         if self.chain_steps < max(LAGS):
             raise ValueError(f"chain_steps is {self.chain_steps}, but the largest lag is {max(LAGS)}")
-
-
-_smoke = Settings()
 
 
 _cpu = Settings(
@@ -124,8 +123,6 @@ _cpu = Settings(
     chains=200,
     draws=1000,
 )
-
-
 _gpu = replace(
     _cpu,
     blocks=3,
@@ -135,17 +132,14 @@ _gpu = replace(
     dropout=0.05,
     pretrain_steps=10_000,
     finetune_steps=4500,
-    ablation_steps=1500,
     batch_size=256,
     precision="bfloat16",
     evaluation_images=2000,
     chains=500,
     draws=2000,
 )
-
-
 PRESETS = {
-    "smoke": _smoke,
+    "smoke": Settings(),
     "cpu": _cpu,
     "gpu": _gpu,
     "paper": replace(
@@ -172,8 +166,17 @@ PRESETS = {
 
 
 def load_images(run: Run) -> Images:
-    """The run's data set on its device. Raises `UserError` where it is missing or damaged."""
+    """The run's data set, on its device. Raises `UserError` where it is missing or damaged."""
     return device_images.load(datasets.load(run.settings.dataset), run.device)
+
+
+def fit(run: Run, images: Images) -> dict[str, train.Trained]:
+    """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded model `none` alone."""
+    if run.weights == "recorded":
+        vae = build(run.settings, images).eval()
+        vae.load_state_dict(load_recorded_weights(run))
+        return {"none": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
+    return training.fit(run.settings, images, run.directory, run.seed)
 
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
@@ -183,24 +186,26 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
     """
     if run.weights == "recorded":
         return load_recorded_arrays(run)
-    settings, seed, models = run.settings, run.seed, {name: trained[name].model for name in VARIANTS}
-    extractors = measurements.extractors(settings, seed, images, run.directory / "classifier")
+    settings, seed = run.settings, run.seed
+    models = {name: trained[name].model for name in VARIANTS}
+    extract = measurements.extractors(settings, images, run.directory, seed)
     return save_arrays(
         run,
         levels=images.dataset.levels,
         **measurements.histories(trained),
-        **measurements.terms(settings, seed, images, models),
-        **measurements.codes(settings, seed, images, models),
-        **measurements.probes(settings, seed, images, models),
-        **measurements.samples(settings, seed, images, models, extractors),
-        **measurements.glasses(settings, seed, images, models["label"]),
-        **measurements.exactness(seed, images, models["none"]),
+        **measurements.terms(settings, images, models, seed),
+        **measurements.codes(settings, images, models, seed),
+        **measurements.probes(settings, images, models, seed),
+        **measurements.samples(settings, images, models, extract, seed),
+        **measurements.glasses(settings, images, models["label"], seed),
+        **measurements.exactness(images, models["none"], seed),
     )
 
 
 def continue_chain(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> np.ndarray:
-    """Three more states of the chain of `none` from five held-out photographs: uint8 (4, 5, S, S, C)."""
-    return measurements.continue_chain(run.seed, images, trained["none"].model)
+    """Three more states of the chain of `none` from each of five held-out photographs: uint8 (4, 5, S, S, C)."""
+    generator = run.generator(11, True)
+    return markov_chain(trained["none"].model, images, images.held_out[-5:], 3, generator).numpy()
 
 
 def conclude(
@@ -233,6 +238,4 @@ EXPERIMENT = Experiment(
     fit=lambda run: fit(run, load_images(run)),
     datasets=("digits", "cifar10"),
 )
-
-
 start = EXPERIMENT.start

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from paperlib.pixelvae.measurements import CODED, LAGS, PROBES, SETS
-from paperlib.pixelvae.training import VARIANTS
+from paperlib.pixelvae.measurements import LAGS, PROBES, SETS
+from paperlib.pixelvae.training import CODED, PRETRAINING, VARIANTS
 from paperlib.runs import plotting
 from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
 
@@ -22,34 +22,23 @@ def chain(arrays: Arrays) -> Any:
     return figure
 
 
+STYLES = {
+    PRETRAINING: (GREY, "-"),
+    "none": (BLUE, "-"),
+    "elbo": (RED, "-"),
+    "mmd": (GREEN, "-"),
+    "none-scratch": (BLUE, ":"),
+    "elbo-scratch": (RED, ":"),
+    "unconditional": ("black", "--"),
+    "label": (ORANGE, "--"),
+    "linear": (plotting.PALETTE[9], "-"),
+}
+
+
 def training(arrays: Arrays) -> Any:
     """P1, P2: bits per dimension while training, and what the decoder loses when z is that of another image."""
     figure, (left, right) = plotting.new(2, height=3.6, width_ratios=[3, 2])
-    inset = left.inset_axes([0.5, 0.33, 0.48, 0.35])
-    inset.set_title("second half of fine-tuning", fontsize=7)
-    offset = arrays["pretraining_history"][-1, 0] if "pretraining_history" in arrays else 0
-    styles = {"pretraining": (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
-    styles |= {
-        "none-scratch": (BLUE, ":"),
-        "elbo-scratch": (RED, ":"),
-        "unconditional": ("black", "--"),
-        "label": (ORANGE, "--"),
-    }
-    styles |= {"linear": (plotting.PALETTE[9], "-")}
-    for name, (colour, line) in styles.items():
-        if f"{name}_history" not in arrays:
-            continue
-        steps, _, held_out = arrays[f"{name}_history"].T
-        begins = 0 if name == "pretraining" or VARIANTS[name].scratch else offset
-        left.plot(begins + steps, held_out, line, color=colour, label=name, linewidth=1.2)
-        if name != "pretraining" and not VARIANTS[name].scratch:
-            second = len(steps) // 2  # the half in which they have settled
-            inset.plot(begins + steps[second:], held_out[second:], line, color=colour, linewidth=1.2)
-    final = [rows[-1, 2] for name, rows in arrays.items() if name.endswith("_history")]
-    left.set_ylim(min(final) - 0.05, max(final) + 0.6)
-    left.set(xlabel="steps", ylabel=r"$-E \log p(x|z)$ (bits/dim, held out)")
-    left.legend(frameon=False, ncols=3, fontsize=7, loc="upper right")
-    inset.tick_params(labelsize=6)
+    _show_histories(left, arrays)
     rows = [k for k, name in enumerate(VARIANTS) if name in CODED]
     gap, kl = (arrays[term][rows].mean(1) for term in ("shuffle_gap", "kl"))
     places = np.arange(len(rows))
@@ -65,8 +54,31 @@ def training(arrays: Arrays) -> Any:
     return figure
 
 
+def _show_histories(axis: Any, arrays: Arrays) -> None:
+    """Held-out bits per dimension against steps, fine-tuning after pretraining; an inset has its second half."""
+    inset = axis.inset_axes([0.5, 0.33, 0.48, 0.35])
+    inset.set_title("second half of fine-tuning", fontsize=7)
+    pretrained = f"{PRETRAINING}_history"
+    offset = arrays[pretrained][-1, 0] if pretrained in arrays else 0
+    histories = {name: arrays[f"{name}_history"] for name in STYLES if f"{name}_history" in arrays}
+    for name, history in histories.items():
+        colour, line = STYLES[name]
+        steps, _, held_out = history.T
+        fine_tuned = name != PRETRAINING and not VARIANTS[name].scratch
+        steps = steps + offset * fine_tuned
+        axis.plot(steps, held_out, line, color=colour, label=name, linewidth=1.2)
+        if fine_tuned:
+            second = len(steps) // 2  # the half in which they have settled
+            inset.plot(steps[second:], held_out[second:], line, color=colour, linewidth=1.2)
+    final = [history[-1, 2] for history in histories.values()]
+    axis.set_ylim(min(final) - 0.05, max(final) + 0.6)
+    axis.set(xlabel="steps", ylabel=r"$-E \log p(x|z)$ (bits/dim, held out)")
+    axis.legend(frameon=False, ncols=3, fontsize=7, loc="upper right")
+    inset.tick_params(labelsize=6)
+
+
 def ways_to_draw(arrays: Arrays) -> Any:
-    """P3: images decoded from codes of several laws, the same model; photographs beside them."""
+    """P3: images decoded from codes of several distributions, the same model; photographs beside them."""
     names = {
         "held-out photographs": "photographs",
         "none: q(z)": "z ~ q(z), from photographs",
@@ -88,11 +100,11 @@ def regularised(arrays: Arrays) -> Any:
     return _panels(arrays, names)
 
 
-def _panels(arrays: Arrays, names: Mapping[str, str], columns: int = 8, count: int = 24) -> Any:
+def _panels(arrays: Arrays, names: Mapping[str, str]) -> Any:
     rows = -(-len(names) // 3)
     figure, axes = plotting.new(3, rows, height=1.15 * rows)
     for axis, (name, title) in zip(np.ravel(axes), names.items(), strict=True):
-        show_pictures(axis, arrays, arrays[f"shown_{name}"][:count], columns, title)
+        show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], 8, title)
     return figure
 
 

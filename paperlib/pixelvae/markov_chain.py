@@ -1,4 +1,4 @@
-"""The Markov chain (4) of notebook 04, z ~ q(z|x), x ~ p(x|z), and exact draws from the decoder."""
+"""Sampling without the prior: the Markov chain (4) of notebook 04, z ~ q(z|x), x' ~ p(x|z)."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from paperlib.pixelvae.model import BATCH, PixelVAE
 @torch.no_grad()
 def encode(vae: PixelVAE, images: Images, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log std of q(z|x) of uint8 images `pictures` (N, S, S, C): two (N, D)."""
-    parts = [vae.q_z_given_x(images.to_float(part)) for part in pictures.to(images.train.device).split(BATCH)]
+    parts = [vae.q_z_given_x(images.to_float(part)) for part in pictures.to(images.device).split(BATCH)]
     means, log_stds = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(log_stds)
 
@@ -41,9 +41,9 @@ class Decoder:
 def markov_chain(
     vae: PixelVAE, images: Images, start: Tensor, steps: int, generator: torch.Generator, name: str = "chain"
 ) -> Tensor:
-    """The chain (4), z ~ q(z|x), x ~ p(x|z), from N images at once: all states, uint8 (steps + 1, N, S, S, C).
+    """The chain from N images at once: all states, uint8 (steps + 1, N, S, S, C).
 
-    `start` (N, S, S, C) is uint8, noise (`noise_images`) or pictures, and the first state.
+    `start` (N, S, S, C) is uint8, noise (`noise_images`) or pictures, and the first state; `name` that of the bar.
     """
     decode = Decoder(vae, images, len(start))
     states = [start.cpu()]

@@ -1,6 +1,7 @@
 """What notebook 04 measures on trained PixelVAEs: terms, codes, drawn images and their distances, exactness.
 
-Each function returns arrays by name; Estimates are rows of value, low, high.
+Each function returns arrays by name, from models by the names of `VARIANTS`; estimates are rows of value, low, high.
+Each purpose has a stream of random numbers of its own, so that one measurement does not change another.
 """
 
 import copy
@@ -17,17 +18,23 @@ from paperlib.data.device_images import Images
 from paperlib.nn import likelihoods
 from paperlib.nn.pixelcnn_sampler import Sampler, draw_by_full_passes
 from paperlib.pixelvae.markov_chain import Decoder, encode, markov_chain, noise_images
-from paperlib.pixelvae.model import PixelVAE
-from paperlib.pixelvae.training import VARIANTS, build, evaluate
+from paperlib.pixelvae.model import PixelVAE, build
+from paperlib.pixelvae.training import CODED, evaluate
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.runs.provenance import describe_code
-from paperlib.stats import aggregate_posterior, autocorrelation, features, linear_probe, two_sample
+from paperlib.stats import aggregate_posterior, features, two_sample
+from paperlib.stats.autocorrelation import autocorrelation, pair_correlation
+from paperlib.stats.linear_probe import linear_probe
 from paperlib.system.devices import seeded, stream
+
+Models = Mapping[str, PixelVAE]
+Arrays = dict[str, np.ndarray]
+Extractors = Mapping[str, features.Extractor]
 
 LAGS = (1, 5, 20, 60)  # of the chain's autocorrelation
 LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where sets of images are compared
-CODED = tuple(name for name, variant in VARIANTS.items() if variant.encoder in ("conv", "linear"))
+CHAINED = ("none", "elbo")  # models whose chains are run
 PROBES = ("pixels", "components", "random encoder", *CODED)
 SETS = (
     "training photographs",
@@ -49,29 +56,10 @@ SETS = (
 )
 
 
-def extractors(settings: Any, seed: int, images: Images, directory: Path) -> dict[str, features.Extractor]:
-    """The two kinds of features between which kernel distances are taken: those of a classifier, trained into
-    `directory`, and of a random network.
-    """
-    dataset = images.dataset
-    classifier = features.fit_classifier(
-        dataset,
-        directory,
-        width=settings.classifier_width,
-        steps=settings.classifier_steps,
-        batch_size=64,
-        seed=seed,
-        device=images.device,
-        provenance=describe_code(),
-    ).model
-    random = features.RandomNetwork(0, images.shape[0]).to(images.device)
-    return {
-        "classifier": features.extractor(classifier, dataset.train.images, dataset.levels),
-        "random": features.extractor(random, dataset.train.images, dataset.levels),
-    }
+# Terms and codes
 
 
-def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
+def histories(trained: Mapping[str, train.Trained]) -> Arrays:
     """Of each training `<name>_history`, rows of steps, training and held-out bits/dim of the reconstruction term."""
     return {
         f"{name}_history": np.array(
@@ -81,47 +69,45 @@ def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     }
 
 
-def terms(settings: Any, seed: int, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
-    """The objective's terms on held-out images, each (variants, n): `bits_per_dim` of the reconstruction term, `kl`
-    and `shuffle_gap` in nats per image, nan where no code is learned; all models see the same noise.
+def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
+    """The objective's terms on held-out images, each (models, n): `bits_per_dim` of the reconstruction term, `kl` and
+    `shuffle_gap` in nats per image, nan where no code is learned; all models see the same noise.
     """
     n = settings.measured_images
     pictures, labels = images.held_out[:n], images.held_out_labels[:n]
-    parts: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
+    table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
     for vae in models.values():
         with seeded(seed, images.device):
             measured = evaluate(vae, images, pictures, labels)
-        for name, part in parts.items():
-            part.append(measured[name].numpy(force=True) if name in measured else np.full(len(pictures), np.nan))
-    return {name: np.stack(part).astype(np.float32) for name, part in parts.items()}
+        for name, row in table.items():
+            row.append(measured[name].numpy(force=True) if name in measured else np.full(len(pictures), np.nan))
+    return {name: np.stack(row).astype(np.float32) for name, row in table.items()}
 
 
-def codes(settings: Any, seed: int, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
+def codes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
     """How much the encoder tells and how far q(z) is from p(z), a row for each model of `CODED`.
 
     `information` I_q(x;z) in nats over the training images, with `information_ceiling` log N; `energy`, the energy
     distance of q(z) on held-out images to N(0, I) and, in the last row, of N(0, I) to itself from as many draws;
     `mean_spread` and `std`, root mean squares of the means' std over images and of std(x).
     """
-    n, generator = settings.measured_images, stream(seed, 1)
-    columns: dict[str, list] = {"information": [], "energy": [], "mean_spread": [], "std": []}
-    prior = torch.randn(2, min(n, len(images.held_out)), settings.code_dim, generator=generator)
+    n, device = settings.measured_images, images.device
+    table: dict[str, list] = {"information": [], "energy": [], "mean_spread": [], "std": []}
+    prior = torch.randn(2, min(n, len(images.held_out)), settings.code_dim, generator=stream(seed, 1))
     for name in CODED:
-        vae = models[name]
-        mean, log_std = encode(vae, images, images.train)
-        table = aggregate_posterior.Codes(mean, log_std)
-        told = aggregate_posterior.mutual_information(
-            table, points=min(len(table), 2000), generator=stream(seed, 2, images.device)
+        mean, log_std = encode(models[name], images, images.train)
+        of_training = aggregate_posterior.Codes(mean, log_std)
+        information = aggregate_posterior.mutual_information(
+            of_training, points=min(len(of_training), 2000), generator=stream(seed, 2, device)
         )
-        z = sampled(vae, images, images.held_out[:n], stream(seed, 3, images.device))
-        columns["information"].append(told.nats)
-        columns["energy"].append(two_sample.energy_distance(z.cpu(), prior[0]).row)
-        columns["mean_spread"].append(mean.var(0).mean().sqrt().item())
-        columns["std"].append((2 * log_std).exp().mean().sqrt().item())
-    columns["energy"].append(two_sample.energy_distance(prior[1], prior[0]).row)
-    return {name: np.array(column) for name, column in columns.items()} | {
-        "information_ceiling": np.array(told.ceiling)
-    }
+        z = sampled(models[name], images, images.held_out[:n], stream(seed, 3, device))
+        table["information"].append(information.nats)
+        table["energy"].append(two_sample.energy_distance(z.cpu(), prior[0]).row)
+        table["mean_spread"].append(mean.var(0).mean().sqrt().item())
+        table["std"].append((2 * log_std).exp().mean().sqrt().item())
+    table["energy"].append(two_sample.energy_distance(prior[1], prior[0]).row)
+    arrays = {name: np.array(column) for name, column in table.items()}
+    return arrays | {"information_ceiling": np.array(information.ceiling)}
 
 
 @torch.no_grad()
@@ -130,29 +116,25 @@ def sampled(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Ge
     return likelihoods.sample_gaussian(*encode(vae, images, pictures), generator=generator)
 
 
-def probes(settings: Any, seed: int, images: Images, models: Mapping[str, PixelVAE]) -> dict[str, np.ndarray]:
-    """`probe_right` (probes, n), bool: which held-out images a linear classifier of each of PROBES gets right.
+def probes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
+    """`probe_right` (PROBES, n), bool: which held-out images a linear classifier of each of PROBES gets right.
 
     Codes are samples of q(z|x); of the random encoder, which has no reason to be precise, the means.
     """
-    n = settings.measured_images
+    n, device = settings.measured_images, images.device
     parts = images.train, images.held_out[:n]
     pixels = [part.flatten(1).float().cpu() for part in parts]
-    with seeded(seed, images.device):
+    with seeded(seed, device):
         untrained = build(settings, images)
     inputs = {
         "pixels": pixels,
         "components": _components(*pixels, settings.code_dim),
         "random encoder": [encode(untrained, images, part)[0] for part in parts],
-        **{
-            name: [sampled(models[name], images, part, stream(seed, 4, images.device)) for part in parts]
-            for name in CODED
-        },
     }
+    for name in CODED:
+        inputs[name] = [sampled(models[name], images, part, stream(seed, 4, device)) for part in parts]
     labels = [images.labels.cpu(), images.held_out_labels[:n].cpu()]
-    right = [
-        linear_probe.linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES
-    ]
+    right = [linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES]
     return {"probe_right": np.stack(right)}
 
 
@@ -160,88 +142,113 @@ def _components(train: Tensor, held_out: Tensor, count: int) -> list[Tensor]:
     """The first principal components of the training images, of both sets."""
     from sklearn.decomposition import PCA
 
-    found = PCA(count, svd_solver="covariance_eigh").fit(train.numpy())
-    return [torch.from_numpy(found.transform(part.numpy())) for part in (train, held_out)]
+    pca = PCA(count, svd_solver="covariance_eigh").fit(train.numpy())
+    return [torch.from_numpy(pca.transform(part.numpy())) for part in (train, held_out)]
 
 
-def samples(
-    settings: Any,
-    seed: int,
-    images: Images,
-    models: Mapping[str, PixelVAE],
-    extractors: Mapping[str, features.Extractor],
-) -> dict[str, np.ndarray]:
+# Sets of images
+
+
+def extractors(settings: Any, images: Images, directory: Path, seed: int) -> Extractors:
+    """The two kinds of features between which kernel distances are taken: a random network's, and those of a
+    classifier, trained into the folder `classifier` below `directory`.
+    """
+    dataset, device = images.dataset, images.device
+    classifier = features.fit_classifier(
+        dataset,
+        directory / "classifier",
+        width=settings.classifier_width,
+        steps=settings.classifier_steps,
+        batch_size=64,
+        seed=seed,
+        device=device,
+        provenance=describe_code(),
+    ).model
+    random = features.RandomNetwork(0, images.shape[0]).to(device)
+    return {
+        "classifier": features.extractor(classifier, dataset.train.images, dataset.levels),
+        "random": features.extractor(random, dataset.train.images, dataset.levels),
+    }
+
+
+def samples(settings: Any, images: Images, models: Models, extract: Extractors, seed: int) -> dict[str, Any]:
     """Images drawn in every way, with their kernel distances to photographs and the chains' memory.
 
-    - `kernel_classifier`, `kernel_random` (SETS, 3): squared kernel distance of each of SETS to held-out photographs
-      that had no part in making it; `noise_to_data_*` (3,): between the chain's states from noise and from photographs.
-      A set is `draws` images; of a chain it is the LATE states of `chains`.
-    - `shown_<set>` (40, S, S, C): its first images, of chains the last states.
-    - `chain_none`, `chain_elbo` (steps + 1, S, S, C): the first chain, from noise; `many_*` the last states of 36.
-    - `similarity_<none or elbo>_<pixels or classifier>` (LAGS, 3): autocorrelation of chains from photographs;
-      `decodes_*` (3,): correlation of two decodes of one z; `shown_decodes_<model>` (2, 10, S, S, C).
+    - `shown_<set>` (40, S, S, C): the first images of each of SETS, of chains the last states.
+    - all that `_distances` returns, and for each model of CHAINED what `_chain_arrays` does.
+
+    A set is `draws` images; of a chain it is the LATE states of `chains`.
     """
-    draws = settings.draws
     mixed = torch.randperm(len(images.held_out), generator=stream(seed, 12)).to(images.device)
-    sources, reference = images.held_out[mixed[:draws]], images.held_out[mixed[draws:]]
-    known = torch.randperm(len(images.train), generator=stream(seed, 13))[:draws].to(images.device)
-    sets = {
-        "training photographs": images.train[known].cpu(),
-        "held-out photographs": sources.cpu(),
-        "blurred": blurred(sources.cpu()),
-        "patches shuffled": patches_shuffled(sources.cpu(), stream(seed, 7)),
-    }
-    generator, arrays = stream(seed, 5, images.device), {}
+    sources, reference = images.held_out[mixed[: settings.draws]], images.held_out[mixed[settings.draws :]]
+    generator = stream(seed, 5, images.device)
     noise = noise_images(images, settings.chains, stream(seed, 6))
+    drawn, arrays = _photographs(images, sources, seed), {}
     for name in ("none", "elbo", "mmd"):
-        vae, decode = models[name], Decoder(models[name], images, min(draws, 250))
+        vae = models[name]
         z = sampled(vae, images, sources, generator)
-        sets[f"{name}: q(z)"] = decode(z, generator)
-        sets[f"{name}: prior"] = decode(torch.randn(z.shape, generator=generator, device=z.device), generator)
+        decode = Decoder(vae, images, min(settings.draws, 250))
+        drawn[f"{name}: q(z)"] = decode(z, generator)
+        drawn[f"{name}: prior"] = decode(torch.randn(z.shape, generator=generator, device=z.device), generator)
         if name == "none":
-            for prior, fitted_z in fitted(sampled(vae, images, images.train, generator), draws, seed).items():
-                sets[f"none: {prior}"] = decode(fitted_z, generator)
-        if name == "mmd":
-            continue
-        starts = {"from noise": noise, "from data": sources[: settings.chains]}
-        from_noise, from_data = (
-            markov_chain(vae, images, start, settings.chain_steps, generator, f"{name} {origin}")
-            for origin, start in starts.items()
-        )
-        sets[f"{name}: chain"], sets[f"{name}: chain from data"] = _late(from_noise), _late(from_data)
-        first, again = sets[f"{name}: q(z)"], decode(z, generator)
-        arrays |= _memory(name, from_data, first, again, extractors["classifier"])
-        arrays |= {f"chain_{name}": from_noise[:, 0], f"many_{name}": from_noise[-1, :36]}
-        arrays[f"shown_decodes_{name}"] = torch.stack([first[:10], again[:10]])
-    unit = {name: len(LATE) if "chain" in name else 1 for name in SETS}
-    shown = {f"shown_{name}": sets[name][unit[name] - 1 :: unit[name]][:40] for name in SETS}
-    return arrays | _distances(sets, reference, extractors, unit) | shown
+            for kind, fitted_z in fitted(sampled(vae, images, images.train, generator), settings.draws, seed).items():
+                drawn[f"none: {kind}"] = decode(fitted_z, generator)
+        if name in CHAINED:
+            steps, begins = settings.chain_steps, sources[: settings.chains]
+            from_noise = markov_chain(vae, images, noise, steps, generator, f"{name} from noise")
+            from_data = markov_chain(vae, images, begins, steps, generator, f"{name} from data")
+            drawn[f"{name}: chain"], drawn[f"{name}: chain from data"] = _late(from_noise), _late(from_data)
+            pair = drawn[f"{name}: q(z)"], decode(z, generator)
+            arrays |= _chain_arrays(name, from_noise, from_data, pair, extract["classifier"])
+    return (
+        arrays | _distances(drawn, reference, extract) | {f"shown_{name}": _shown(name, drawn[name]) for name in SETS}
+    )
 
 
-def _memory(name: str, chain: Tensor, first: Tensor, again: Tensor, classifier: features.Extractor) -> dict[str, Any]:
-    """Autocorrelations of a chain (T, N, S, S, C), and the correlation of two decodes of the same codes."""
-    arrays = {}
-    for view, look in (("pixels", _pixels), ("classifier", classifier)):
-        states = torch.stack([look(state) for state in chain])
-        arrays[f"similarity_{name}_{view}"] = np.stack(autocorrelation.autocorrelation(states, LAGS), 1)
-        arrays[f"decodes_{name}_{view}"] = autocorrelation.pair_correlation(look(first), look(again)).row
+def _photographs(images: Images, sources: Tensor, seed: int) -> dict[str, Tensor]:
+    """The sets that no model made: as many training photographs as `sources`, these, and these damaged; on the CPU."""
+    known = torch.randperm(len(images.train), generator=stream(seed, 13))[: len(sources)]
+    sources = sources.cpu()
+    return {
+        "training photographs": images.train[known.to(images.device)].cpu(),
+        "held-out photographs": sources,
+        "blurred": blurred(sources),
+        "patches shuffled": patches_shuffled(sources, stream(seed, 7)),
+    }
+
+
+def _chain_arrays(
+    name: str, from_noise: Tensor, from_data: Tensor, pair: tuple[Tensor, Tensor], classifier: features.Extractor
+) -> dict[str, Any]:
+    """The chains of one model, from noise and from photographs, and its `pair` of decodes of the same codes:
+
+    - `chain_<model>` (steps + 1, S, S, C), the first chain from noise; `many_<model>` (36, S, S, C), last states.
+    - `similarity_<model>_<pixels or classifier>` (LAGS, 3): autocorrelation of the chains from photographs.
+    - `decodes_<model>_<pixels or classifier>` (3,): correlation of the pair; `shown_decodes_<model>` (2, 10, S, S, C).
+    """
+    arrays: dict[str, Any] = {
+        f"chain_{name}": from_noise[:, 0],
+        f"many_{name}": from_noise[-1, :36],
+        f"shown_decodes_{name}": torch.stack([pictures[:10] for pictures in pair]),
+    }
+    for view, extract in (("pixels", _pixels), ("classifier", classifier)):
+        states = torch.stack([extract(state) for state in from_data])
+        arrays[f"similarity_{name}_{view}"] = np.stack(autocorrelation(states, LAGS), 1)
+        arrays[f"decodes_{name}_{view}"] = pair_correlation(*(extract(pictures) for pictures in pair)).row
     return arrays
 
 
-def _distances(
-    sets: Mapping[str, Tensor],
-    reference: Tensor,
-    extractors: Mapping[str, features.Extractor],
-    unit: Mapping[str, int],
-) -> dict[str, Any]:
-    """Kernel distances of all SETS; `unit` says how many images in a row are of one chain."""
-    arrays = {}
-    for kind, look in extractors.items():
-        seen, kept = {name: look(sets[name]) for name in SETS}, look(reference)
+def _distances(drawn: Mapping[str, Tensor], reference: Tensor, extract: Extractors) -> dict[str, Any]:
+    """`kernel_<kind>` (SETS, 3): squared kernel distance of each of SETS to `reference`, held-out photographs that had
+    no part in making it; `noise_to_data_<kind>` (3,): between the chain's states from noise and from photographs.
+    """
+    arrays: dict[str, Any] = {}
+    for kind, features_of in extract.items():
+        points, kept = {name: features_of(drawn[name]) for name in SETS}, features_of(reference)
         arrays[f"kernel_{kind}"] = rows(
-            two_sample.kernel_distance(seen[name], kept, together=(unit[name], 1)) for name in SETS
+            two_sample.kernel_distance(points[name], kept, together=(_together(name), 1)) for name in SETS
         )
-        ends = seen["none: chain"], seen["none: chain from data"]
+        ends = points["none: chain"], points["none: chain from data"]
         arrays[f"noise_to_data_{kind}"] = two_sample.kernel_distance(*ends, together=(len(LATE), len(LATE))).row
     return arrays
 
@@ -249,6 +256,15 @@ def _distances(
 def _late(states: Tensor) -> Tensor:
     """The LATE states of chains (steps + 1, N, S, S, C), those of one chain in a row: (N len(LATE), S, S, C)."""
     return states[list(LATE)].transpose(0, 1).flatten(0, 1)
+
+
+def _together(name: str) -> int:
+    """How many images in a row of a set belong together."""
+    return len(LATE) if "chain" in name else 1
+
+
+def _shown(name: str, drawn: Tensor) -> Tensor:
+    return drawn[_together(name) - 1 :: _together(name)][:40]
 
 
 def _pixels(pictures: Tensor) -> Tensor:
@@ -267,13 +283,13 @@ def patches_shuffled(pictures: Tensor, generator: torch.Generator) -> Tensor:
     patches = pictures.unflatten(1, (4, side // 4)).unflatten(3, (4, side // 4)).permute(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(count, 16, side // 4, side // 4, channels)
     order = torch.rand(count, 16, generator=generator).argsort(1)
-    patches = torch.stack([own[rows] for own, rows in zip(patches, order, strict=True)])
+    patches = torch.stack([own[places] for own, places in zip(patches, order, strict=True)])
     patches = patches.unflatten(1, (4, 4)).permute(0, 1, 3, 2, 4, 5)
     return patches.reshape(pictures.shape)
 
 
 def fitted(z: Tensor, count: int, seed: int) -> dict[str, Tensor]:
-    """Codes from two distributions fitted to q(z), of which `z` (N, D) are samples: a Gaussian, and a mixture of 20."""
+    """Codes (count, D) from two distributions fitted to samples `z` (N, D) of q(z): a Gaussian, and a mixture of 20."""
     from sklearn.mixture import GaussianMixture
 
     drawn = {}
@@ -285,7 +301,10 @@ def fitted(z: Tensor, count: int, seed: int) -> dict[str, Tensor]:
     return drawn
 
 
-def glasses(settings: Any, seed: int, images: Images, label: PixelVAE) -> dict[str, np.ndarray]:
+# The class as a code, and exactness
+
+
+def glasses(settings: Any, images: Images, label: PixelVAE, seed: int) -> dict[str, Any]:
     """The class as a frozen feature (claim G1): what the best factored Gaussian of each class loses on held-out images.
 
     `gaussian_nats` (n,) -log p of the Gaussian of the image's class, each grey level a bin; `gaussian_mean`,
@@ -304,7 +323,7 @@ def glasses(settings: Any, seed: int, images: Images, label: PixelVAE) -> dict[s
     ]
     generator = stream(seed, 8, images.device)
     drawn = means + stds * torch.randn(means.shape, generator=generator, device=means.device, dtype=means.dtype)
-    codes = torch.eye(images.classes, device=pictures.device).repeat_interleave(4, 0)
+    codes = torch.eye(images.classes, device=images.device).repeat_interleave(4, 0)
     made = Decoder(label, images, len(codes))(codes, generator)
     firsts = torch.stack([images.train[labels == k][0] for k in range(images.classes)])
     return {
@@ -316,13 +335,14 @@ def glasses(settings: Any, seed: int, images: Images, label: PixelVAE) -> dict[s
     }
 
 
-def exactness(seed: int, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]:
+def exactness(images: Images, vae: PixelVAE, seed: int) -> Arrays:
     """Claim P7 on the trained decoder, two codes: `pixels_that_differ` between images of the incremental sampler and of
     one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32, relative where
     a parameter is above 1.
     """
+    device = images.device
     x = images.to_float(images.held_out[:2])
-    z = sampled(vae, images, images.held_out[:2], stream(seed, 9, images.device))
+    z = sampled(vae, images, images.held_out[:2], stream(seed, 9, device))
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # TF32 has ten bits, also of float32
         h = vae.h(z)
         expected = vae.decoder(x, h)
@@ -332,15 +352,8 @@ def exactness(seed: int, images: Images, vae: PixelVAE) -> dict[str, np.ndarray]
 
     network, h = copy.deepcopy(vae.decoder).double(), h.double()
     channels, mixtures = network.settings.channels, network.settings.mixtures
-    generator = stream(seed, 10, images.device)
     noise = likelihoods.mix_logistic_noise(
-        shape, mixtures, channels, generator=generator, dtype=torch.float64, device=x.device
+        shape, mixtures, channels, generator=stream(seed, 10, device), dtype=torch.float64, device=x.device
     )
     differ = Sampler(network, *shape).draw(h, noise=noise) != draw_by_full_passes(network, noise, h)
     return {"pixels_that_differ": np.array(int(differ.any(1).sum())), "worst_parameter": np.array(error.item())}
-
-
-@torch.no_grad()
-def continue_chain(seed: int, images: Images, vae: PixelVAE) -> np.ndarray:
-    """Three more states of the chain from five held-out photographs: uint8 (4, 5, S, S, C)."""
-    return markov_chain(vae, images, images.held_out[-5:], 3, stream(seed, 11, images.device)).numpy()

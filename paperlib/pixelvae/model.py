@@ -1,11 +1,11 @@
-"""The PixelVAE of notebook 04: a Gaussian encoder and a PixelCNN++ as decoder.
+"""The PixelVAE of notebook 04: a Gaussian encoder q(z|x), and a PixelCNN++ as the decoder p(x|z).
 
-The equation numbers up to (4) are those of the notebook. A PixelCNN++ is the decoder p(x|z): it can be any distribution
-over images, with or without z. The encoder is a Gaussian
+The decoder can be any distribution over images, with or without z. The encoder is
 
     (5)  q(z|x) = N(mean(x), diag std(x)^2),   std(x) = min_std + (1 - min_std) sigmoid(s(x))
 
-and a small deconvolution turns z into a map of biases that is added inside every gated block of the decoder.
+(equations (1) to (4) are those of the notebook), and a small deconvolution turns z into a map of biases that is added
+inside every gated block of the decoder. `pixelvae.experiment.Settings` says how large all this is.
 """
 
 import math
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperlib.data.device_images import Images
 from paperlib.nn import likelihoods, pixelcnn
 from paperlib.nn.pixelcnn import PixelCNN, PixelCNNSettings
+
+BATCH = 128  # images at a time where nothing is trained
 
 
 class Terms(NamedTuple):
@@ -32,7 +35,11 @@ class Terms(NamedTuple):
 
 
 class PixelVAE(nn.Module):
-    """q(z|x) and p(x|z), see the module; images (B, C, S, S) in [-1, 1] with S a multiple of 8."""
+    """q(z|x) and p(x|z), see the module; images (B, C, S, S) in [-1, 1] with S a multiple of 8.
+
+    Encoders: "conv", "linear", "label" (z is the class of the image, one-hot, not learned) and "nothing" (no z: an
+    unconditional PixelCNN++).
+    """
 
     def __init__(self, settings: Any, channels: int, side: int, levels: int, classes: int, encoder: str) -> None:
         super().__init__()
@@ -56,7 +63,7 @@ class PixelVAE(nn.Module):
                 conditioning=settings.code_channels if self.code_dim else 0,
             )
         )
-        _keep_stds(self)
+        _keep_std(self)
 
     @property
     def learns_code(self) -> bool:
@@ -99,6 +106,13 @@ class PixelVAE(nn.Module):
         return Terms(likelihoods.discretized_mix_logistic_log_prob(x, params, levels=levels), mean, log_std, z)
 
 
+def build(settings: Any, images: Images, encoder: str = "conv") -> PixelVAE:
+    """A new model for these images, on their device, with weights from torch's generator."""
+    channels, side, _ = images.shape
+    vae = PixelVAE(settings, channels, side, images.dataset.levels, images.classes, encoder)
+    return vae.to(images.device)
+
+
 def _convolutions(channels: int, side: int, widths: tuple[int, ...], units: int, outputs: int) -> nn.Sequential:
     """4 x 4 convolutions, each halving the image, and a dense layer: the authors' encoder, with normalised layers.
 
@@ -127,22 +141,19 @@ def _deconvolutions(code_dim: int, side: int, channels: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _keep_stds(vae: PixelVAE) -> None:
-    """Initial weights that keep stds from layer to layer: about 1 for the means over images and for the map.
+def _keep_std(vae: PixelVAE) -> None:
+    """Initial weights that keep the std from layer to layer: about 1 for the means over images and for the map.
 
-    torch's own shrink them at every layer, the means to a tenth of the noise.
+    torch's own shrink it at every layer, that of the means to a tenth of the noise.
     """
     layers = [*vae.expand] if vae.code_dim else []
     layers += [*vae.encoder] if vae.learns_code else []
     for layer in layers:
         if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            fan_in = layer.weight[0].numel()  # inputs of an output
+            inputs = layer.weight[0].numel()  # of one output
             if isinstance(layer, nn.ConvTranspose2d):
-                fan_in = layer.weight[:, 0].numel() // math.prod(layer.stride)
-            nn.init.normal_(layer.weight, std=1.25 / math.sqrt(fan_in))  # 1.25: what an ELU takes away
+                inputs = layer.weight[:, 0].numel() // math.prod(layer.stride)
+            nn.init.normal_(layer.weight, std=1.25 / math.sqrt(inputs))  # 1.25: what an ELU takes away
             nn.init.zeros_(layer.bias)
     if vae.learns_code:
         vae.encoder[-1].weight[vae.code_dim :].mul_(0.1)  # std(x) alike for all images
-
-
-BATCH = 128  # images at a time where nothing is trained
