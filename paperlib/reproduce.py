@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from paperlib.experiments import EXPERIMENTS
 from paperlib.runs import presets
-from paperlib.runs.claims import Verdicts, verdict_text
+from paperlib.runs.claims import Verdicts
 from paperlib.runs.provenance import describe_code
 from paperlib.runs.recorded import record
 from paperlib.runs.run import run_name
@@ -58,8 +58,8 @@ class Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    notebooks = _select(options.only)
+    options = parser().parse_args(arguments)
+    notebooks = select(options.only)
     if options.list:
         print(_listing(notebooks))
         return 0
@@ -91,23 +91,38 @@ def run_notebook(job: Job) -> Outcome:
 
     That of a failure is called `notebook.failed.ipynb`, so that it never takes the place of a finished one.
     """
-    import nbformat
+    started, claims = time.time(), None
+    if unknown := _unknown_parameters(job):
+        return Outcome(job, "unknown parameter", 0.0, f"its parameters cell has no {', '.join(unknown)}")
+    executed = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
+    status, message = _execute(job, executed)
+    if status == "ok":
+        claims = _fresh_claims(job, started)
+        message = _what_is_missing(job, executed, claims)
+        status = "incomplete" if message else "ok"
+    _keep(executed, job.directory / ("notebook.ipynb" if status == "ok" else "notebook.failed.ipynb"))
+    return Outcome(job, status, time.time() - started, message, claims if status == "ok" else None)
+
+
+def _unknown_parameters(job: Job) -> list[str]:
+    """The names of parameters that the notebook does not have, which papermill only logs."""
+    import papermill
+
+    return sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook)))
+
+
+def _execute(job: Job, copy: Path) -> tuple[str, str]:
+    """Run all cells into `copy`: the status and message that papermill's word and the kernel's end come to."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    started = time.time()
-    unknown = sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook)))
-    if unknown:
-        return Outcome(job, "unknown parameter", 0.0, f"its parameters cell has no {', '.join(unknown)}")
-    executing = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
-    status, message = "ok", ""
     with _kernel() as kernel, _progress(job.notebook.stem):
         try:
             files.make_folder(job.directory)
-            with files.os_errors_as_user_error(executing):
+            with files.os_errors_as_user_error(copy):
                 papermill.execute_notebook(
                     job.notebook,
-                    executing,
+                    copy,
                     job.parameters,
                     cwd=job.notebook.parent,
                     progress_bar=False,
@@ -115,28 +130,29 @@ def run_notebook(job: Job) -> Outcome:
                     extra_arguments=["--IPKernelApp.log_level=50"],
                 )
         except UserError as error:
-            status, message = "not written", str(error)
+            return "not written", str(error)
         except papermill.PapermillExecutionError as error:
             interrupted = error.ename == "KeyboardInterrupt"
             status = "interrupted" if interrupted else f"failed in cell {error.exec_count}"
-            message = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+            return status, error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
         except DeadKernelError:
-            status = "kernel died"
             message = "its process ended in the middle of a cell; most often the memory did not suffice"
+            return "kernel died", message
         except KeyboardInterrupt:
-            status = "interrupted"
-    if status == "ok":  # papermill's word, checked against the copy itself
-        cells = nbformat.read(executing, as_version=4).cells
-        if any(cell.cell_type == "code" and cell.execution_count is None for cell in cells):
-            status, message = "incomplete", "some cells of the executed copy never ran"
-    claims = _fresh_claims(job, started) if status == "ok" else None
-    if status == "ok" and claims is None and job.notebook.stem in EXPERIMENTS:
-        status, message = (
-            "incomplete",
-            "no verdicts were written: does its last cell still conclude the run?",
-        )
-    _keep(executing, job.directory / ("notebook.ipynb" if status == "ok" else "notebook.failed.ipynb"))
-    return Outcome(job, status, time.time() - started, message, claims)
+            return "interrupted", ""
+    return "ok", ""
+
+
+def _what_is_missing(job: Job, executed: Path, claims: Verdicts | None) -> str:
+    """What a run lacks that papermill took for finished, in words; nothing where it is complete."""
+    import nbformat
+
+    cells = nbformat.read(executed, as_version=4).cells
+    if any(cell.cell_type == "code" and cell.execution_count is None for cell in cells):
+        return "some cells of the executed copy never ran"
+    if claims is None and job.notebook.stem in EXPERIMENTS:
+        return "no verdicts were written: does its last cell still conclude the run?"
+    return ""
 
 
 def _keep(executed: Path, target: Path) -> None:
@@ -183,7 +199,7 @@ def _progress(label: str):
         file = Path(folder) / "progress.json"
         before = {name: os.environ.get(name) for name in ("PAPERLIB_PROGRESS", "TQDM_DISABLE")}
         os.environ |= {"PAPERLIB_PROGRESS": str(file), "TQDM_DISABLE": "1"}
-        watcher = threading.Thread(target=_watch, args=(label, file, done), daemon=True)
+        watcher = threading.Thread(target=watch, args=(label, file, done), daemon=True)
         watcher.start()
         try:
             yield
@@ -194,7 +210,8 @@ def _progress(label: str):
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _watch(label: str, file: Path, done: threading.Event) -> None:
+def watch(label: str, file: Path, done: threading.Event) -> None:
+    """Show what a kernel writes to its progress file, once a second, until `done`."""
     live = sys.stderr.isatty()
     bar = tqdm(desc=label, disable=not live, leave=False, file=sys.stderr, unit="step")
     said = time.monotonic()
@@ -214,31 +231,15 @@ def _watch(label: str, file: Path, done: threading.Event) -> None:
     bar.close()
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paperlib.reproduce", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    add, several = parser.add_argument, {"action": "append", "default": []}
     add("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
-    add(
-        "--only",
-        action="append",
-        metavar="NN",
-        default=[],
-        help="a notebook by number or name; may be repeated",
-    )
+    add("--only", metavar="NN", help="a notebook by number or name; may be repeated", **several)
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
-    add(
-        "--weights",
-        default="train",
-        help="train (default), or recorded to load the committed weights",
-    )
-    add(
-        "--set",
-        action="append",
-        metavar="NAME=VALUE",
-        default=[],
-        help="change one setting; may be repeated",
-    )
+    add("--weights", default="train", help="train (default), or recorded to load the committed weights")
+    add("--set", metavar="NAME=VALUE", help="change one setting; may be repeated", **several)
     add("--fresh", action="store_true", help="forget an earlier run of the same settings")
     add("--record", action="store_true", help="promote finished runs to results/ and figures/")
     add("--fail-fast", action="store_true", help="stop at the first notebook that fails")
@@ -246,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _select(only: list[str]) -> list[Path]:
+def select(only: list[str]) -> list[Path]:
     """The numbered notebooks in order, all of them or those that `only` names by number or stem."""
     notebooks = sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     chosen = []
@@ -305,28 +306,12 @@ def _line(outcome: Outcome) -> str:
 def _table(outcomes: list[Outcome]) -> str:
     rows = [("notebook", "status", "seconds", "verdicts", "outputs")]
     for outcome in outcomes:
-        job = outcome.job
-        rows.append(
-            (
-                job.notebook.stem,
-                outcome.status,
-                f"{outcome.seconds:.0f}",
-                _verdicts(outcome),
-                _short(job.directory),
-            )
-        )
-    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        verdicts = "-" if outcome.claims is None else outcome.claims.summary()
+        job, seconds = outcome.job, f"{outcome.seconds:.0f}"
+        rows.append((job.notebook.stem, outcome.status, seconds, verdicts, _short(job.directory)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _verdicts(outcome: Outcome) -> str:
-    if not outcome.claims:
-        return "-"
-    by_verdict: dict[str, list[str]] = {}
-    for key, entry in outcome.claims.items():
-        by_verdict.setdefault(verdict_text(entry), []).append(key)
-    return "; ".join(f"{verdict}: {' '.join(keys)}" for verdict, keys in by_verdict.items())
 
 
 def _listing(notebooks: list[Path]) -> str:

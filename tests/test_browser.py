@@ -12,6 +12,7 @@ import urllib.request
 
 import pytest
 
+from paperlib.report import page
 from paperlib.system import files
 
 pytestmark = pytest.mark.browser
@@ -52,10 +53,7 @@ TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElemen
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    command = [sys.executable, "-m", "paperlib.report", "--to", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
+    return page.write(tmp_path_factory.mktemp("report")).parent
 
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])

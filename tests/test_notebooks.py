@@ -6,7 +6,7 @@ import json
 import nbformat
 import pytest
 
-from paperlib import reproduce
+from paperlib.experiments import EXPERIMENTS
 from paperlib.system import files
 
 NOTEBOOKS = sorted(files.NOTEBOOKS.glob("*.ipynb"))
@@ -68,7 +68,5 @@ def test_the_file_is_clean(path):
     assert str(files.ROOT) not in path.read_text()
 
 
-def test_it_has_a_module_behind_it_which_the_runner_knows(path):
-    experiment = reproduce._experiment(path)
-    assert path.stem == experiment.NOTEBOOK
-    assert set(experiment.PRESETS) == {"smoke", "cpu", "gpu", "paper"}
+def test_an_experiment_is_behind_it(path):
+    assert set(EXPERIMENTS[path.stem].presets) == {"smoke", "cpu", "gpu", "paper"}

@@ -1,16 +1,21 @@
 """The report: it needs no network, has every recorded figure, and formulas that are no text."""
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
-from paperlib.report import page, records
+from paperlib.report import __main__ as report
+from paperlib.report import page, records, tables
 from paperlib.system import files
+
+RECORDED = list(records.recorded())
 
 
 @pytest.fixture(scope="module")
 def index():
-    return page.index(list(records.recorded()))
+    return page.index(RECORDED)
 
 
 def test_nothing_on_it_comes_from_elsewhere(index):
@@ -19,13 +24,21 @@ def test_nothing_on_it_comes_from_elsewhere(index):
 
 
 def test_every_recorded_figure_and_claim_is_there(index):
-    for one in records.recorded():
-        names = [name for name in page.captions(one.notebook)]
+    for one in RECORDED:
+        names = list(page.captions(one.notebook))
         drawn = [name for name in names if (files.figures_root() / one.preset / f"{name}.png").exists()]
         assert drawn == names, "every figure of the notebook is recorded"
-        for claim in one.claims:
-            assert f"<b>{claim}</b>" in index
-    assert index.count("<figure>") == sum(len(page.captions(one.notebook)) for one in records.recorded())
+        assert all(f"<b>{claim}</b>" in index for claim in one.claims)
+    assert index.count("<figure>") == sum(len(page.captions(one.notebook)) for one in RECORDED)
+
+
+def test_text_is_escaped_and_code_within_it_marked(monkeypatch):
+    monkeypatch.setattr(page, "captions", lambda notebook: {})
+    one, texts = RECORDED[0], {"statement": "p < q & r", "expected": "`a < b` for all a"}
+    claims = type(one.claims)({key: entry | texts for key, entry in one.claims.items()})
+    text = page.index([dataclasses.replace(one, claims=claims)])
+    assert "p &lt; q &amp; r</td>" in text
+    assert "<code>a &lt; b</code> for all a" in text
 
 
 def test_formulas_become_mathml_but_not_in_code():
@@ -34,8 +47,37 @@ def test_formulas_become_mathml_but_not_in_code():
     assert "<mi>x</mi>" in text and "FORMULA" not in text
 
 
-def test_a_notebook_page_loads_nothing(tmp_path):
+def test_a_notebook_page_loads_nothing():
     text = page.notebook_page(files.NOTEBOOKS / "02_mnist_fuzziness.ipynb")
     assert "<mi>x</mi>" in text and "FORMULA" not in re.sub(r"<[^>]*>", "", text)
     assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|png)', text)
     assert not re.search(r'src="(?!data:)[^"]*\.png"', text)
+
+
+def test_the_index_and_all_notebooks_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "index", lambda found: "index")
+    monkeypatch.setattr(page, "notebook_page", lambda path: path.stem)
+    assert page.write(tmp_path / "new") == tmp_path / "new" / "index.html"
+    names = {"index", *(path.stem for path in files.NOTEBOOKS.glob("[0-9]*.ipynb"))}
+    assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {f"{n}.html": n for n in names}
+
+
+@pytest.mark.parametrize(
+    ("words", "called"),
+    [
+        ("", ("page", files.ROOT / "report")),
+        ("--to /there", ("page", Path("/there"))),
+        ("page", ("page", files.ROOT / "report")),
+        ("page --to /there", ("page", Path("/there"))),
+        ("tables", ("tables", False)),
+        ("tables --check", ("tables", True)),
+        ("claims", ("claims", False)),
+        ("claims --list", ("claims", True)),
+    ],
+)
+def test_the_commands(words, called, monkeypatch):
+    calls = []
+    for name, module, function in (("page", page, "write"), ("tables", tables, "update"), ("claims", records, "show")):
+        monkeypatch.setattr(module, function, lambda given, name=name: calls.append((name, given)) or 0)
+    assert report.main(words.split()) == 0
+    assert calls == [called]

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from paperlib import reproduce
+from paperlib.experiments import EXPERIMENTS
 from paperlib.runs import launch
 from paperlib.system import files
 
@@ -37,13 +38,13 @@ def dry(script, tmp_path, **variables):
 def test_the_array_runs_each_notebook_once(tmp_path):
     script = files.ROOT / "slurm" / "notebooks.sbatch"
     (array,) = (line for line in script.read_text().split("\n") if line.startswith("#SBATCH --array="))
-    assert array == f"#SBATCH --array=1-{len(reproduce.EXPERIMENTS)}"
-    for task in range(1, len(reproduce.EXPERIMENTS) + 1):
+    assert array == f"#SBATCH --array=1-{len(EXPERIMENTS)}"
+    for task in range(1, len(EXPERIMENTS) + 1):
         module, name, *arguments = dry(script, tmp_path / str(task), SLURM_ARRAY_TASK_ID=str(task), PRESET="cpu")
         assert (module, name) == ("-m", "paperlib.reproduce")
-        options = reproduce._parser().parse_args(arguments)
+        options = reproduce.parser().parse_args(arguments)
         assert (options.preset, options.seed) == ("cpu", 0)
-        (notebook,) = reproduce._select(options.only)
+        (notebook,) = reproduce.select(options.only)
         assert notebook.stem.startswith(f"0{task}")
 
 

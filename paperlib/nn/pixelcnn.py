@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperlib.nn.likelihoods import bits_per_dim, discretized_mix_logistic_log_prob, mix_logistic_size
+from paperlib.nn.likelihoods import discretized_mix_logistic_log_prob, mix_logistic_size
 from paperlib.system import distributed
 
 
@@ -137,22 +137,6 @@ class PixelCNN(nn.Module):
 def log_prob(network: nn.Module, x: Tensor, h: Tensor | None = None) -> Tensor:
     """log p(x | h) in nats, (B,), for images (B, C, H, W) in [-1, 1]; `network` may be compiled."""
     return discretized_mix_logistic_log_prob(x, network(x, h), levels=network.settings.levels)
-
-
-@torch.no_grad()
-def mean_bits_per_dim(network: nn.Module, x: Tensor, h: Tensor | None = None, *, batch_size: int = 64) -> float:
-    """Bits per dimension over all of x (N, C, H, W), every image counting the same however the batches fall.
-
-    The network is used in the mode it is in: call `.eval()` first. Raises `ValueError` for no images.
-    """
-    if not len(x):
-        raise ValueError("bits per dimension of no images")
-    parts = range(0, len(x), batch_size)
-    nats = sum(
-        -log_prob(network, x[i : i + batch_size], None if h is None else h[i : i + batch_size]).double().sum().item()
-        for i in parts
-    )
-    return bits_per_dim(nats / len(x), x[0].numel())
 
 
 @torch.no_grad()

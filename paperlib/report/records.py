@@ -1,13 +1,9 @@
 """The table of claims, failed ones first, and every number in it computed again from what is recorded.
 
-    python -m paperlib.report claims               # recompute and compare; exit 1 where a number differs
-    python -m paperlib.report claims --list        # only show what is recorded
-
 Nothing is trained: the quantities that judge a claim are computed from the recorded arrays by the code as it is now
 (those of notebook 01, which trains nothing, from scratch).
 """
 
-import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,23 +84,23 @@ def differences(one: Recorded) -> list[str]:
             found.append(f"{claim}: other quantities, {', '.join(sorted(set(measured) ^ set(again[claim])))}")
             continue
         for name, quantity in measured.items():
-            if not _same(quantity, again[claim][name]):
+            if not agree(quantity, again[claim][name]):
                 found.append(f"{claim}: {name} is recorded as {quantity}, but the arrays give {again[claim][name]}")
         if judge(one.preset, one.experiment.claims[claim], again[claim]) != entry["holds"]:
             found.append(f"{claim}: another verdict than {verdict_text(entry)}")
     return found
 
 
-def _same(a: Estimate, b: Estimate) -> bool:
-    pairs = ((a.value, b.value), (a.low, b.low), (a.high, b.high))
-    pairs = [[math.nan if number is None else number for number in pair] for pair in pairs]  # JSON has null for nan
-    return all(math.isclose(x, y, rel_tol=AGREES, abs_tol=1e-9) or (math.isnan(x) and math.isnan(y)) for x, y in pairs)
+def agree(a: Estimate, b: Estimate) -> bool:
+    """Whether two estimates are the same but for rounding, ends of their intervals included."""
+    return all(
+        math.isclose(x, y, rel_tol=AGREES, abs_tol=1e-9) or (math.isnan(x) and math.isnan(y))
+        for x, y in zip(a.row, b.row, strict=True)
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m paperlib.report claims", description=__doc__.split("\n")[0])
-    parser.add_argument("--list", action="store_true", help="only show what is recorded")
-    only_list = parser.parse_args().list
+def show(only_list: bool = False) -> int:
+    """Print all claims and, unless `only_list`, the numbers that differ when computed again; the exit code."""
     found = list(recorded())
     for one, claim, entry in rows(found):
         print(f"{claim} {verdict_text(entry)} ({one.preset}): {entry['statement']}")

@@ -1,30 +1,27 @@
 """Carry recorded results into the texts that quote them, so that no verdict is typed by hand.
 
-    python -m paperlib.report tables            # rewrite the marked blocks of README.md and of the notebooks' openings
-    python -m paperlib.report tables --check    # exit 1 where a block differs from what is recorded
-
 A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
 their own, the README one table of all claims, and another of `results/benchmarks/`. Below the caption of each figure in
 a notebook, whose outputs are those of `smoke`, stands the recorded figure.
 """
 
-import argparse
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from paperlib.experiments import EXPERIMENTS
 from paperlib.report import records
-from paperlib.runs.claims import measured_text, verdict_text
+from paperlib.runs.claims import markdown_table, measured_text, verdict_text
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
 BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
 PASSES = "by full passes (s, extrapolated)"
+DEVIATIONS = (1, 0.1, 0.01)  # of q(z|x), in the benchmark of aggregates
 SPEED = "<!-- speed:begin -->", "<!-- speed:end -->"
 # The names under which a notebook's cell saves figures.
 FIGURE = re.compile(r"save_figure\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
@@ -70,64 +67,76 @@ def with_recorded_figure(source: str, name: str, notebook: str) -> str:
 
 def readme_block() -> str:
     """The table of all claims with what was measured, at most three numbers each, in Markdown."""
-    rows = ["| claim | measured | verdict | notebook, preset |", "| --- | --- | --- | --- |"]
-    origins, exact, empirical = [], [], []
-    for notebook in EXPERIMENTS:
-        recorded = best(notebook)
-        if recorded is None:
-            continue
-        for key, entry in recorded.claims.items():
-            cells = (
-                f"**{key}** {entry['statement']}",
-                measured_text(entry, recorded.experiment.claims[key].shows),
-                verdict_text(entry),
-                f"[{notebook[:2]}](notebooks/{notebook}.ipynb), `{recorded.preset}`",
-            )
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-            (exact if recorded.experiment.claims[key].exact else empirical).append(entry["holds"])
-        origins.append(f"{notebook[:2]}: {recorded.origin()}.")
+    found = [one for one in map(best, EXPERIMENTS) if one is not None]
+    rows = [_readme_row(one, key) for one in found for key in one.claims]
+    held: dict[bool, list[bool]] = {True: [], False: []}  # by whether the claim is exact
+    for one in found:
+        for key, entry in one.claims.items():
+            held[one.experiment.claims[key].exact].append(bool(entry["holds"]))
+    exact, empirical = held[True], held[False]
     count = (
         f"Of {len(exact)} claims that are mathematics {sum(exact)} hold, of {len(empirical)} empirical ones "
         f"{sum(empirical)}; {len(empirical) - sum(empirical)} fail."
     )
-    return count + "\n\n" + "\n".join(rows) + "\n\n" + "  \n".join(origins)
+    table = markdown_table(("claim", "measured", "verdict", "notebook, preset"), rows)
+    return "\n\n".join([count, table, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in found)])
+
+
+def _readme_row(one: records.Recorded, key: str) -> tuple[str, str, str, str]:
+    entry = one.claims[key]
+    return (
+        f"**{key}** {entry['statement']}",
+        measured_text(entry, one.experiment.claims[key].shows),
+        verdict_text(entry),
+        f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb), `{one.preset}`",
+    )
 
 
 def speed_block() -> str:
     """What `benchmarks/` measured on the CPU, in Markdown: a few rows of each of its tables."""
-    lines = ["| | times as fast | share of the matrix rate |", "| --- | --- | --- |"]
+    header = ("case", "times as fast", "share of the matrix rate")
+    notes = [f"- {name}: {note}." for name in ("sampling", "training") for note in _table(name)["notes"]]
+    deviations = ("times as fast, by deviation of q(z\\|x):", *map(str, DEVIATIONS), "GiB, at most")
+    return "\n\n".join(
+        [
+            markdown_table(header, [*_sampling_rows(), *_training_rows()]),
+            "A share is of the matrix rate of its own precision, as measured beside it:",
+            "\n".join(notes),
+            markdown_table(deviations, _aggregate_rows()),
+        ]
+    )
+
+
+def _sampling_rows() -> Iterator[tuple[str, str, str]]:
     sampling = [row for row in _benchmark("sampling") if row["side"] == 32]
     for row in sampling:
         if row["batch"] in (1, 16, 256):
-            size, drawn = row["blocks / filters"], row["ms an image"] / 1000
-            passes = [other[PASSES] for other in sampling if other["blocks / filters"] == size]
-            what = f"drawing 32 x 32 pixels, PixelCNN++ {size}, batch {row['batch']}"
-            gain = f"{min(passes) / drawn:.0f} (passes at their best batch, extrapolated)"
-            lines.append(f"| {what} | {gain} | {row['% of matrix rate']:.0f} % |")
+            size, seconds = row["blocks / filters"], row["ms an image"] / 1000
+            passes = min(other[PASSES] for other in sampling if other["blocks / filters"] == size)
+            yield (
+                f"drawing 32 x 32 pixels, PixelCNN++ {size}, batch {row['batch']}",
+                f"{passes / seconds:.0f} (passes at their best batch, extrapolated)",
+                f"{row['% of matrix rate']:.0f} %",
+            )
+
+
+def _training_rows() -> Iterator[tuple[str, str, str]]:
     for row in _benchmark("training"):
-        what = f"training the {row['network']}, batch {row['batch']}, in {row['precision']}"
-        shares = f"{row['% of matrix rate']:.0f} % ({row['% plainly']:.0f} % plainly)"
-        lines.append(f"| {what} | {row['times']:.2f} (plain PyTorch) | {shares} |")
-    notes = [f"- {name}: {note}." for name in ("sampling", "training") for note in _table(name)["notes"]]
-    lines += ["", "A share is of the matrix rate of its own precision, as measured beside it:", "", *notes]
-    lines += [
-        "",
-        "| times as fast, by deviation of q(z\\|x): | 1 | 0.1 | 0.01 | GiB, at most |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+        yield (
+            f"training the {row['network']}, batch {row['batch']}, in {row['precision']}",
+            f"{row['times']:.2f} (plain PyTorch)",
+            f"{row['% of matrix rate']:.0f} % ({row['% plainly']:.0f} % plainly)",
+        )
+
+
+def _aggregate_rows() -> Iterator[tuple[str, ...]]:
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in _benchmark("aggregates"):
         cases.setdefault(f"{row['quantity']}, {row['dimensions']} dimensions", []).append(row)
-    for what, rows in cases.items():
+    for case, rows in cases.items():
         times = {row["deviation"]: row["times"] for row in rows}
         memory = f"{max(row['GiB'] for row in rows):.1f} (NumPy {max(row['usual (GiB)'] for row in rows):.1f})"
-        cells = [
-            what.replace("|", "\\|"),
-            *(f"{times[deviation]:.{int(times[deviation] < 10)}f}" for deviation in (1, 0.1, 0.01)),
-            memory,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        yield (case, *(f"{times[deviation]:.{int(times[deviation] < 10)}f}" for deviation in DEVIATIONS), memory)
 
 
 def _benchmark(name: str) -> list[dict[str, Any]]:
@@ -144,7 +153,7 @@ def texts() -> Iterable[tuple[Path, str, str]]:
     """Every file with a block, as (path, its text now, its text with the block rewritten)."""
     readme = files.ROOT / "README.md"
     text = readme.read_text()
-    yield readme, text, _filled(_filled(text, readme_block(), readme), speed_block(), readme, SPEED)
+    yield readme, text, filled(filled(text, readme_block(), readme), speed_block(), readme, SPEED)
     for name in EXPERIMENTS:
         path = files.NOTEBOOKS / f"{name}.ipynb"
         text = path.read_text()
@@ -152,7 +161,7 @@ def texts() -> Iterable[tuple[Path, str, str]]:
         opening = next((cell for cell in notebook["cells"] if BEGIN in "".join(cell["source"])), None)
         if opening is None:
             raise UserError(f"{path} has no line {BEGIN}: put it and {END} into the opening cell")
-        source = _filled("".join(opening["source"]), notebook_block(name), path)
+        source = filled("".join(opening["source"]), notebook_block(name), path)
         opening["source"] = source.splitlines(keepends=True)
         for cell, below in itertools.pairwise(notebook["cells"]):
             for figure in FIGURE.findall("".join(cell["source"])) if cell["cell_type"] == "code" else ():
@@ -161,7 +170,8 @@ def texts() -> Iterable[tuple[Path, str, str]]:
         yield path, text, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def _filled(text: str, block: str, path: Path, marks: tuple[str, str] = (BEGIN, END)) -> str:
+def filled(text: str, block: str, path: Path, marks: tuple[str, str] = (BEGIN, END)) -> str:
+    """`text` with `block` between its marks. Raises `UserError`, naming `path`, where these are not there once."""
     begin, end = marks
     if text.count(begin) != 1 or text.count(end) != 1:
         raise UserError(f"{path} needs one line {begin} and one line {end}")
@@ -169,16 +179,13 @@ def _filled(text: str, block: str, path: Path, marks: tuple[str, str] = (BEGIN, 
     return f"{before}{begin}\n\n{block}\n\n{end}{rest.split(end)[1]}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m paperlib.report tables", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a block is out of date")
-    check = parser.parse_args().check
+def update(check: bool = False) -> int:
+    """Rewrite what is out of date, or with `check` only name it; the exit code, 1 where a check finds some."""
     stale = [(path, new) for path, old, new in texts() if old != new]
     for path, new in stale:
         if not check:
             with files.atomic_write(path) as file:
                 file.write_text(new)
-        print(
-            f"{path.relative_to(files.ROOT)}: {'out of date, run python -m paperlib.report tables' if check else 'written'}"
-        )
+        done = "out of date, run python -m paperlib.report tables" if check else "written"
+        print(f"{path.relative_to(files.ROOT)}: {done}")
     return int(check and bool(stale))

@@ -1,4 +1,4 @@
-"""What all N codes say together: the distribution q(x|z) that a decoder is asked to match.
+"""The aggregate posterior q(z) of N codes, and the distribution q(x|z) that a decoder is asked to match.
 
 With the encoder q(z|x_n) = N(mean_n, diag exp(2 log_std_n)) at every training point,
 
@@ -19,7 +19,7 @@ are done again in float64, about other centres c, and at last from differences.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Codes:
                 f"log_std {tuple(log_std.shape)} does not broadcast to means {tuple(mean.shape)}"
             ) from error
         if not bool((mean.abs() <= LARGEST).all() & (log_std.abs() <= 100).all()):
-            raise ValueError("code means or deviations are not finite, or absurdly large")
+            raise ValueError("code means or stds are not finite, or absurdly large")
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "log_std", log_std)
 
@@ -170,15 +170,14 @@ def conditional(
     x: Tensor,
     labels: Tensor | None = None,
     *,
-    classes: int | None = None,
     per_pixel: bool = True,
 ) -> Conditional:
     """Mean and variance of q(x|z) at codes `z` (M, D), its labels, effective size, and log q(z).
 
     `x` (N, ...) are the training points in the order of `codes`, bool, uint8 or floating, in
     whatever unit the results should have; they may lie on another device. `labels` (N,) are
-    integers from 0, `classes` their number (default: the largest + 1). Without `per_pixel` only
-    the trace of the variance is made, in about half the time.
+    integers from 0 to K - 1. Without `per_pixel` only the trace of the variance is made, in about
+    half the time.
 
     Variances are right to 1e-5 relative, down to 1e-28 of a pixel's range squared; means to 1e-6
     of its range. Raises `ValueError` for shapes or labels that do not fit.
@@ -186,52 +185,62 @@ def conditional(
     z, table = _checked(z, codes), _Table(codes)
     if len(x) != len(codes) or (labels is not None and labels.shape != (len(codes),)):
         raise ValueError(f"{len(codes)} codes, but {len(x)} points or other labels")
-    one_hot = None
-    if labels is not None:
-        classes = int(labels.max()) + 1 if classes is None else classes
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise ValueError(f"labels are not all in 0 .. {classes - 1}")
-        one_hot = torch.eye(classes, dtype=torch.float64, device=z.device)
-        one_hot = one_hot[labels.to(z.device, torch.long)]
+    if labels is not None and int(labels.min()) < 0:
+        raise ValueError("labels are integers from 0")
+    one_hot = None if labels is None else torch.nn.functional.one_hot(labels.to(z.device, torch.long)).double()
     flat = x.detach().reshape(len(x), -1)
     flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
     count, pixels = len(z), flat.shape[1]
-    mean = z.new_empty(count, pixels)
-    variance = z.new_empty(count, pixels if per_pixel else 1)
-    log_q, ess = z.new_empty(count), z.new_empty(count)
-    mixture = None if one_hot is None else z.new_empty(count, one_hot.shape[1])
-
+    result = Conditional(
+        mean=z.new_empty(count, pixels),
+        variance=z.new_empty(count, pixels if per_pixel else 1),
+        trace=z.new_empty(count),
+        log_q=z.new_empty(count),
+        ess=z.new_empty(count),
+        labels=None if one_hot is None else z.new_empty(count, one_hot.shape[1]),
+    )
     for block in _slices(count, ROWS):
         here = z[block]
         top, many, bundles = _heavy(here, table, max(table.width, pixels))
-        for rows, points, weights, density in bundles:
-            rows = rows + block.start
-            log_q[rows], ess[rows] = density, 1 / weights.square().sum(1)
-            if mixture is not None:
-                mixture[rows] = (weights[:, None] @ one_hot[points])[:, 0]
-            near = flat[points.to(flat.device)].to(z.device, torch.float64)
-            base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
-            shift = weights[:, None] @ near.sub_(base)
-            mean[rows] = (base + shift)[:, 0]
-            near.sub_(shift).square_()
-            near = near if per_pixel else near.sum(2, keepdim=True)
-            variance[rows] = (weights[:, None] @ near)[:, 0]
+        for rows, points, weights, log_q in bundles:
+            _fill_by_differences(result, rows + block.start, points, weights, log_q, flat, one_hot)
         if len(many):
-            rows = many + block.start
-            sums = _matrix_moments(here[many], table, top[many], flat, one_hot, per_pixel)
-            mean[rows], variance[rows], total, squares, labelled = sums
-            log_q[rows] = top[many] + total.log() - math.log(len(codes))
-            ess[rows] = total.square() / squares
-            if mixture is not None:
-                mixture[rows] = labelled / total[:, None]
-    return Conditional(
-        mean=mean.reshape(count, *x.shape[1:]),
-        variance=variance.reshape(count, *x.shape[1:]) if per_pixel else None,
-        trace=variance.sum(1),
-        log_q=log_q,
-        ess=ess,
-        labels=mixture,
+            _fill_by_products(result, many + block.start, here[many], table, top[many], flat, one_hot)
+    return replace(
+        result,
+        mean=result.mean.reshape(count, *x.shape[1:]),
+        variance=result.variance.reshape(count, *x.shape[1:]) if per_pixel else None,
+        trace=result.variance.sum(1),
     )
+
+
+def _fill_by_differences(
+    result: Conditional, rows: Tensor, points: Tensor, weights: Tensor, log_q: Tensor, x: Tensor, one_hot: Tensor | None
+) -> None:
+    """The rows (R,) of `result` for which few `points` (R, K) weigh, by `weights` (R, K) that sum to 1."""
+    result.log_q[rows], result.ess[rows] = log_q, 1 / weights.square().sum(1)
+    if one_hot is not None:
+        result.labels[rows] = (weights[:, None] @ one_hot[points])[:, 0]
+    near = x[points.to(x.device)].to(weights.device, torch.float64)
+    base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
+    shift = weights[:, None] @ near.sub_(base)
+    result.mean[rows] = (base + shift)[:, 0]
+    near.sub_(shift).square_()
+    near = near if result.variance.shape[1] == near.shape[2] else near.sum(2, keepdim=True)
+    result.variance[rows] = (weights[:, None] @ near)[:, 0]
+
+
+def _fill_by_products(
+    result: Conditional, rows: Tensor, z: Tensor, table: "_Table", top: Tensor, x: Tensor, one_hot: Tensor | None
+) -> None:
+    """The rows (R,) of `result` for codes `z` (R, D) for which many points weigh; `top` are the largest exponents."""
+    per_pixel = result.variance.shape[1] == x.shape[1]
+    sums = _matrix_moments(z, table, top, x, one_hot, per_pixel)
+    result.mean[rows], result.variance[rows], total, squares, labelled = sums
+    result.log_q[rows] = top + total.log() - math.log(len(table.codes))
+    result.ess[rows] = total.square() / squares
+    if one_hot is not None:
+        result.labels[rows] = labelled / total[:, None]
 
 
 @torch.no_grad()

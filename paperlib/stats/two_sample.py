@@ -19,8 +19,9 @@ the g-th group of either set,
 t Student's 97.5 % point for G - 1 degrees of freedom. It costs no second kernel: D_g takes nothing but the sums of k
 over pairs of groups. A bootstrap will not do. It draws points twice, their pairs put k(u, u) into a mean that is to be
 without it, and every resample comes out too far by about [E k(u, u) - E k(u, u')] / n for each set, which near equality
-is no less than the estimate's own error. For equal distributions s^2 is twice the variance on average, so (d)
-hardly ever lies above 0 where there is nothing to find; where few directions carry all variance it may lie below 0 one time in fifteen.
+is no less than the estimate's own error. For equal distributions s^2 is twice the variance on average, so (d) hardly
+ever lies above 0 where there is nothing to find; where few directions carry all variance it may lie below 0 one time in
+fifteen.
 
 A batch z can be held against N(0, I) itself, `gaussian_mmd`: for k(u, v) = exp(-|u - v|^2 / (2 s^2)) the integrals are
 those of a product of Gaussians in D dimensions, u fixed or u, v of N(0, I),
