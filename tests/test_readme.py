@@ -47,7 +47,7 @@ def test_a_command_is_known(command, help_of, tmp_path):
         said_by([*words, "-n", f"VENV={tmp_path}"])
     elif words[0] in ("python", "torchrun"):
         after = words[words.index("-m") + 1 :]
-        called = " ".join(after[:2] if after[0] == "paperlib.data" else after[:1])
+        called = " ".join(after[:2] if after[0] in ("paperlib.data", "paperlib.report") and after[1:] else after[:1])
         assert all(flag in help_of(called) for flag in after if flag.startswith("--"))
     elif words[0] == "papermill":
         source = nbformat.read(files.ROOT / words[1], 4)
@@ -84,12 +84,12 @@ def test_the_recipes_of_another_data_set_and_of_more_steps(tmp_path):
     prepare, *runs = [shlex.split(line.replace("FOLDER", str(folder))) for line in lines]
     said_by([sys.executable, *prepare[1:]], env=environment(tmp_path))
     settings = [pair for words in runs for word in words if word.startswith("SET=") for pair in word[4:].split()]
-    assert {pair.split("=")[0] for pair in settings} == {"dataset", "side", "steps"}
+    assert {pair.split("=")[0] for pair in settings} == {"dataset", "side", "chain_steps"}
     assert all("ONLY=03" in words for words in runs)
     few = [f"{name}=4" for name in ("train_steps", "one_step_train_steps", "infusion_train_steps", "ablation_train_steps")]
     asked = [word for pair in [*settings, *few] for word in ("--set", pair)]
     said_by([sys.executable, "-m", "paperlib.reproduce", "--only", "03", *asked], env=environment(tmp_path))
     (arrays,) = (tmp_path / "RUNS").rglob("arrays.npz")
     chain = np.load(arrays)["chain"]
-    steps = int(dict(pair.split("=") for pair in settings)["steps"])
+    steps = int(dict(pair.split("=") for pair in settings)["chain_steps"])
     assert chain.shape == (steps + 1, 10, 32, 32, 3)

@@ -96,7 +96,7 @@ def speed_block() -> str:
     """What `benchmarks/` measured on the CPU, in Markdown: a few rows of each of its tables."""
     header = ("case", "times as fast", "share of the matrix rate")
     notes = [f"- {name}: {note}." for name in ("sampling", "training") for note in _table(name)["notes"]]
-    deviations = ("times as fast, by deviation of q(z\\|x):", *map(str, DEVIATIONS), "GiB, at most")
+    deviations = ("times as fast, by std of q(z\\|x):", *map(str, DEVIATIONS), "GiB, at most")
     return "\n\n".join(
         [
             markdown_table(header, [*_sampling_rows(), *_training_rows()]),
