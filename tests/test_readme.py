@@ -1,95 +1,138 @@
-"""What README and docs tell people to type: commands are known, recipes run."""
+"""What README and docs tell people to type: commands and settings are known, files exist, recipes run."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 
+import commands
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
+from paperlib.experiments import EXPERIMENTS
+from paperlib.pixelvae import training
+from paperlib.reproduce import select
+from paperlib.runs import presets
 from paperlib.system import files
 
 README = (files.ROOT / "README.md").read_text()
-TEXT = README + (files.ROOT / "docs" / "running.md").read_text()
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-COMMANDS += [words for words in re.findall(r"`((?:make|python -m|source) [^`\n]+)`", TEXT)]
+TEXT = "\n".join([README, *(path.read_text() for path in (files.ROOT / "docs").glob("*.md"))])
+LINES = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
+TYPED = {line.split("  #")[0].strip() for line in LINES} | set(re.findall(r"`((?:make|python -m) [^`\n]+)`", TEXT))
+WORDS = [[word for word in shlex.split(line) if not re.match(r"PIP_\w+=", word)] for line in sorted(TYPED)]
 RECIPES = README.split("## Trying an idea")[1].split("\n## ")[0]
 
 
-def said_by(words, **options):
-    done = subprocess.run(words, cwd=files.ROOT, capture_output=True, text=True, timeout=600, **options)
-    assert done.returncode == 0, f"{shlex.join(words)}: {(done.stdout + done.stderr)[-2000:]}"
-    return done.stdout
+def typed(*programs):
+    """A parameter of a test: what is typed for these programs."""
+    chosen = [words for words in WORDS if words[0] in programs]
+    return pytest.mark.parametrize("words", chosen, ids=map(shlex.join, chosen))
 
 
 @pytest.fixture(scope="module")
-def help_of():
-    """What `python -m CALLED --help` says."""
-    known = {}
+def help_of(tmp_path_factory):
+    """What `python -m` with these words and `--help` says."""
+    home, known = tmp_path_factory.mktemp("help"), {}
 
-    def ask(called):
+    def ask(*called):
         if called not in known:
-            known[called] = said_by([sys.executable, "-m", *called.split(), "--help"])
+            done = commands.run([*called, "--help"], home)
+            assert done.returncode == 0, done.stderr
+            known[called] = done.stdout
         return known[called]
 
     return ask
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_a_command_is_known(command, help_of, tmp_path):
-    words = [word for word in shlex.split(command) if not re.match(r"PIP_\w+=", word)]
-    if words[0] == "make":
-        said_by([*words, "-n", f"VENV={tmp_path}"])
-    elif words[0] in ("python", "torchrun"):
-        after = words[words.index("-m") + 1 :]
-        called = " ".join(after[:2] if after[0] in ("paperlib.data", "paperlib.report") and after[1:] else after[:1])
-        assert all(flag in help_of(called) for flag in after if flag.startswith("--"))
-    elif words[0] == "papermill":
-        source = nbformat.read(files.ROOT / words[1], 4)
-        parameters = next(c.source for c in source.cells if "parameters" in c.metadata.get("tags", []))
-        named = [words[k + 1] for k, word in enumerate(words) if word == "-p"]
-        assert named and all(f"{name}:" in parameters for name in named)
-    else:
-        assert words[0] in ("source", "apt-get", "conda"), "nothing here tries this command"
+def test_every_program_is_tried_here():
+    assert {words[0] for words in WORDS} == {"make", "python", "torchrun", "papermill"}
 
 
-def environment(tmp_path):
-    roots = {f"PAPERLIB_{name}": str(tmp_path / name) for name in ("RUNS", "DATA", "RESULTS", "FIGURES")}
-    return os.environ | roots | {"TQDM_DISABLE": "1"}
+@typed("make")
+def test_make_has_the_target(words, tmp_path):
+    done = subprocess.run([*words, "-n", f"VENV={tmp_path}"], cwd=files.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_recipe_of_a_new_objective(tmp_path):
+@typed("python", "torchrun")
+def test_a_module_has_the_options(words, help_of):
+    module, *rest = words[words.index("-m") + 1 :]
+    command = [word for word in rest[:1] if not word.startswith("-")]
+    said = help_of(module, *command)
+    assert all(re.search(rf"{word}\b", said) for word in rest if word.startswith("--"))
+
+
+@typed("papermill")
+def test_a_notebook_has_the_parameters(words):
+    cells = nbformat.read(files.ROOT / words[1], 4).cells
+    parameters = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    named = [words[k + 1] for k, word in enumerate(words) if word == "-p"]
+    assert named and all(f"{name}:" in parameters for name in named)
+
+
+@typed("make")
+def test_settings_exist(words):
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    for notebook in select([given["ONLY"]] if "ONLY" in given else []):
+        settings = EXPERIMENTS[notebook.stem].settings
+        preset = given.get("PRESET", "smoke")
+        settings(preset, presets.parse(settings(preset), given.get("SET", "").split()))
+
+
+def test_flags_and_settings_named_in_prose_exist(help_of):
+    assert all(flag in help_of("paperlib.reproduce") for flag in re.findall(r"FLAGS=\W*(--[\w-]+)", TEXT))
+    known = {name for experiment in EXPERIMENTS.values() for name in vars(experiment.presets["smoke"])}
+    assert known >= set(re.findall(r"SET=\W?(\w+)=", TEXT))
+
+
+def test_files_exist():
+    named = re.findall(r"(?:\]\(|src=\")((?!http)[^)\"#]+)", TEXT)  # links and pictures
+    named += re.findall(r"`((?:paperlib|docs|results|figures|slurm|notebooks|benchmarks|tests)/[^`<>*]*)`", TEXT)
+    assert len(named) > 20
+    missing = [name for name in named if not any((root / name).exists() for root in (files.ROOT, files.ROOT / "docs"))]
+    assert not missing
+
+
+def test_the_recipe_of_a_new_objective(tmp_path, monkeypatch, capsys):
+    for name, value in commands.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(training, "OBJECTIVES", dict(training.OBJECTIVES))
     (code,) = re.findall(r"```python\n(.*?)```", RECIPES, re.DOTALL)
     assert len(code.splitlines()) <= 10
-    said = said_by([sys.executable, "-c", code], env=environment(tmp_path))
-    measured = eval(said.splitlines()[-1], {"__builtins__": {}})
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+    measured = eval(capsys.readouterr().out.splitlines()[-1], {"__builtins__": {}})
     assert measured["bits_per_dim"] > 0 and measured["kl"] > 0
-    assert list((tmp_path / "RUNS").rglob("free bits/last.pt"))
+    assert list((tmp_path / "runs").rglob("free bits/last.pt"))
 
 
-def test_the_recipes_of_another_data_set_and_of_more_steps(tmp_path):
-    """Together in one run; updates are few, as the notebook itself is tested elsewhere."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for k in range(1500):
-        Image.fromarray(np.random.default_rng(k).integers(256, size=(40, 48, 3), dtype=np.uint8)).save(
-            folder / f"{k}.png"
-        )
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", RECIPES, re.DOTALL) for line in block.splitlines()]
-    prepare, *runs = [shlex.split(line.replace("FOLDER", str(folder))) for line in lines]
-    said_by([sys.executable, *prepare[1:]], env=environment(tmp_path))
-    settings = [pair for words in runs for word in words if word.startswith("SET=") for pair in word[4:].split()]
-    assert {pair.split("=")[0] for pair in settings} == {"dataset", "side", "chain_steps"}
-    assert all("ONLY=03" in words for words in runs)
-    few = [f"{name}=4" for name in ("train_steps", "one_step_train_steps", "infusion_train_steps", "ablation_train_steps")]
-    asked = [word for pair in [*settings, *few] for word in ("--set", pair)]
-    said_by([sys.executable, "-m", "paperlib.reproduce", "--only", "03", *asked], env=environment(tmp_path))
-    (arrays,) = (tmp_path / "RUNS").rglob("arrays.npz")
-    chain = np.load(arrays)["chain"]
-    steps = int(dict(pair.split("=") for pair in settings)["chain_steps"])
-    assert chain.shape == (steps + 1, 10, 32, 32, 3)
+@pytest.fixture(scope="module")
+def recipes_of_notebook_03(tmp_path_factory):
+    """Settings that the recipes give, and the chain that a run with all of them draws; trainings of a few steps."""
+    home = tmp_path_factory.mktemp("recipes")
+    (home / "images").mkdir()
+    noise = np.random.default_rng(0).integers(256, size=(1400, 40, 48, 3), dtype=np.uint8)
+    for k, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(home / "images" / f"{k}.png", compress_level=0)
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", RECIPES, re.DOTALL)).replace("FOLDER", str(home / "images"))
+    prepare, *runs = [shlex.split(line) for line in lines.splitlines() if line]
+    assert all(words[:3] == ["make", "reproduce", "ONLY=03"] for words in runs)
+    asked = [pair for words in runs for word in words if word.startswith("SET=") for pair in word[4:].split()]
+    few = ["train_steps=4", "one_step_train_steps=4", "infusion_train_steps=4", "ablation_train_steps=4"]
+    options = [word for pair in [*asked, *few] for word in ("--set", pair)]
+    for words in (prepare[2:], ["paperlib.reproduce", "--only", "03", *options]):
+        done = commands.run(words, home)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (home / "runs").rglob("run.json")
+    return dict(pair.split("=") for pair in asked), run, np.load(run.with_name("arrays.npz"))["chain"]
+
+
+def test_the_recipe_of_another_data_set(recipes_of_notebook_03):
+    asked, run, chain = recipes_of_notebook_03
+    assert asked["dataset"] == "own_images" == files.load_json(run)["settings"]["dataset"]
+    assert chain.shape[2:] == (int(asked["side"]), int(asked["side"]), 3)
+
+
+def test_the_recipe_of_another_number_of_steps(recipes_of_notebook_03):
+    asked, _, chain = recipes_of_notebook_03
+    assert len(chain) == int(asked["chain_steps"]) + 1  # noise, then a mean for every step

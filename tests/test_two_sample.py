@@ -1,4 +1,4 @@
-"""Distances of two samples against loops over pairs, closed forms, and laws whose answer is known."""
+"""Distances of two samples against loops over pairs, closed forms, and distributions whose answer is known."""
 
 import math
 
@@ -117,7 +117,7 @@ def test_intervals_cover_the_truth_95_times_in_100(rng, distance, known, mean, d
 
 
 @pytest.mark.parametrize(("distance", "known", "mean", "deviation"), KNOWN)
-def test_equal_laws_are_at_distance_0(rng, distance, known, mean, deviation):
+def test_equal_distributions_are_at_distance_0(rng, distance, known, mean, deviation):
     repeats, dims = 200, len(mean)
     found = rows([distance(rng.normal(size=(80, dims)), rng.normal(size=(80, dims))) for _ in range(repeats)])
     value, low, high = found.T

@@ -2,8 +2,7 @@
 
 from paperlib.fuzziness import figures
 from paperlib.fuzziness.claims import controls
-from paperlib.fuzziness.experiment import conclude, explore, load_images, measure, start
-from paperlib.fuzziness.training import fit
+from paperlib.fuzziness.experiment import conclude, explore, fit, load_images, measure, start
 from paperlib.runs.run import save_figure
 
 __all__ = ["conclude", "controls", "explore", "figures", "fit", "load_images", "measure", "save_figure", "start"]

@@ -1,13 +1,14 @@
 """What notebook 02 claims: statements, criteria, and the numbers that decide them, from the arrays alone."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from paperlib.runs.claims import Claim
+from paperlib.runs.claims import Claim, markdown_table
 from paperlib.runs.estimate import Estimate
 from paperlib.stats import intervals, rank_correlation
+
+Arrays = Mapping[str, np.ndarray]
 
 CLAIMS = {
     "F1": Claim(
@@ -43,9 +44,6 @@ CLAIMS = {
 }
 
 
-Arrays = Mapping[str, np.ndarray]
-
-
 def label_entropy(labels: np.ndarray) -> np.ndarray:
     """Entropy in nats of label mixtures (..., K): 0 where q(x|z) is one class."""
     return -(labels * np.log(np.clip(labels, 1e-300, 1))).sum(-1)
@@ -68,14 +66,12 @@ def quantities(arrays: Arrays) -> dict[str, dict[str, Estimate]]:
     """What each claim is judged by."""
     from scipy.stats import spearmanr
 
-    seeds = range(len(arrays["variance"]))
-    entropy = [label_entropy(labels) for labels in arrays["labels"]]
-    left, right = zip(*([entropy[k][codes].mean() for codes in ends(arrays, k)] for k in seeds), strict=True)
     residual = np.abs(arrays["error"] - arrays["spread"] - arrays["gap"]).max() / arrays["error"].mean()
     trends = {
-        name: np.min([spearmanr(arrays["kl_weights"], of_seed).statistic for of_seed in arrays[name]])
+        name: np.min([spearmanr(arrays["kl_weights"], row).statistic for row in arrays[name]])
         for name in ("swept_error", "swept_width")
     }
+    left, right = _at_ends(arrays, label_entropy(arrays["labels"]))
     return {
         "F1": {
             "share": _over_seeds(arrays["gap"].mean(1) / arrays["between"]),
@@ -83,7 +79,7 @@ def quantities(arrays: Arrays) -> dict[str, dict[str, Estimate]]:
         },
         "F2": {
             "edge_width": _over_seeds(correlations(arrays, "edge_width")),
-            "slope": _over_seeds([-r for r in correlations(arrays, "slope")]),
+            "slope": _over_seeds(-correlations(arrays, "slope")),
         },
         "F3": {"left": _over_seeds(left, "nats"), "right": _over_seeds(right, "nats")},
         "F4": {
@@ -94,11 +90,16 @@ def quantities(arrays: Arrays) -> dict[str, dict[str, Estimate]]:
     }
 
 
-def _over_seeds(values: Any, unit: str = "") -> Estimate:
+def _over_seeds(values: np.ndarray, unit: str = "") -> Estimate:
     """The mean over seeds with its interval, where there is more than one seed; nan where a seed has no number."""
     if len(values) == 1 or not np.isfinite(values).all():
-        return Estimate(float(np.mean(values)), unit=unit)
+        return Estimate(float(values.mean()), unit=unit)
     return intervals.interval_over_seeds(values, unit)
+
+
+def _at_ends(arrays: Arrays, values: np.ndarray) -> np.ndarray:
+    """The mean of `values` (S, M) over the left and over the right tenth of each seed's codes: (2, S)."""
+    return np.array([[values[k][codes].mean() for codes in ends(arrays, k)] for k in range(len(values))]).T
 
 
 def correlations(
@@ -108,65 +109,57 @@ def correlations(
     *,
     within_classes: bool = False,
     held_fixed: tuple[str, ...] = ("ink", "log_q"),
-) -> list[float]:
-    """For each seed the partial rank correlation of tr Var_q with `name`, given the arrays `held_fixed` (claim F2).
+) -> np.ndarray:
+    """The partial rank correlation of tr Var_q with `name`, given the arrays `held_fixed` (claim F2), per seed: (S,).
 
     `within_classes` also holds fixed which label weighs most. nan for a seed with fewer than ten codes to go by.
     """
-    found = []
-    for k, good in enumerate(arrays[f"{prefix}reliable"]):
-        good = good & np.isfinite(arrays[prefix + name][k])
-        if good.sum() < 10:
-            found.append(np.nan)
+    results = []
+    for k, reliable in enumerate(arrays[f"{prefix}reliable"]):
+        chosen = reliable & np.isfinite(arrays[prefix + name][k])
+        if chosen.sum() < 10:
+            results.append(np.nan)
             continue
-        variance, other, *controls = (arrays[prefix + n][k][good] for n in ("variance", name, *held_fixed))
+        variance, other, *fixed = (arrays[prefix + n][k][chosen] for n in ("variance", name, *held_fixed))
         if within_classes:
-            best = arrays["labels"][k][good].argmax(1)
-            controls += [best == label for label in np.unique(best)[1:]]
-        found.append(rank_correlation.partial_rank_correlation(variance, other, controls))
-    return found
+            best = arrays["labels"][k][chosen].argmax(1)
+            fixed += [best == label for label in np.unique(best)[1:]]
+        results.append(rank_correlation.partial_rank_correlation(variance, other, fixed))
+    return np.array(results)
 
 
-def controls(arrays: Arrays) -> "Controls":
-    """What the claims' numbers become under other conditions, one number a seed."""
+class Controls(dict):
+    """Numbers by name, one per seed; shows itself as a table."""
+
+    def _repr_markdown_(self) -> str:
+        rows = ((name, ", ".join(f"{value:.3f}" for value in values)) for name, values in self.items())
+        return markdown_table(("control", "by seed"), rows)
+
+
+def controls(arrays: Arrays) -> Controls:
+    """What the claims' numbers become under other conditions, one number per seed."""
     between, everywhere = arrays["between"], dict(arrays) | {"reliable": np.ones_like(arrays["reliable"])}
-    entropy = [label_entropy(labels) for labels in arrays["labels"]]
-
-    def end_entropies(arrays: Arrays, end: int) -> list[float]:
-        return [float(entropy[k][ends(arrays, k)[end]].mean()) for k in range(len(entropy))]
-
+    pure, _ = _at_ends(arrays, arrays["labels"].max(-1))
+    left, right = _at_ends(everywhere, label_entropy(arrays["labels"]))
+    with_greyness = ("ink", "log_q", "greyness")
     return Controls(
         {
             "F1: of which noise of the list": arrays["noise"].mean(1) / between,
             "F1: share, average over held-out images": arrays["gap_held_out"].mean(1) / between,
             "F1: of which noise of the held-out list": arrays["noise_held_out"].mean(1) / between,
             "F2: greyness (F1 restated)": correlations(arrays, "greyness"),
-            "F2: edge width, greyness held fixed too": correlations(
-                arrays, "edge_width", held_fixed=("ink", "log_q", "greyness")
-            ),
+            "F2: edge width, greyness held fixed too": correlations(arrays, "edge_width", held_fixed=with_greyness),
             "F2: edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
-            "F2: spectral slope, Bernoulli decoder": [-r for r in correlations(arrays, "slope", "bernoulli_")],
+            "F2: spectral slope, Bernoulli decoder": -correlations(arrays, "slope", "bernoulli_"),
             "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),
-            "F2: spectral slope, no code set aside": [-r for r in correlations(everywhere, "slope")],
+            "F2: spectral slope, no code set aside": -correlations(everywhere, "slope"),
             "F2: edge width, within classes": correlations(arrays, "edge_width", within_classes=True),
-            "F2: spectral slope, within classes": [-r for r in correlations(arrays, "slope", within_classes=True)],
-            "F3: weight of the largest class in the left tenth": [
-                arrays["labels"][k][ends(arrays, k)[0]].max(1).mean() for k in range(len(entropy))
-            ],
-            "F3: left, no code set aside (nats)": end_entropies(everywhere, 0),
-            "F3: right, no code set aside (nats)": end_entropies(everywhere, 1),
+            "F2: spectral slope, within classes": -correlations(arrays, "slope", within_classes=True),
+            "F3: weight of the largest class in the left tenth": pure,
+            "F3: left, no code set aside (nats)": left,
+            "F3: right, no code set aside (nats)": right,
             "F4: share of codes where Var q(x|z) may be quoted, smallest KL weight": arrays["swept_reliable"][:, 0],
             "share of codes where Var q(x|z) may be quoted": arrays["reliable"].mean(1),
             "the same, Bernoulli decoder": arrays["bernoulli_reliable"].mean(1),
         }
     )
-
-
-class Controls(dict):
-    """Numbers by name, one a seed; shows itself as a table."""
-
-    def _repr_markdown_(self) -> str:
-        rows = [f"| {name} | {', '.join(f'{value:.3f}' for value in values)} |" for name, values in self.items()]
-        return "\n".join(
-            ["| control | by seed |", "| --- | --- |", *(row.replace("q(x|z)", "q(x\\|z)") for row in rows)]
-        )

@@ -14,29 +14,30 @@ so where Var_q[x|z] is large the sample is the average of images that differ: it
 "Fuzzy Generation"). `stats.aggregate_posterior` computes (1) and (2).
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from paperlib.fuzziness import explorer, measurements
+from paperlib.data import datasets, device_images
+from paperlib.data.device_images import Images
+from paperlib.fuzziness import explorer, measurements, training
 from paperlib.fuzziness.claims import CLAIMS, controls, quantities
 from paperlib.fuzziness.measurements import COLUMNS, ROWS
-from paperlib.fuzziness.model import BERNOULLI, MAIN, Pixels, Variant, encode, load_pixels
+from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, pixels
 from paperlib.fuzziness.training import Models
-from paperlib.runs import presets
+from paperlib.runs import presets, train
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
 from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, save_weights
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, save_weights
 from paperlib.runs.run import Run, finish, save_arrays
 
 NOTEBOOK = "02_mnist_fuzziness"
-
-
+CORRELATED = ("variance", "ink", "log_q", "reliable", "edge_width", "slope")  # what F2 needs
 HEADLINE = (
     "mnist_fuzziness",
     "Decoded digits in order of the variance of q(x|z) per ink, the least on the left; below, that variance and the "
@@ -54,14 +55,14 @@ class Settings:
     hidden: tuple[int, ...] = option((64, 64), "units of each hidden layer, encoder; the decoder mirrors them")
     steps: int = option(1000, "optimiser steps of each training")
     batch_size: int = option(128, "images per step")
-    learning_rate: float = option(2e-3, "of Adam, falling to zero by a cosine")
-    seeds: int = option(1, "how often everything is trained, from one seed after another")
-    kl_weights: tuple[float, ...] = option((0.25, 1.0, 4.0), "weights of the KL that F4 compares; 1 is the ELBO")
+    learning_rate: float = option(2e-3, "learning rate of Adam, falling to zero by a cosine")
+    seeds: int = option(1, "number of seeds, from each of which everything is trained")
+    kl_weights: tuple[float, ...] = option((0.25, 1.0, 4.0), "weights of the KL that claim F4 compares; 1 is the ELBO")
     decoders: tuple[int, ...] = option((4, 64), "units of the two hidden layers of decoders for a frozen q (F4)")
     codes: int = option(500, "codes drawn for each measurement")
-    plane: int = option(40, "points a side of the map of the plane of codes")
+    plane: int = option(40, "points per side of the map of the plane of codes")
     min_samples: float = option(20.0, "effective sample size from which Var q(x|z) is quoted")
-    max_halves: float = option(0.05, "relative difference between N and N/2 up to which it is quoted")
+    max_halves: float = option(0.05, "relative change from leaving out half of the images, up to which it is quoted")
 
     def __post_init__(self) -> None:
         presets.check_numbers(self, ())
@@ -78,8 +79,6 @@ class Settings:
 
 
 _smoke = Settings(max_halves=0.15)  # the variance over halves of 1,500 digits differs by more than over MNIST's
-
-
 _cpu = Settings(
     dataset="mnist",
     sigma=0.4,
@@ -93,8 +92,6 @@ _cpu = Settings(
     codes=4000,
     plane=60,
 )
-
-
 PRESETS = {
     "smoke": _smoke,
     "cpu": _cpu,
@@ -103,12 +100,21 @@ PRESETS = {
 }
 
 
-def load_images(run: Run) -> Pixels:
-    """The run's data set. Raises `UserError` where it is missing or damaged."""
-    return load_pixels(run.settings.dataset, run.device)
+def load_images(run: Run) -> Images:
+    """The run's data set, on its device. Raises `UserError` where it is missing or damaged."""
+    return device_images.load(datasets.load(run.settings.dataset), run.device)
 
 
-def measure(run: Run, images: Pixels, models: Models) -> dict[str, np.ndarray]:
+def fit(run: Run, images: Images) -> Models:
+    """Train all that the claims need, or load the one recorded VAE where the run says `weights = "recorded"`."""
+    if run.weights == "recorded":
+        vae = VAE(math.prod(images.shape), run.settings).to(run.device).eval()
+        vae.load_state_dict(load_recorded_weights(run))
+        return Models([{MAIN: train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}], [{}])
+    return training.fit(run.settings, *pixels(images), run.directory, run.seed)
+
+
+def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
     """All that the figures and claims need, written to the run's `arrays.npz` and returned.
 
     With recorded weights, the arrays that were recorded with them. The arrays are those of `at_prior_codes` and
@@ -117,11 +123,12 @@ def measure(run: Run, images: Pixels, models: Models) -> dict[str, np.ndarray]:
     """
     if run.weights == "recorded":
         return load_recorded_arrays(run)
-    settings, seed = run.settings, run.seed
+    settings, seed, labels = run.settings, run.seed, images.labels
+    x, held_out = pixels(images)
 
     def at_prior_codes(variant: Variant) -> dict[str, np.ndarray]:
         return _stacked(
-            measurements.at_prior_codes(settings, images, vaes[variant].model, seed + k)
+            measurements.at_prior_codes(settings, vaes[variant].model, x, labels, seed + k)
             for k, vaes in enumerate(models.vaes)
         )
 
@@ -130,41 +137,40 @@ def measure(run: Run, images: Pixels, models: Models) -> dict[str, np.ndarray]:
         run,
         **at_prior,
         **{f"bernoulli_{name}": bernoulli[name] for name in CORRELATED},
-        **measurements.picture(images, models.main, at_prior),
-        **measurements.plane(settings, images, models.main),
-        **_stacked(measurements.error_split(settings, images, vaes[MAIN].model, seed) for vaes in models.vaes),
-        **measurements.frozen_and_swept(settings, images, models, seed),
+        **measurements.picture(models.main, x, labels, at_prior),
+        **measurements.plane(settings, models.main, x, labels),
+        **_stacked(measurements.error_split(settings, vaes[MAIN].model, x, held_out, seed) for vaes in models.vaes),
+        **measurements.frozen_and_swept(settings, models, x, held_out, seed),
     )
 
 
-def _stacked(of_seeds: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    of_seeds = list(of_seeds)
-    return {name: np.stack([of_seed[name] for of_seed in of_seeds]) for name in of_seeds[0]}
+def _stacked(per_seed: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    per_seed = list(per_seed)
+    return {name: np.stack([arrays[name] for arrays in per_seed]) for name in per_seed[0]}
 
 
-CORRELATED = ("variance", "ink", "log_q", "reliable", "edge_width", "slope")
-
-
-def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images: Pixels) -> Verdicts:
-    """Judge the claims and write what the run found."""
-    numbers = {
-        "controls": dict(controls(arrays)),
-    } | {name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)}
+def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> Verdicts:
+    """Judge the claims and write `metrics.json`, `run.json` and the weights of the main VAE."""
     if run.weights == "train":
         save_weights(run, models.main.state_dict())
-    trainings = {
-        f"{getattr(key, 'name', f'decoder-{key}')}-seed{run.seed + k}": describe_training(trained)
-        for k in range(len(models.vaes))
-        for key, trained in (models.vaes[k] | models.decoders[k]).items()
-        if trained.history
-    }
-    return finish(run, CLAIMS, quantities(arrays), numbers, images.dataset.describe(), trainings)
+    return finish(
+        run,
+        CLAIMS,
+        quantities(arrays),
+        numbers={
+            "controls": dict(controls(arrays)),
+            **{name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)},
+        },
+        data=images.dataset.describe(),
+        trainings={
+            name: describe_training(trained) for name, trained in models.by_name(run.seed).items() if trained.history
+        },
+    )
 
 
-def explore(images: Pixels, models: Models) -> explorer.Explorer:
+def explore(images: Images, models: Models) -> explorer.Explorer:
     """Sliders for the code of the main VAE, to be shown in a running notebook."""
-    codes = encode(models.main, images.x)
-    return explorer.Explorer(models.main.p_x_given_z, codes, images.x, images.labels, images.shape)
+    return explorer.Explorer(models.main, pixels(images)[0], images.labels)
 
 
 def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
@@ -180,6 +186,4 @@ EXPERIMENT = Experiment(
     recompute=recompute,
     datasets=("digits", "mnist"),
 )
-
-
 start = EXPERIMENT.start

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from paperlib.data import datasets
+from paperlib.fuzziness.model import VAE, encode, square
 from paperlib.stats import aggregate_posterior
 
 MAGNIFIED = 4  # screen pixels per pixel
@@ -16,19 +17,16 @@ SHOWN = 8  # training digits
 
 
 class Explorer(ipywidgets.VBox):
-    """Two sliders for z, and below them in one row: mu(z), E_q[x|z], the deviation of q(x|z), its heaviest digits.
+    """Two sliders for z, and below them in one row: mu(z), E_q[x|z], the std of q(x|z), its heaviest digits.
 
-    `x` (N, pixels) in [0, 1] and `labels` (N,) are the training points in the order of `codes`; `decode` maps z (1, D)
-    to the decoder's mean (1, pixels); `shape` is (height, width). Dimensions beyond the second are 0.
+    `x` (N, P) in [0, 1] and `labels` (N,) are the training images. Dimensions of z beyond the second are 0.
     """
 
-    def __init__(
-        self, decode: Any, codes: aggregate_posterior.Codes, x: torch.Tensor, labels: torch.Tensor, shape: Any
-    ) -> None:
-        self._decode, self._codes, self._x, self._labels, self._shape = decode, codes, x, labels, shape
+    def __init__(self, vae: VAE, x: torch.Tensor, labels: torch.Tensor) -> None:
+        self._vae, self._codes, self._x, self._labels = vae, encode(vae, x), x, labels
         self.sliders = [
-            ipywidgets.FloatSlider(value, min=-3, max=3, step=0.05, description=f"$z_{k}$", continuous_update=False)
-            for k, value in ((1, 0.0), (2, 0.0))
+            ipywidgets.FloatSlider(0.0, min=-3, max=3, step=0.05, description=f"$z_{k}$", continuous_update=False)
+            for k in (1, 2)
         ]
         self.picture = ipywidgets.Image(format="png")
         self.text = ipywidgets.HTML()
@@ -44,20 +42,21 @@ class Explorer(ipywidgets.VBox):
     def _update(self, change: Any = None) -> None:
         z = torch.zeros(1, self._codes.mean.shape[1], device=self._x.device)
         z[0, 0], z[0, 1] = (slider.value for slider in self.sliders)
-        found = aggregate_posterior.conditional(z, self._codes, self._x, self._labels)
+        conditional = aggregate_posterior.conditional(z, self._codes, self._x, self._labels)
         points, weights = aggregate_posterior.heaviest(z, self._codes, SHOWN)
-        row = torch.cat([self._decode(z).double(), found.mean, 2 * found.variance.sqrt(), self._x[points[0]].double()])
-        self.picture.value = _png(row.reshape(-1, *self._shape))
-        mixture = found.labels[0]
+        decoded, std = self._vae.p_x_given_z(z).double(), conditional.variance.sqrt()
+        row = torch.cat([decoded, conditional.mean, 2 * std, self._x[points[0]].double()])
+        self.picture.value = _png(square(row))
+        mixture = conditional.labels[0]
         best = [f"{k}: {mixture[k]:.0%}" for k in mixture.argsort(descending=True)[:4].tolist() if mixture[k] > 0.01]
         digits = ", ".join(
             f"{label} ({weight:.1%})"
             for label, weight in zip(self._labels[points[0]].tolist(), weights[0].tolist(), strict=True)
         )
         self.text.value = (
-            f"From left to right: &mu;(z), E<sub>q</sub>[x|z], deviation (white: 0.5), then the heaviest training "
-            f"digits: {digits}.<br>tr Var<sub>q</sub>[x|z] {found.trace[0]:.1f}, effective sample size "
-            f"{found.ess[0]:.1f}, labels {', '.join(best)}."
+            f"From left to right: &mu;(z), E<sub>q</sub>[x|z], standard deviation (white: 0.5), then the heaviest "
+            f"training digits: {digits}.<br>tr Var<sub>q</sub>[x|z] {conditional.trace[0]:.1f}, effective sample size "
+            f"{conditional.ess[0]:.1f}, labels {', '.join(best)}."
         )
 
 

@@ -1,16 +1,13 @@
 """The figures of notebook 02, drawn from the arrays of a run alone (`fuzziness.measure` says what they are)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from paperlib.fuzziness.claims import label_entropy, ranked
+from paperlib.fuzziness.claims import Arrays, label_entropy, ranked
 from paperlib.fuzziness.measurements import COLUMNS, HEAVIEST, MADE_OF, MOSAIC, ROWS
 from paperlib.runs import plotting
 from paperlib.stats.rank_correlation import rank_residuals
-
-Arrays = Mapping[str, np.ndarray]
 
 
 def error_split(arrays: Arrays) -> Any:
@@ -18,9 +15,7 @@ def error_split(arrays: Arrays) -> Any:
     figure, axis = plotting.new(width=4.2, height=3.4)
     limit = 1.05 * arrays["error"][0].max()
     axis.plot([0, limit], [0, limit], color="black", linewidth=0.8, label=r"$\mu(z) = E_q[x|z]$: the least possible")
-    axis.scatter(
-        arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=plotting.PALETTE[0], label="codes z ~ q(z)"
-    )
+    axis.scatter(arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=plotting.BLUE, label="codes z ~ q(z)")
     axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (grey levels², summed)")
     axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (grey levels², summed)")
     axis.legend(loc="lower right", frameon=False)
@@ -36,7 +31,7 @@ def fuzziness(arrays: Arrays) -> Any:
     top.set_title("decoder mean of codes z ~ p(z), ordered from left to right by Var q(x|z) per ink")
 
     rank = np.linspace(0, 100, len(order))
-    left, right = plotting.PALETTE[0], plotting.PALETTE[3]
+    left, right = plotting.BLUE, plotting.RED
     bottom.plot(rank, (arrays["variance"][0] / arrays["ink"][0])[order], color=left)
     bottom.set(xlabel="rank among the codes where Var q(x|z) can be trusted (%)", xlim=(0, 100))
     bottom.set_ylabel("tr Var q(x|z)\nper ink", color=left)
@@ -53,9 +48,9 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def made_of(arrays: Arrays) -> Any:
-    """For codes from low to high variance per ink: decoder mean, mean and deviation of q(x|z), its heaviest digits."""
+    """For codes from low to high variance per ink: decoder mean, mean and std of q(x|z), its heaviest digits."""
     figure, axes = plotting.new(MADE_OF, 3 + HEAVIEST, height=8.8)
-    above = [arrays[f"made_of_{name}"] for name in ("decoded", "average", "deviation")]
+    above = [arrays[f"made_of_{name}"] for name in ("decoded", "average", "std")]
     for k, column in enumerate(axes.T):
         for axis, images, high in zip(column, above, (1.0, 1.0, 0.5), strict=False):
             plotting.show_images(axis, images[k : k + 1], 1, high=high)
@@ -68,7 +63,7 @@ def made_of(arrays: Arrays) -> Any:
         ):
             plotting.show_images(axis, digit[None], 1)
             axis.set_title(f"{label}:  {100 * weight:.1f} %")
-    names = (r"decoder $\mu(z)$", r"$E_q[x|z]$", "deviation\n(white: 0.5)", "heaviest\ntraining\ndigits")
+    names = (r"decoder $\mu(z)$", r"$E_q[x|z]$", "std\n(white: 0.5)", "heaviest\ntraining\ndigits")
     for axis, name in zip(axes[:, 0], names, strict=False):
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
@@ -141,10 +136,10 @@ def sharpness(arrays: Arrays) -> Any:
         "edge width, Bernoulli decoder": ("bernoulli_", "edge_width", 1),
     }
     for axis, (title, (prefix, name, sign)) in zip(axes, panels.items(), strict=True):
-        good = arrays[f"{prefix}reliable"][0]
-        variance, value, ink, log_q = (arrays[prefix + n][0][good] for n in ("variance", name, "ink", "log_q"))
+        chosen = arrays[f"{prefix}reliable"][0] & np.isfinite(arrays[prefix + name][0])
+        variance, value, ink, log_q = (arrays[prefix + n][0][chosen] for n in ("variance", name, "ink", "log_q"))
         x, y = rank_residuals((variance, sign * value), (ink, log_q)) / len(ink)
-        dots, line = {"s": 3, "alpha": 0.25}, {"color": plotting.PALETTE[3], "linewidth": 1.2}
+        dots, line = {"s": 3, "alpha": 0.25}, {"color": plotting.RED, "linewidth": 1.2}
         seaborn.regplot(x=x, y=y, ax=axis, scatter_kws=dots, line_kws=line, n_boot=200, seed=0)
         axis.set(title=title, xlabel="")
     axes[1].set_xlabel("rank of tr Var q(x|z), ink and log q(z) regressed out (1: all codes)")
@@ -155,24 +150,26 @@ def sharpness(arrays: Arrays) -> Any:
 def better_q(arrays: Arrays) -> Any:
     """F4: the error of ever larger decoders for one frozen q, and what the weight of the KL does to q and samples."""
     figure, (frozen, error, width) = plotting.new(3, height=2.8)
-    blue, orange, green = plotting.PALETTE[0], plotting.PALETTE[1], plotting.PALETTE[2]
+    blue, orange, green = plotting.BLUE, plotting.ORANGE, plotting.GREEN
     for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
         frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=blue)
         frozen.axhline(floor, color="black", linewidth=0.8)
     frozen.set(
-        xscale="log", xlabel="units a layer of the decoder", ylabel="squared error\n(grey levels², summed over pixels)"
+        xscale="log",
+        xlabel="units per layer of the decoder",
+        ylabel="squared error\n(grey levels², summed over pixels)",
     )
     frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
     frozen.minorticks_off()
     frozen.set_title("q frozen: E tr Var$_q$ is a floor")
     for k in range(len(arrays["swept_error"])):
-        told = arrays["swept_information"][k]
+        information = arrays["swept_information"][k]
         names = ("held-out error", "E tr Var$_q$") if k == 0 else (None, None)
-        error.plot(told, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
-        error.plot(told, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
-        width.plot(told, arrays["swept_width"][k], "o-", markersize=3, color=green)
+        error.plot(information, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
+        error.plot(information, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
+        width.plot(information, arrays["swept_width"][k], "o-", markersize=3, color=green)
     error.set(
-        xlabel="$I_q(x;z)$, what z tells (nats)",
+        xlabel="information $I_q(x;z)$ (nats)",
         ylabel="grey levels², summed",
         title="KL weight swept: error, variance",
     )
@@ -181,7 +178,5 @@ def better_q(arrays: Arrays) -> Any:
         error.annotate(f"{share:.0%}", (x, y), (-6, -13), textcoords="offset points", fontsize=7, ha="center")
     error.margins(x=0.15, y=0.15)
     error.legend(frameon=False, loc="upper right", fontsize=7)
-    width.set(
-        xlabel="$I_q(x;z)$, what z tells (nats)", ylabel="edge width (pixels)", title="KL weight swept: sharpness"
-    )
+    width.set(xlabel="information $I_q(x;z)$ (nats)", ylabel="edge width (pixels)", title="KL weight swept: sharpness")
     return figure

@@ -1,7 +1,8 @@
 """What notebook 02 measures on trained VAEs: q(x|z), its variance, and the decoder's error.
 
-Every function returns arrays by name. Grey levels are in [0, 1]. Where the variance of q(x|z) rests on too few
-training points it is not quoted: see `reliable` in `at_prior_codes`."""
+Every function returns arrays by name. Pixels `x` and `held_out` (N, P) are in [0, 1]; variances and errors are summed
+over them. Where the variance of q(x|z) rests on too few training points it is not quoted: `reliable`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,84 +12,77 @@ import torch
 from torch import Tensor
 
 from paperlib.fuzziness.claims import ranked
-from paperlib.fuzziness.model import MAIN, VAE, Pixels, Variant, encode
+from paperlib.fuzziness.model import MAIN, VAE, Variant, encode, square
 from paperlib.fuzziness.training import Models
 from paperlib.nn import likelihoods
 from paperlib.stats import aggregate_posterior, sharpness
+from paperlib.stats.aggregate_posterior import Codes, Conditional
 from paperlib.system.errors import UserError
 
 ROWS, COLUMNS = 5, 14  # of the post's picture: codes of like variance stand in one column
-
-
 MADE_OF = 6  # codes of which is shown what q(x|z) is made of
-
-
 HEAVIEST = 4  # training digits shown for each
-
-
-MOSAIC = 20  # decoded digits a side of the map
+MOSAIC = 20  # decoded digits per side of the map
+SWEPT = ("swept_information", "swept_rate", "swept_error", "swept_variance", "swept_reliable", "swept_width")
 
 
 @torch.no_grad()
-def at_prior_codes(settings: Any, images: Pixels, vae: VAE, seed: int) -> dict[str, np.ndarray]:
-    """q(x|z) and the decoded image at M codes z ~ p(z).
+def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int) -> dict[str, np.ndarray]:
+    """q(x|z) and the decoded image at M codes z ~ p(z), `z` (M, D).
 
-    Of q(x|z): `variance` tr Var_q[x|z] (grey levels in [0, 1], squared and summed), `ink` the sum of E_q[x|z] (pixels
-    of full white), `samples` the effective sample size, `halves` the relative difference that leaving out half of the
-    training points makes to the variance, `log_q` log q(z) in nats, `labels` the label mixture (M, K), `reliable`
-    whether the variance may be quoted. Of the decoded image mu(z): `edge_width` in pixels, `slope` of its power
-    spectrum, `greyness` sum m (1 - m).
+    Of q(x|z): `variance` tr Var_q[x|z], `ink` the sum of E_q[x|z] (pixels of full white), `samples` the effective
+    sample size, `halves` the relative difference that leaving out half of the training points makes to the variance,
+    `log_q` log q(z) in nats, `labels` the label mixture (M, K), `reliable` whether the variance may be quoted. Of the
+    decoded image mu(z): `edge_width` in pixels, `slope` of its power spectrum, `greyness` sum m (1 - m).
     """
-    codes, device = encode(vae, images.x), images.x.device
-    generator = torch.Generator(device).manual_seed(seed)
-    z = torch.randn(settings.codes, settings.code_dim, generator=generator, device=device)
-    found = aggregate_posterior.conditional(z, codes, images.x, images.labels, per_pixel=False)
-    halves = _halves(found, z, codes, images)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    z = torch.randn(settings.codes, settings.code_dim, generator=generator, device=x.device)
+    codes = encode(vae, x)
+    conditional = aggregate_posterior.conditional(z, codes, x, labels, per_pixel=False)
+    halves = _halves(conditional, z, codes, x)
     decoded = vae.p_x_given_z(z)
-    pictures = images.pictures(decoded)
-    found = {
+    arrays = {
         "z": z,
-        "variance": found.trace,
-        "ink": found.mean.sum(1),
-        "samples": found.ess,
+        "variance": conditional.trace,
+        "ink": conditional.mean.sum(1),
+        "samples": conditional.ess,
         "halves": halves,
-        "log_q": found.log_q,
-        "labels": found.labels,
-        "reliable": _reliable(settings, found, halves),
+        "log_q": conditional.log_q,
+        "labels": conditional.labels,
+        "reliable": _reliable(settings, conditional, halves),
         "greyness": (decoded * (1 - decoded)).sum(1),
-        "edge_width": sharpness.edge_width(pictures),
-        "slope": sharpness.spectral_slope(pictures),
+        "edge_width": sharpness.edge_width(square(decoded)),
+        "slope": sharpness.spectral_slope(square(decoded)),
     }
-    return {name: value.numpy(force=True) for name, value in found.items()}
+    return {name: array.numpy(force=True) for name, array in arrays.items()}
 
 
-def _halves(
-    found: aggregate_posterior.Conditional, z: Tensor, codes: aggregate_posterior.Codes, images: Pixels
-) -> Tensor:
+def _halves(conditional: Conditional, z: Tensor, codes: Codes, x: Tensor) -> Tensor:
     """The relative difference that leaving out half of the training points makes to tr Var_q[x|z]: (M,)."""
-    rows = random_half(images)
-    half = aggregate_posterior.conditional(z, codes[rows], images.x[rows], per_pixel=False)
-    return (half.trace / found.trace - 1).abs()
+    rows = random_half(len(x)).to(x.device)
+    half = aggregate_posterior.conditional(z, codes[rows], x[rows], per_pixel=False)
+    return (half.trace / conditional.trace - 1).abs()
 
 
-def random_half(images: Pixels) -> Tensor:
-    """Indices of half of the training points, always the same; drawn, since data sets may be in some order."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randperm(len(images.x), generator=generator)[: len(images.x) // 2].to(images.x.device)
+def random_half(count: int) -> Tensor:
+    """Indices of half of `count` points, always the same; drawn, since data sets may be in some order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 2]
 
 
-def _reliable(settings: Any, found: aggregate_posterior.Conditional, halves: Tensor) -> Tensor:
+def _reliable(settings: Any, conditional: Conditional, halves: Tensor) -> Tensor:
     """Where Var q(x|z) may be quoted: (M,), bool."""
-    return (found.ess >= settings.min_samples) & (halves <= settings.max_halves)
+    return (conditional.ess >= settings.min_samples) & (halves <= settings.max_halves)
 
 
 @torch.no_grad()
-def picture(images: Pixels, vae: VAE, at_prior: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def picture(vae: VAE, x: Tensor, labels: Tensor, at_prior: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What the post's picture shows of the first seed: `decoded` and `average` (E_q[x|z]) of ROWS x COLUMNS codes,
     `shown`, from the least to the most variance per ink; and for MADE_OF of these, `made_of`, the decoded image,
-    average, deviation of each pixel, and the `heaviest` training digits with labels and `weights`.
+    average, std of each pixel, and the `heaviest` training digits with labels and `weights`.
+
+    Raises `UserError` where the variance may be quoted at fewer codes.
     """
-    order, z = ranked(at_prior, 0), torch.from_numpy(at_prior["z"][0]).to(images.x.device)
+    order, z = ranked(at_prior, 0), torch.from_numpy(at_prior["z"][0]).to(x.device)
     if len(order) < ROWS * COLUMNS:
         raise UserError(
             f"Var q(x|z) can be trusted at {len(order)} of {len(z)} codes, and the picture needs "
@@ -96,43 +90,40 @@ def picture(images: Pixels, vae: VAE, at_prior: Mapping[str, np.ndarray]) -> dic
         )
     shown = order[np.linspace(0, len(order) - 1, ROWS * COLUMNS).round().astype(int)]
     made_of = shown[np.linspace(0, len(shown) - 1, MADE_OF).round().astype(int)]
-    codes = encode(vae, images.x)
-    z, z_few = z[shown], z[made_of]
-    few = aggregate_posterior.conditional(z_few, codes, images.x)
-    points, weights = aggregate_posterior.heaviest(z_few, codes, HEAVIEST)
+    codes, few = encode(vae, x), z[made_of]
+    conditional = aggregate_posterior.conditional(few, codes, x)
+    points, weights = aggregate_posterior.heaviest(few, codes, HEAVIEST)
     return {
         "shown": shown,
-        "decoded": images.pictures(vae.p_x_given_z(z)),
-        "average": images.pictures(aggregate_posterior.conditional(z, codes, images.x, per_pixel=False).mean).float(),
+        "decoded": square(vae.p_x_given_z(z[shown])),
+        "average": square(aggregate_posterior.conditional(z[shown], codes, x, per_pixel=False).mean).float(),
         "made_of": made_of,
-        "made_of_decoded": images.pictures(vae.p_x_given_z(z_few)),
-        "made_of_average": images.pictures(few.mean).float(),
-        "made_of_deviation": images.pictures(few.variance.sqrt()).float(),
-        "heaviest": images.pictures(images.x[points]),
-        "heaviest_labels": images.labels[points],
+        "made_of_decoded": square(vae.p_x_given_z(few)),
+        "made_of_average": square(conditional.mean).float(),
+        "made_of_std": square(conditional.variance.sqrt()).float(),
+        "heaviest": square(x[points]),
+        "heaviest_labels": labels[points],
         "weights": weights,
     }
 
 
 @torch.no_grad()
-def plane(settings: Any, images: Pixels, vae: VAE) -> dict[str, Any]:
+def plane(settings: Any, vae: VAE, x: Tensor, labels: Tensor) -> dict[str, Any]:
     """A map of the first two dimensions of z, from -3 to 3, the others at 0.
 
-    On a grid of `plane` points a side, row 0 at the top: `plane_variance` per ink, `plane_samples`, `plane_trusted`
-    where these suffice, and `plane_labels`; besides, `plane_decoded`, MOSAIC x MOSAIC digits.
+    On a grid of `plane` points per side, row 0 at the top: `plane_variance` per ink, `plane_samples`, `plane_trusted`
+    where these suffice, and `plane_labels`; besides, `plane_decoded`, MOSAIC x MOSAIC digits, uint8.
     """
-    side, codes = settings.plane, encode(vae, images.x)
-    found = aggregate_posterior.conditional(
-        _grid(settings.code_dim, side, images.x.device), codes, images.x, images.labels, per_pixel=False
-    )
+    side = settings.plane
+    z = _grid(settings.code_dim, side, x.device)
+    conditional = aggregate_posterior.conditional(z, encode(vae, x), x, labels, per_pixel=False)
+    mosaic = vae.p_x_given_z(_grid(settings.code_dim, MOSAIC, x.device))
     return {
-        "plane_variance": (found.trace / found.mean.sum(1)).reshape(side, side),
-        "plane_samples": found.ess.reshape(side, side),
-        "plane_trusted": (found.ess >= settings.min_samples).reshape(side, side),
-        "plane_labels": found.labels.reshape(side, side, -1).float(),
-        "plane_decoded": (images.pictures(vae.p_x_given_z(_grid(settings.code_dim, MOSAIC, images.x.device))) * 255)
-        .round()
-        .to(torch.uint8),
+        "plane_variance": (conditional.trace / conditional.mean.sum(1)).reshape(side, side),
+        "plane_samples": conditional.ess.reshape(side, side),
+        "plane_trusted": (conditional.ess >= settings.min_samples).reshape(side, side),
+        "plane_labels": conditional.labels.reshape(side, side, -1).float(),
+        "plane_decoded": (square(mosaic) * 255).round().to(torch.uint8),
     }
 
 
@@ -147,45 +138,45 @@ def _grid(code_dim: int, side: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def error_split(settings: Any, images: Pixels, vae: VAE, seed: int) -> dict[str, np.ndarray]:
+def error_split(settings: Any, vae: VAE, x: Tensor, held_out: Tensor, seed: int) -> dict[str, np.ndarray]:
     """The terms of equation (3) at M codes z ~ q(z): `error` its left side, `spread` tr Var_q[x|z], `gap`
     |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes.
 
-    Two numbers say how much of the gap is not the decoder's fault. `noise` tr Var_q[x|z] / (samples - 1): by about so
-    much the average of a finite list misses the average of all images that there could be (the variance of a list of n
-    is too small by the factor 1 - 1/n). `gap_held_out`: |mu(z) -
-    E_q[x|z]|^2 with the list made of held-out images, and its `noise_held_out`.
+    Two numbers say how much of the gap a better decoder cannot reduce. `noise` tr Var_q[x|z] / (samples - 1): by about
+    so much the average of a finite list misses that of all images that there could be (the variance of a list of n is
+    too small by the factor 1 - 1/n). `gap_held_out`: |mu(z) - E_q[x|z]|^2 with the list made of held-out images, and
+    its `noise_held_out`.
     """
-    codes, held_out = encode(vae, images.x), encode(vae, images.held_out)
-    z = _aggregate_codes(codes, settings.codes, seed)
+    codes = encode(vae, x)
+    z = aggregate_codes(codes, settings.codes, seed)
     mu = vae.p_x_given_z(z.float()).double()
-    found = aggregate_posterior.conditional(z, codes, images.x, per_pixel=False)
-    other = aggregate_posterior.conditional(z, held_out, images.held_out, per_pixel=False)
-    split = {
-        "error": squared_error(mu, z, codes, images.x),
-        "spread": found.trace,
-        "gap": (mu - found.mean).square().sum(1),
-        "noise": _noise(found),
+    training = aggregate_posterior.conditional(z, codes, x, per_pixel=False)
+    other = aggregate_posterior.conditional(z, encode(vae, held_out), held_out, per_pixel=False)
+    arrays = {
+        "error": squared_error(mu, z, codes, x),
+        "spread": training.trace,
+        "gap": (mu - training.mean).square().sum(1),
+        "noise": _noise(training),
         "gap_held_out": (mu - other.mean).square().sum(1),
         "noise_held_out": _noise(other),
-        "between": found.mean.var(0, correction=0).sum(),
+        "between": training.mean.var(0, correction=0).sum(),
     }
-    return {name: value.numpy(force=True) for name, value in split.items()}
+    return {name: array.numpy(force=True) for name, array in arrays.items()}
 
 
-def _noise(found: aggregate_posterior.Conditional) -> Tensor:
-    return found.trace / (found.ess - 1).clamp(min=0.1)  # a list of one image has no variance to tell by
+def _noise(conditional: Conditional) -> Tensor:
+    return conditional.trace / (conditional.ess - 1).clamp(min=0.1)  # a list of one image has no variance to tell by
 
 
-def _aggregate_codes(codes: aggregate_posterior.Codes, count: int, seed: int) -> Tensor:
-    """M codes z ~ q(z), by way of random training points."""
+def aggregate_codes(codes: Codes, count: int, seed: int) -> Tensor:
+    """Codes z ~ q(z), by way of random training points: (count, D), float64."""
     device = codes.mean.device
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.randint(len(codes), (count,), generator=generator, device=device)
     return likelihoods.sample_gaussian(codes.mean[rows], codes.log_std[rows], generator=generator)
 
 
-def squared_error(mu: Tensor, z: Tensor, codes: aggregate_posterior.Codes, x: Tensor) -> Tensor:
+def squared_error(mu: Tensor, z: Tensor, codes: Codes, x: Tensor) -> Tensor:
     """E_q(x|z) |x - mu|^2 for each row of `mu` (M, P), by the weights of all N points: the left side of (3)."""
     x = x.double()
     squares, errors = x.square().sum(1), []
@@ -196,8 +187,8 @@ def squared_error(mu: Tensor, z: Tensor, codes: aggregate_posterior.Codes, x: Te
 
 
 @torch.no_grad()
-def frozen_and_swept(settings: Any, images: Pixels, models: Models, seed: int) -> dict[str, Any]:
-    """What F4 compares, each with one row a seed.
+def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor, seed: int) -> dict[str, Any]:
+    """What F4 compares, each with one row per seed.
 
     Frozen q, over those of M codes z ~ q(z) where the variance may be quoted: `floor` E tr Var_q[x|z] (S,), and
     `frozen_error` (S, decoders), the error E|x - mu(z)|^2 of each decoder by (3). KL weight swept, (S, weights) each:
@@ -208,51 +199,44 @@ def frozen_and_swept(settings: Any, images: Pixels, models: Models, seed: int) -
     """
     rows: dict[str, list] = {name: [] for name in ("floor", "frozen_error", *SWEPT)}
     for vaes, decoders in zip(models.vaes, models.decoders, strict=True):
-        z, found, good = _at_aggregate_codes(settings, images, vaes[MAIN].model, seed)
+        z, conditional, reliable = _at_aggregate_codes(settings, encode(vaes[MAIN].model, x), x, seed)
         gaps = [
-            (torch.sigmoid(trained.model(z.float())).double() - found.mean).square().sum(1)
+            (torch.sigmoid(trained.model(z.float())).double() - conditional.mean).square().sum(1)
             for trained in decoders.values()
         ]
-        rows["floor"].append(found.trace[good].mean())
-        rows["frozen_error"].append(torch.stack([(found.trace + gap)[good].mean() for gap in gaps]))
+        rows["floor"].append(conditional.trace[reliable].mean())
+        rows["frozen_error"].append(torch.stack([(conditional.trace + gap)[reliable].mean() for gap in gaps]))
         swept = [
-            _swept(settings, images, vaes[Variant(kl_weight=weight)].model, seed) for weight in settings.kl_weights
+            _swept(settings, vaes[Variant(kl_weight=weight)].model, x, held_out, seed) for weight in settings.kl_weights
         ]
         for name in SWEPT:
-            rows[name].append(torch.tensor([of_weight[name] for of_weight in swept]))
+            rows[name].append(torch.tensor([numbers[name] for numbers in swept]))
     return {name: torch.stack(row) for name, row in rows.items()} | {
         "kl_weights": np.array(settings.kl_weights),
         "frozen_units": np.array(settings.decoders),
     }
 
 
-SWEPT = ("swept_information", "swept_rate", "swept_error", "swept_variance", "swept_reliable", "swept_width")
+def _at_aggregate_codes(settings: Any, codes: Codes, x: Tensor, seed: int) -> tuple[Tensor, Conditional, Tensor]:
+    """M codes z ~ q(z), q(x|z) there, and where its variance may be quoted."""
+    z = aggregate_codes(codes, settings.codes, seed)
+    conditional = aggregate_posterior.conditional(z, codes, x, per_pixel=False)
+    return z, conditional, _reliable(settings, conditional, _halves(conditional, z, codes, x))
 
 
-def _at_aggregate_codes(
-    settings: Any, images: Pixels, vae: VAE, seed: int
-) -> tuple[Tensor, aggregate_posterior.Conditional, Tensor]:
-    """M codes z ~ q(z), what q(x|z) is there, and where its variance may be quoted."""
-    codes = encode(vae, images.x)
-    z = _aggregate_codes(codes, settings.codes, seed)
-    found = aggregate_posterior.conditional(z, codes, images.x, per_pixel=False)
-    return z, found, _reliable(settings, found, _halves(found, z, codes, images))
-
-
-def _swept(settings: Any, images: Pixels, vae: VAE, seed: int) -> dict[str, float]:
-    z, found, good = _at_aggregate_codes(settings, images, vae, seed)
-    generator = torch.Generator(images.x.device).manual_seed(seed)
-    mean, log_std = vae.q_z_given_x(images.held_out)
+def _swept(settings: Any, vae: VAE, x: Tensor, held_out: Tensor, seed: int) -> dict[str, float]:
+    codes = encode(vae, x)
+    z, conditional, reliable = _at_aggregate_codes(settings, codes, x, seed)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    mean, log_std = vae.q_z_given_x(held_out)
     decoded = vae.p_x_given_z(likelihoods.sample_gaussian(mean, log_std, generator=generator))
-    widths = sharpness.edge_width(images.pictures(vae.p_x_given_z(z.float())))
-    information = aggregate_posterior.mutual_information(
-        encode(vae, images.x), points=min(len(images.x), 2000), generator=generator
-    )
+    widths = sharpness.edge_width(square(vae.p_x_given_z(z.float())))
+    information = aggregate_posterior.mutual_information(codes, points=min(len(x), 2000), generator=generator)
     return {
         "swept_information": information.nats,
         "swept_rate": likelihoods.gaussian_kl(mean, log_std).mean().item(),
-        "swept_error": (decoded - images.held_out).square().sum(1).mean().item(),
-        "swept_variance": (found.trace / (1 - 1 / found.ess))[good].mean().item(),
-        "swept_reliable": good.double().mean().item(),
+        "swept_error": (decoded - held_out).square().sum(1).mean().item(),
+        "swept_variance": (conditional.trace / (1 - 1 / conditional.ess))[reliable].mean().item(),
+        "swept_reliable": reliable.double().mean().item(),
         "swept_width": widths.nanmean().item(),
     }

@@ -1,18 +1,13 @@
-"""The VAEs of notebook 02 and their training: small Gaussian codes, a decoder that factors over pixels.
-
-The encoder's Gaussians over the whole training set, `encode`, are
-what `aggregate` makes q(z) and q(x|z) of.
-"""
+"""The VAEs of notebook 02: small Gaussian codes, a decoder that factors over pixels; images as vectors of pixels."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from paperlib.data import datasets
+from paperlib.data.device_images import Images
 from paperlib.nn import likelihoods
 from paperlib.stats import aggregate_posterior
 
@@ -77,37 +72,16 @@ def perceptron(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequent
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """A data set as vectors: pixels (N, height * width) in [0, 1] and labels (N,), on the device."""
-
-    dataset: datasets.Dataset
-    x: Tensor
-    labels: Tensor
-    held_out: Tensor
-    shape: tuple[int, int]
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.dataset.name}: {len(self.x):,} training and {len(self.held_out):,} held-out images, "
-            f"{self.shape[0]} x {self.shape[1]} pixels, {self.dataset.levels} grey levels"
-        )
-
-    def pictures(self, x: Tensor) -> Tensor:
-        """(..., pixels) as (..., height, width)."""
-        return x.reshape(*x.shape[:-1], *self.shape)
+def pixels(images: Images) -> tuple[Tensor, Tensor]:
+    """Training and held-out images, each (N, S * S) float32 in [0, 1], on the device."""
+    x, held_out = (datasets.to_unit(part, images.dataset.levels).flatten(1) for part in (images.train, images.held_out))
+    return x, held_out
 
 
-def load_pixels(name: str, device: torch.device | str) -> Pixels:
-    """The data set called `name`. Raises `UserError` as `datasets.load` does."""
-    dataset = datasets.load(name)
-
-    def flat(images: np.ndarray) -> Tensor:
-        return datasets.to_unit(images, dataset.levels, device).flatten(1)
-
-    labels = torch.as_tensor(np.array(dataset.train.labels), device=device)
-    shape = dataset.train.images.shape[1:3]
-    return Pixels(dataset, flat(dataset.train.images), labels, flat(dataset.held_out.images), shape)
+def square(x: Tensor) -> Tensor:
+    """Vectors of pixels (..., S * S) as pictures (..., S, S)."""
+    side = math.isqrt(x.shape[-1])
+    return x.unflatten(-1, (side, side))
 
 
 @torch.no_grad()

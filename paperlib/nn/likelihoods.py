@@ -1,7 +1,7 @@
 """Log-probabilities and KL divergences, in nats, one number per example; and draws.
 
-Log-probabilities and divergences sum over all dimensions but the first, so `(B, ...)` becomes `(B,)`. Deviations are
-given by their logarithm. Parameters may be of smaller shape (one deviation for all, one per
+Log-probabilities and divergences sum over all dimensions but the first, so `(B, ...)` becomes `(B,)`. Stds are
+given by their logarithm. Parameters may be of smaller shape (one std for all, one per
 dimension) as long as they broadcast to the shape of the argument; anything else is a `ValueError`,
 because a result that silently grew to `(B, B, ...)` would still sum to a plausible number.
 
@@ -93,7 +93,7 @@ def sample_gaussian(
     std = torch.exp(torch.as_tensor(log_std, dtype=_float_type(mean), device=mean.device))
     if (sample := mean + std * noise).shape != mean.shape:
         raise ValueError(
-            f"deviation and noise do not broadcast to the mean's {tuple(mean.shape)}: "
+            f"log_std and noise do not broadcast to the mean's {tuple(mean.shape)}: "
             f"the sample is {tuple(sample.shape)}"
         )
     return sample

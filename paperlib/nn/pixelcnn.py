@@ -141,7 +141,7 @@ def log_prob(network: nn.Module, x: Tensor, h: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def initialise(network: PixelCNN, x: Tensor, h: Tensor | None = None) -> None:
-    """Set every scale and bias so that, on this batch, each layer's output has mean 0 and deviation 1.
+    """Set every scale and bias so that, on this batch, each layer's output has mean 0 and std 1.
 
     (0.1 before the gates, so that blocks start near the identity.) The layers are set one after another in one forward
     pass, each seeing inputs that are already set. Channels that do not vary over the batch keep their scale. Dropout
@@ -218,7 +218,7 @@ def shift_right(x: Tensor) -> Tensor:
 
 
 class _WeightNorm(nn.Module):
-    """weight = scale * direction / |direction|, a norm per output channel; `initialise` makes the deviation `gain`."""
+    """weight = scale * direction / |direction|, a norm per output channel; `initialise` makes the std `gain`."""
 
     def __init__(self, shape: tuple[int, ...], out_dim: int, gain: float) -> None:
         super().__init__()

@@ -277,7 +277,7 @@ class _Streams:
         self.pairs_below = [p.unbind(1) for p in pairs]
         doubled = [s.x[:, 1:-1].unflatten(1, (-1, 2)).flatten(2) for s in self.down_ul[:2]]  # columns 2j and 2j + 1
         self.doubled = [d.unbind(1) for d in doubled]
-        self.lift = torch.tensor([1.0, -1.0]).to(self.image).view(1, 2, 1)
+        self.sign = torch.tensor([1.0, -1.0]).to(self.image).view(1, 2, 1)
 
     @property
     def conditioning_shape(self) -> tuple[int, ...]:
@@ -345,7 +345,7 @@ class _Streams:
 
     def parameters(self, j: int, kind: int) -> Tensor:
         """Those of column j, (B, P), once the pixels to its left are in `pixels`; columns come in order."""
-        lift = self.lift
+        sign = self.sign
         self.up_x[0][j].addmm_(self.left_pixels[j], self.first_left)
         levels = 1
         while levels < kind and j % (1 << levels) == 0:
@@ -354,17 +354,17 @@ class _Streams:
             up, column = self.up_ul[level], j >> level
             if level:
                 self.halve_ul[level - 1].add_pixel(self.pairs_below[level - 1][column], self.up_x[level][column])
-            up.blocks[0].start(column, lift)
+            up.blocks[0].start(column, sign)
             for block in up.blocks:
-                block.pixel(column, lift)
+                block.pixel(column, sign)
         for level in reversed(range(levels)):
             down, column = self.down_ul[level], j >> level
             if level < 2:
                 if level + 1 < levels:
                     self.double_ul[level].pixel(self.down_x[level + 1][column >> 1], self.doubled[level][column >> 1])
-                down.blocks[0].start(column, lift)
+                down.blocks[0].start(column, sign)
             for block in down.blocks:
-                block.pixel(column, lift)
+                block.pixel(column, sign)
         return torch.addmm(self.last_bias, F.elu(self.down_x[0][j]), self.last)
 
 
@@ -425,8 +425,8 @@ class _RowBlock:
         inside = self.gates[:, 1:-1]
         if condition is not None:
             inside += condition @ weights.condition
-        values, openings = inside.chunk(2, 2)
-        self.x[:, 1:-1].addcmul_(values, openings.sigmoid())
+        values, gate = inside.chunk(2, 2)
+        self.x[:, 1:-1].addcmul_(values, gate.sigmoid())
 
 
 class _PixelBlock:
@@ -464,7 +464,7 @@ class _PixelBlock:
             return [column.unflatten(1, (2, -1)) for column in columns(row)]
 
         inner, gates, x = columns(self.inner), columns(self.gates), columns(self.x)
-        values, openings = zip(*(column.chunk(2, 1) for column in gates), strict=True)
+        values, gate = zip(*(column.chunk(2, 1) for column in gates), strict=True)
         views = zip(
             signed(self.before),
             pairs(self.before),
@@ -475,7 +475,7 @@ class _PixelBlock:
             pairs(self.middle),
             gates,
             values,
-            openings,
+            gate,
             x,
             [column.unsqueeze(1) for column in x],
             signed(self.after),
@@ -492,22 +492,22 @@ class _PixelBlock:
         if condition is not None:
             self.gates[:, 1:-1] += condition @ weights.condition
 
-    def start(self, j: int, lift: Tensor) -> None:
+    def start(self, j: int, sign: Tensor) -> None:
         """concat-ELU of what enters the first block."""
         column = self.columns[j]
-        torch.mul(column.x_once, lift, out=column.before)
+        torch.mul(column.x_once, sign, out=column.before)
         F.elu(column.before, inplace=True)
 
-    def pixel(self, j: int, lift: Tensor) -> None:
-        _, befores, cut, inner, inner_once, middle, middles, gates, values, openings, x, x_once, after = self.columns[j]
-        inner.addmm_(befores, self.inner_now)
+    def pixel(self, j: int, sign: Tensor) -> None:
+        _, previous, cut, inner, inner_once, middle, gate_inputs, gates, values, gate, x, x_once, after = self.columns[j]
+        inner.addmm_(previous, self.inner_now)
         if cut is not None:
             inner.addmm_(cut, self.weights.pixel_cut)
-        torch.mul(inner_once, lift, out=middle)
+        torch.mul(inner_once, sign, out=middle)
         F.elu(middle, inplace=True)
-        gates.addmm_(middles, self.gates_now)
-        x.addcmul_(values, torch.sigmoid(openings))
-        torch.mul(x_once, lift, out=after)
+        gates.addmm_(gate_inputs, self.gates_now)
+        x.addcmul_(values, torch.sigmoid(gate))
+        torch.mul(x_once, sign, out=after)
         F.elu(after, inplace=True)
 
 
@@ -515,15 +515,15 @@ class _Column(NamedTuple):
     """Views of one column in the buffers of a block of the horizontal stream."""
 
     before: Tensor  # (B, 2, F), concat-ELU with its halves apart; so too `middle` and `after`
-    befores: Tensor  # (B, 4 F), with its left neighbour
+    previous: Tensor  # (B, 4 F), with its left neighbour
     cut: Tensor | None  # (B, 2 F), of the short-cut
     inner: Tensor  # (B, F)
     inner_once: Tensor  # (B, 1, F)
     middle: Tensor
-    middles: Tensor  # (B, 4 F), with its left neighbour
+    gate_inputs: Tensor  # (B, 4 F), with its left neighbour
     gates: Tensor  # (B, 2 F), of which the halves are
     values: Tensor
-    openings: Tensor
+    gate: Tensor
     x: Tensor  # (B, F)
     x_once: Tensor  # (B, 1, F)
     after: Tensor

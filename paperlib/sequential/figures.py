@@ -145,7 +145,7 @@ def spectra(arrays: Arrays) -> Any:
         label = f"x({t + 1})" if t in (0, count - 1) else None
         left.plot(frequencies, (power + 1 / 12) / photographs, color=BLUE, alpha=0.25 + 0.75 * t / count, label=label)
     for name, colour in (("one_step", ORANGE), ("infusion", GREEN), ("training", "black")):
-        label = "training photographs" if name == "training" else name
+        label = {"one_step": "one-step baseline", "training": "training photographs"}.get(name, name)
         left.plot(frequencies, (arrays[f"power_{name}"] + 1 / 12) / photographs, "--", color=colour, label=label)
     left.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
     _plain_ticks(left, "x", ONE_TWO_FIVE)
@@ -153,7 +153,7 @@ def spectra(arrays: Arrays) -> Any:
     left.legend(frameon=False, fontsize=7)
     steps = np.arange(1, count + 1)
     _interval_line(right, steps, arrays["spectral_sequential"], BLUE)
-    lines = {"one_step": (ORANGE, "one_step"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
+    lines = {"one_step": (ORANGE, "one-step"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
     lines |= {"noise_first": (BLUE, "x(1) + noise"), "noise_one_step": (ORANGE, "one-step + noise")}
     for name, (colour, label) in lines.items():
         value, low, high = arrays[f"spectral_{name}"]
@@ -193,7 +193,7 @@ def distances(arrays: Arrays) -> Any:
     for axis, kind in zip(axes, KINDS, strict=True):
         plotting.show_estimates(axis, places, arrays[f"kernel_{kind}"], [BLUE] * len(SETS))
         axis.set(xlabel="squared kernel distance", title=f"features: {kind}{' network' * (kind == 'random')}")
-    axes[0].set_yticks(places, SETS)
+    axes[0].set_yticks(places, [name.replace("_", "-") for name in SETS])
     return figure
 
 
@@ -205,11 +205,11 @@ def training(arrays: Arrays) -> Any:
     none.remove()
     for axis, (name, (steps, _, watched, kl)) in zip([*above, *below], histories.items(), strict=True):
         axis.plot(steps, watched, color=colours[name], linewidth=1.2)
-        axis.set(title=name, xlabel="train_steps")
+        axis.set(title=name.replace("_", "-"), xlabel="training steps")
         if name in ("sequential", "one_step"):
-            rate.plot(steps, kl, color=colours[name], label=name, linewidth=1.2)
+            rate.plot(steps, kl, color=colours[name], label=name.replace("_", "-"), linewidth=1.2)
     figure.supylabel("watched, held out (nats per dimension)", fontsize=9)
-    rate.set(xlabel="train_steps", ylabel="KL (nats an image)", title="rate, held out")
+    rate.set(xlabel="training steps", ylabel="KL (nats per image)", title="rate, held out")
     rate.legend(frameon=False, fontsize=7)
     return figure
 

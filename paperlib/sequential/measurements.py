@@ -39,7 +39,7 @@ KINDS = ("random", "thumbnails")  # of features
 
 
 def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
-    """Of each training `<name>_history`: rows of step, loss in nats an image, the held-out number watched, and KL."""
+    """Of each training `<name>_history`: rows of step, loss in nats per image, the held-out number watched, and KL."""
     found = {}
     for name, one in trained.items():
         keys = list(one.history[0])
@@ -231,7 +231,7 @@ def draw_more(seed: int, images: Images, vae: SequentialVAE) -> np.ndarray:
 
 @torch.no_grad()
 def exactness(seed: int, images: Images, infusion: SequentialVAE) -> dict[str, np.ndarray]:
-    """Claim S3: `infusion_losses` (2,) in nats an image, in float64, for one set of masks and draws: through the chain
+    """Claim S3: `infusion_losses` (2,) in nats per image, in float64, for one set of masks and draws: through the chain
     whose code is a subset of pixels, and by `plain_infusion_loss`.
     """
     vae = copy.deepcopy(infusion).double()

@@ -2,10 +2,10 @@
 
 The published kernel distance takes the features of an Inception network trained on ImageNet. Here there are two that
 need no download: the pooled layer of a small convolutional `Classifier` trained on the data set itself,
-`fit_classifier`, which sees what tells classes apart, and means and deviations of the layers of a `RandomNetwork`,
+`fit_classifier`, which sees what tells classes apart, and means and stds of the layers of a `RandomNetwork`,
 which has learned nothing and sees textures and contrast. Neither's distances are comparable to published ones.
 
-`extractor` binds a network to a scale: each feature has mean 0 and deviation 1 on the training images, the order of 1
+`extractor` binds a network to a scale: each feature has mean 0 and std 1 on the training images, the order of 1
 that the kernel of `distances.kernel_distance` asks for.
 
     trained = features.fit_classifier(dataset, folder, width=128, seed=0, device=device)
@@ -157,7 +157,7 @@ class RandomNetwork(nn.Module):
             self.register_buffer(f"weight{k}", weight)
 
     def features(self, x: Tensor) -> Tensor:
-        """Mean, then deviation, over positions of each channel of each layer: (B, C, H, W) to (B, 7 / 2 width)."""
+        """Mean, then std, over positions of each channel of each layer: (B, C, H, W) to (B, 7 / 2 width)."""
         found = []
         for weight in self.buffers():
             x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
@@ -214,7 +214,7 @@ class Extractor:
 
 
 def extractor(network: nn.Module, reference: np.ndarray | Tensor, levels: int = 256) -> Extractor:
-    """What makes features of `network` with mean 0 and deviation 1 on the `reference` images, uint8 (N, H, W, C).
+    """What makes features of `network` with mean 0 and std 1 on the `reference` images, uint8 (N, H, W, C).
 
     Features that do not vary there are only centred. Use the training images, and one extractor for all sets that are
     to be compared.
