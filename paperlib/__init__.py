@@ -1,5 +1,5 @@
-"""Code behind the notebooks that reproduce "Towards Deeper Understanding of Variational Autoencoding Models".
+"""The library behind the notebooks that reproduce "Towards Deeper Understanding of Variational Autoencoding Models".
 
-Zhao, Song, Ermon, arXiv 1702.08658. One module stands behind each notebook (`elbo`, `fuzziness`, ...); what they
-share lies below them. Modules import only from lower layers, see docs/library.md.
+Zhao, Song, Ermon, arXiv 1702.08658. Each notebook has a chapter, and every chapter has the same rooms; docs/library.md
+draws the tree.
 """

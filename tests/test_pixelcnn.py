@@ -98,8 +98,6 @@ def test_the_uniform_model_costs_exactly_eight_bits_in_ragged_batches():
     torch.testing.assert_close(bits(net, x), torch.full((7,), 8.0).double(), rtol=1e-12, atol=0)
 
 
-
-
 def test_a_last_row_sums_to_one_over_all_its_values():
     """A joint over pixels, not only within them: the last row of 4 pixels is free, the rows above it are fixed."""
     levels = 3

@@ -54,9 +54,10 @@ class Images:
 
     def __repr__(self) -> str:
         channels, side, _ = self.shape
+        colour = "grey" if channels == 1 else "colour"
         return (
             f"{self.dataset.name}: {len(self.train):,} training and {len(self.held_out):,} held-out images, "
-            f"{side} x {side} pixels, {channels} channels, {self.dataset.levels} levels"
+            f"{side} x {side} pixels, {colour}, {self.dataset.levels} levels"
         )
 
 

@@ -93,8 +93,7 @@ def sample_gaussian(
     std = torch.exp(torch.as_tensor(log_std, dtype=_float_type(mean), device=mean.device))
     if (sample := mean + std * noise).shape != mean.shape:
         raise ValueError(
-            f"log_std and noise do not broadcast to the mean's {tuple(mean.shape)}: "
-            f"the sample is {tuple(sample.shape)}"
+            f"log_std and noise do not broadcast to the mean's {tuple(mean.shape)}: the sample is {tuple(sample.shape)}"
         )
     return sample
 

@@ -499,7 +499,9 @@ class _PixelBlock:
         F.elu(column.before, inplace=True)
 
     def pixel(self, j: int, sign: Tensor) -> None:
-        _, previous, cut, inner, inner_once, middle, gate_inputs, gates, values, gate, x, x_once, after = self.columns[j]
+        _, previous, cut, inner, inner_once, middle, gate_inputs, gates, values, gate, x, x_once, after = self.columns[
+            j
+        ]
         inner.addmm_(previous, self.inner_now)
         if cut is not None:
             inner.addmm_(cut, self.weights.pixel_cut)
