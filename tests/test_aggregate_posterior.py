@@ -345,7 +345,7 @@ def test_mistakes_are_refused(generator):
 
 MEMORY = """
 import resource, torch
-from paperlib.aggregate import Codes, conditional, log_density
+from paperlib.stats.aggregate_posterior import Codes, conditional, log_density
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 generator = torch.Generator().manual_seed(0)

@@ -203,6 +203,7 @@ def recorded_otherwise(home):
 
 
 AT_ONCE = [  # mistakes on the command line, said before anything is begun
+    Fault("no schedule", [*LAUNCH, "--set", "schedule=linear"], "unknown schedule 'linear': choose from constant"),
     Fault("preset", [*REPRODUCE, "--preset", "smokee"], "unknown preset 'smokee': choose from smoke, cpu, gpu, paper"),
     Fault("notebook", ["paperlib.reproduce", "--only", "7"], "no notebook '7': choose from 01_elbo", forked=False),
     Fault("setting", [*REPRODUCE, "--set", "stepz=3"], "unknown setting 'stepz': choose from dataset, code_dim"),
@@ -262,7 +263,6 @@ FAULTS = [
     Fault("mnist cut short", [*NOTEBOOK, "--set", "dataset=mnist"], "damaged .*: write it again", 1, mnist_cut_short),
     Fault("no CIFAR-10 test", [*LAUNCH, "--set", "dataset=cifar10"], "cannot be had.*put", set_up=cifar10_without_test),
     # Trainings and checkpoints
-    Fault("no schedule", [*LAUNCH, "--set", "schedule=linear"], "unknown schedule 'linear': choose from constant"),
     Fault("both damaged", LAUNCH, "no whole checkpoint in .*--fresh", set_up=damaged("last.pt", "previous.pt")),
     Fault("of others", [*LAUNCH], "holds another training .learning_rate 0.002 -> 0.5", set_up=of_other_settings),
     Fault("code inside", LAUNCH, "more than tensors and plain", set_up=checkpoint_with_code),

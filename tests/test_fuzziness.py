@@ -26,7 +26,7 @@ QUICK |= {"seeds": 2, "codes": 300, "min_samples": 150.0}
 INDEPENDENT = {"rtol": 1e-5}  # of float32 decoders and of the aggregate posterior's own accuracy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A short run on the embedded digits: run, images and their pixels, models, arrays."""
     with pytest.MonkeyPatch.context() as patch:

@@ -154,11 +154,11 @@ class Sampler:
         channels, levels, streams = self.settings.channels, self.settings.levels, self.streams
         columns = zip(streams.pixel_columns, self.noise.unbind(0), self.params.unbind(0), strict=True)
         for j, (pixel, noise, params) in enumerate(columns):
-            found = streams.parameters(j, kind)
+            parameters = streams.parameters(j, kind)
             if draw:
-                pixel.copy_(sample_discretized_mix_logistic(found, noise, channels=channels, levels=levels))
+                pixel.copy_(sample_discretized_mix_logistic(parameters, noise, channels=channels, levels=levels))
             else:
-                params.copy_(found)
+                params.copy_(parameters)
 
     def _graph(self, kind: int, draw: bool) -> torch.cuda.CUDAGraph:
         """Recorded on first use; what the recording does to the buffers is undone."""

@@ -90,6 +90,8 @@ class Settings:
         presets.check_numbers(self, may_be_zero)
         if not self.min_std < 1:
             raise ValueError(f"min_std is {self.min_std}, but must be below 1, the greatest std")
+        if self.schedule not in train.SCHEDULES:  # else noticed only after pretraining
+            raise ValueError(f"unknown schedule {self.schedule!r}: choose from {', '.join(train.SCHEDULES)}")
         if len(self.betas) != 2:
             raise ValueError(f"betas is {self.betas}, but takes two numbers")
         if self.chains < 40 or self.chains % 20:

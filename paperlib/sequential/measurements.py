@@ -40,13 +40,13 @@ KINDS = ("random", "thumbnails")  # of features
 
 def histories(trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     """Of each training `<name>_history`: rows of step, loss in nats per image, the held-out number watched, and KL."""
-    found = {}
+    arrays = {}
     for name, one in trained.items():
         keys = list(one.history[0])
         first = next(key for key in keys if key.startswith("held_out_"))
         rows = [[row["step"], row["loss"], row[first], row["held_out_kl"]] for row in one.history]
-        found[f"{name}_history"] = np.array(rows)
-    return found
+        arrays[f"{name}_history"] = np.array(rows)
+    return arrays
 
 
 def terms(settings: Any, seed: int, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
@@ -60,25 +60,25 @@ def terms(settings: Any, seed: int, images: Images, models: Mapping[str, Sequent
     """
     first = settings.evaluation_images
     pictures = images.held_out[first : first + settings.measured_images]
-    found: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for name in ("sequential", "one_step", "infusion"):
         with seeded(seed, images.device):
             measured = evaluate(models[name], images, pictures)
-        found |= {f"{name}_{term}": values for term, values in measured.items()}
+        arrays |= {f"{name}_{term}": values for term, values in measured.items()}
         steps = range(1, models[name].steps + 1)
-        found[f"sigma_{name}"] = np.array([models[name].log_sigma(t).exp().item() for t in steps])
+        arrays[f"sigma_{name}"] = np.array([models[name].log_sigma(t).exp().item() for t in steps])
     with seeded(seed, images.device):
-        found["sequential_error"], found["swapped_error"] = swap_errors(models["sequential"], images, pictures)
+        arrays["sequential_error"], arrays["swapped_error"] = swap_errors(models["sequential"], images, pictures)
     with seeded(seed, images.device):
-        found["no_latent_error"] = evaluate(models["no_latent"], images, pictures, models["sequential"])["error"]
+        arrays["no_latent_error"] = evaluate(models["no_latent"], images, pictures, models["sequential"])["error"]
         seen = images.batch(_rows(seed, len(images.train), len(pictures), 14))
-        found["training_error"] = evaluate(models["sequential"], images, seen)["error"]
-    found["kl_weight_one_step"] = models["one_step"].log_weight.exp().item()
+        arrays["training_error"] = evaluate(models["sequential"], images, seen)["error"]
+    arrays["kl_weight_one_step"] = models["one_step"].log_weight.exp().item()
     few = images.batch(_spread(len(images.train), 2000))
     mean = images.to_float(few).mean(0, keepdim=True)
     x = torch.cat(list(batches(images, pictures)))
-    found["mean_error"] = (x - mean).square().flatten(1).mean(1).double()
-    return found
+    arrays["mean_error"] = (x - mean).square().flatten(1).mean(1).double()
+    return arrays
 
 
 def _spread(count: int, most: int) -> Tensor:
@@ -105,19 +105,19 @@ def spectra(settings: Any, seed: int, images: Images, drawn: Mapping[str, Drawn]
     training = images.batch(_rows(seed, len(images.train), settings.samples, 11))
     frequencies, photographs = _power(images.held_out)
     sets = {"one_step": drawn["one_step"].means, "infusion": drawn["infusion"].means, "training": training}
-    found: dict[str, Any] = {"frequencies": frequencies, "power_photographs": photographs.mean(0)}
+    arrays: dict[str, Any] = {"frequencies": frequencies, "power_photographs": photographs.mean(0)}
     steps = [_power(state)[1] for state in drawn["sequential"].states[1:]]
-    found["power_sequential"] = torch.stack([power.mean(0) for power in steps])
-    found["spectral_sequential"] = rows(_spectral(power, photographs) for power in steps)
+    arrays["power_sequential"] = torch.stack([power.mean(0) for power in steps])
+    arrays["spectral_sequential"] = rows(_spectral(power, photographs) for power in steps)
     for name, pictures in sets.items():
         power = _power(pictures)[1]
-        found[f"power_{name}"], found[f"spectral_{name}"] = power.mean(0), np.array(_spectral(power, photographs).row)
+        arrays[f"power_{name}"], arrays[f"spectral_{name}"] = power.mean(0), np.array(_spectral(power, photographs).row)
     single = _power(drawn["one_step"].means)[1]
     for name, power in (("first", steps[0]), ("one_step", single)):
         # White noise has the same power at every frequency.
         noisy = [_spectral(power + level, photographs) for level in [0, *np.geomspace(1e-3, 1e3, 61)]]
-        found[f"spectral_noise_{name}"] = np.array(min(noisy, key=lambda one: one.value).row)
-    return found
+        arrays[f"spectral_noise_{name}"] = np.array(min(noisy, key=lambda one: one.value).row)
+    return arrays
 
 
 def _rows(seed: int, count: int, most: int, number: int) -> Tensor:
@@ -154,17 +154,17 @@ def compared(
     }
     scale = images.batch(_spread(len(images.train), 10_000))
     networks = {"random": features.RandomNetwork(0, images.shape[0]), "thumbnails": features.Thumbnails()}
-    found: dict[str, Any] = {f"shown_{name}": pictures[name][:24] for name in SETS}
+    arrays: dict[str, Any] = {f"shown_{name}": pictures[name][:24] for name in SETS}
     for kind in KINDS:
         look = features.extractor(networks[kind].to(images.device), scale, images.dataset.levels)
         seen, kept, half = {name: look(pictures[name]) for name in SETS}, look(images.held_out), look(reference)
-        found[f"kernel_{kind}"] = rows(
+        arrays[f"kernel_{kind}"] = rows(
             two_sample.kernel_distance(seen[name], half if name == "reconstructions" else kept) for name in SETS
         )
-        found[f"ratio_{kind}"] = np.array(
+        arrays[f"ratio_{kind}"] = np.array(
             two_sample.kernel_distance_ratio(seen["sequential"], seen["one_step"], kept).row
         )
-    return found
+    return arrays
 
 
 def nearest(settings: Any, images: Images, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
@@ -177,15 +177,15 @@ def nearest(settings: Any, images: Images, drawn: Mapping[str, Drawn]) -> dict[s
     among = images.batch(_spread(len(images.train), 10_000))
     among = torch.cat([among, among.flip(2)])
     sets = {name: one.means for name, one in drawn.items()} | {"held_out": images.held_out}
-    found: dict[str, Any] = {"near": drawn["sequential"].means[:ROWS]}
+    arrays: dict[str, Any] = {"near": drawn["sequential"].means[:ROWS]}
     for view in ("pixels", "thumbnails"):
         targets = _viewed(images, among, view)
         for name, pictures in sets.items():
             apart, rows = _to_nearest(_viewed(images, pictures[: settings.samples], view), targets)
-            found[f"nearest_{view}_{name}"] = apart
+            arrays[f"nearest_{view}_{name}"] = apart
             if name == "sequential":
-                found[f"neighbours_{view}"] = among[rows[:ROWS]]
-    return found
+                arrays[f"neighbours_{view}"] = among[rows[:ROWS]]
+    return arrays
 
 
 def _viewed(images: Images, pictures: Tensor, view: str) -> Tensor:
@@ -195,8 +195,8 @@ def _viewed(images: Images, pictures: Tensor, view: str) -> Tensor:
 
 def _to_nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     """Root mean squared difference (n,) to the nearest of `among`, and its row."""
-    found = [torch.cdist(part, among, compute_mode="use_mm_for_euclid_dist").min(1) for part in points.split(500)]
-    rows = torch.cat([one.indices for one in found])
+    nearest = [torch.cdist(part, among, compute_mode="use_mm_for_euclid_dist").min(1) for part in points.split(500)]
+    rows = torch.cat([one.indices for one in nearest])
     return (points - among[rows]).square().mean(1).sqrt(), rows
 
 
@@ -211,7 +211,7 @@ def pictures(seed: int, images: Images, models: Mapping[str, SequentialVAE]) -> 
     infused = draw(models["infusion"], images, ROWS, stream(seed, 6, images.device))
     with seeded(seed, images.device):
         rebuilt, swapped = swap(models["sequential"], images.to_float(targets))
-    found: dict[str, Any] = {
+    arrays: dict[str, Any] = {
         "chain": drawn.states,
         "chain_infusion": infused.states,
         "chain_infusion_means": infused.means,
@@ -220,8 +220,8 @@ def pictures(seed: int, images: Images, models: Mapping[str, SequentialVAE]) -> 
         "swapped": torch.stack([images.to_uint8(one) for one in swapped]),
     }
     further = models.get("picture", models["sequential"])
-    found["chain_more"] = draw(further, images, ROWS, stream(seed, 9, images.device)).states
-    return found
+    arrays["chain_more"] = draw(further, images, ROWS, stream(seed, 9, images.device)).states
+    return arrays
 
 
 def draw_more(seed: int, images: Images, vae: SequentialVAE) -> np.ndarray:

@@ -349,39 +349,39 @@ def _heavy(z: Tensor, table: _Table, width: int) -> tuple[Tensor, Tensor, Iterat
     tiles = list(_slices(count, COLUMNS))
     peaks = torch.stack([table.exponents(z, columns, False).amax(1) for columns in tiles], 1)
     top = peaks.amax(1)
-    found = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    counts = torch.zeros(len(z), dtype=torch.long, device=z.device)
     hits = []
     for columns, peak in zip(tiles, peaks.T, strict=True):
-        rows = ((found <= limit) & (peak >= top - reach)).nonzero()[:, 0]
+        rows = ((counts <= limit) & (peak >= top - reach)).nonzero()[:, 0]
         if not len(rows):
             continue
         weighs = table.exponents(z[rows], columns, False) >= (top - reach)[rows, None]
-        found[rows] += weighs.sum(1)
-        few = (found[rows] <= limit).nonzero()[:, 0]
+        counts[rows] += weighs.sum(1)
+        few = (counts[rows] <= limit).nonzero()[:, 0]
         row, column = weighs[few].nonzero(as_tuple=True)
         hits.append(torch.stack([rows[few[row]], column + columns.start]))
-    many = (found > limit).nonzero()[:, 0]
+    many = (counts > limit).nonzero()[:, 0]
     if len(many) and table.is_coarse(z[many]):
         exact = [table.exponents(z[many], columns, True).amax(1) for columns in tiles]
         top[many] = torch.stack(exact).amax(0)
-    return top, many, _bundles(z, table, found, limit, torch.cat(hits, 1), width)
+    return top, many, _bundles(z, table, counts, limit, torch.cat(hits, 1), width)
 
 
 def _bundles(
-    z: Tensor, table: _Table, found: Tensor, limit: int, hits: Tensor, width: int
+    z: Tensor, table: _Table, counts: Tensor, limit: int, hits: Tensor, width: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Rows with at most `limit` of the `hits` (2, Q), those with about equally many together."""
-    hits = hits[:, found[hits[0]] <= limit]
+    hits = hits[:, counts[hits[0]] <= limit]
     points = hits[1, hits[0].argsort(stable=True)]
-    found = torch.where(found <= limit, found, 0)
-    start = found.cumsum(0) - found
+    counts = torch.where(counts <= limit, counts, 0)
+    start = counts.cumsum(0) - counts
     size = 1
     while size < 2 * limit:
-        alike = ((found > size // 2) & (found <= size)).nonzero()[:, 0]
+        alike = ((counts > size // 2) & (counts <= size)).nonzero()[:, 0]
         for part in _slices(len(alike), max(1, GATHERED // (size * width))):
             rows = alike[part]
-            place = torch.arange(int(found[rows].max()), device=z.device)
-            padding = place >= found[rows, None]
+            place = torch.arange(int(counts[rows].max()), device=z.device)
+            padding = place >= counts[rows, None]
             chosen = points[(start[rows, None] + place).masked_fill(padding, 0)]
             exponents = table.differences(z[rows], chosen).masked_fill_(padding, -torch.inf)
             log_total = exponents.logsumexp(1)

@@ -158,11 +158,11 @@ class RandomNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Mean, then std, over positions of each channel of each layer: (B, C, H, W) to (B, 7 / 2 width)."""
-        found = []
+        moments = []
         for weight in self.buffers():
             x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
-            found += [x.mean((2, 3)), x.std((2, 3), correction=0)]
-        return torch.cat(found, 1)
+            moments += [x.mean((2, 3)), x.std((2, 3), correction=0)]
+        return torch.cat(moments, 1)
 
     forward = features
 
@@ -195,9 +195,9 @@ def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int = 
     training = network.training
     network.eval()
     starts = range(0, len(images), BATCH)
-    found = [network.features(datasets.to_float(images[i : i + BATCH], levels, device)).double().cpu() for i in starts]
+    parts = [network.features(datasets.to_float(images[i : i + BATCH], levels, device)).double().cpu() for i in starts]
     network.train(training)
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +219,6 @@ def extractor(network: nn.Module, reference: np.ndarray | Tensor, levels: int = 
     Features that do not vary there are only centred. Use the training images, and one extractor for all sets that are
     to be compared.
     """
-    found = raw_features(network, reference, levels)
-    mean, std = found.mean(0), found.std(0, correction=0)
+    raw = raw_features(network, reference, levels)
+    mean, std = raw.mean(0), raw.std(0, correction=0)
     return Extractor(network, mean, torch.where(std > 1e-6 * mean.abs(), std, 1.0), levels)
