@@ -1,4 +1,4 @@
-"""A PixelCNN++ of the same size and arithmetic as `paperlib.nn.pixelcnn`, written as is usual, for `training.py` to time.
+"""A PixelCNN++ of the same size and arithmetic as `paperlib.nn.pixelcnn` written in the usual way, for `training.py`.
 
 Padding layers before convolutions, torch's own weight normalisation, a likelihood in a few separate steps; no attention
 to what is computed twice or copied.
