@@ -79,21 +79,17 @@ def sample_gaussian(
     log_std: Tensor | float,
     *,
     generator: torch.Generator | None = None,
-    noise: Tensor | None = None,
 ) -> Tensor:
     """mean + exp(log_std) * noise in the shape of `mean`, differentiable in both parameters.
 
-    `noise`, of the shape of `mean`, is drawn from `generator` (on the device of `mean`) unless it
-    is given. Raises `ValueError` when the shapes do not fit, or when both are given.
+    The noise is standard Gaussian, from `generator` (on the device of `mean`) or torch's own. Raises `ValueError` when
+    the shapes do not fit.
     """
-    if noise is None:
-        noise = distributed.randn(mean.shape, generator=generator, dtype=_float_type(mean), device=mean.device)
-    elif generator is not None:
-        raise ValueError("give either noise or a generator, not both")
+    noise = distributed.randn(mean.shape, generator=generator, dtype=_float_type(mean), device=mean.device)
     std = torch.exp(torch.as_tensor(log_std, dtype=_float_type(mean), device=mean.device))
     if (sample := mean + std * noise).shape != mean.shape:
         raise ValueError(
-            f"log_std and noise do not broadcast to the mean's {tuple(mean.shape)}: the sample is {tuple(sample.shape)}"
+            f"log_std does not broadcast to the mean's {tuple(mean.shape)}: the sample is {tuple(sample.shape)}"
         )
     return sample
 

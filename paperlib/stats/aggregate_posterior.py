@@ -247,28 +247,24 @@ def _fill_by_products(
 def mutual_information(
     codes: Codes,
     *,
-    samples: int = 1,
     points: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Information:
-    """I_q(x;z) in nats, by `samples` codes from each training point, against all N.
+    """I_q(x;z) in nats, by a code from each training point, against all N.
 
     Unbiased for the N points at hand, taken as equally likely; for the data behind them it is a
     lower bound that stops at log N. `points` draws only so many, without replacement, to sample
     from. The standard error is over these (nan if only one of several was asked for). `generator`
     is on the device of the codes.
     """
-    if samples < 1 or (points is not None and not 1 <= points <= len(codes)):
-        raise ValueError(f"{samples} samples at {points} of {len(codes)} points")
+    if points is not None and not 1 <= points <= len(codes):
+        raise ValueError(f"{points} of {len(codes)} points")
     part = codes
     if points is not None and points < len(codes):
         device = codes.mean.device
         part = codes[torch.randperm(len(codes), generator=generator, device=device)[:points]]
-    gain = torch.zeros_like(part.mean[:, 0])
-    for _ in range(samples):
-        z = sample_gaussian(part.mean, part.log_std, generator=generator)
-        gain += gaussian_log_prob(z, part.mean, part.log_std) - log_density(z, codes)
-    gain /= samples
+    z = sample_gaussian(part.mean, part.log_std, generator=generator)
+    gain = gaussian_log_prob(z, part.mean, part.log_std) - log_density(z, codes)
     error = gain.std().item() / math.sqrt(len(part)) if len(part) > 1 else math.nan
     return Information(gain.mean().item(), 0.0 if len(codes) == 1 else error, math.log(len(codes)))
 

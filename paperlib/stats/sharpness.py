@@ -63,16 +63,15 @@ def _ramps(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def power_spectrum(images: Tensor, *, window: bool = True) -> tuple[Tensor, Tensor]:
+def power_spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
     """Radially averaged power of square images: (N, S, S) or (N, C, S, S) to frequencies (K,) and power (N, K).
 
     Frequencies are in cycles per pixel, power in the squared unit of the images, both float64. Annulus k = 1 .. K holds
     the two-dimensional frequencies whose distance from 0 rounds to k / S, up to K = S // 2, the Nyquist frequency; its
     frequency is their mean distance. White noise has its variance as power everywhere. The mean of each channel is
-    taken out first; channels are averaged. `window` tapers to the border by a Hann window (without one, borders that
-    do not match show as edges), normalised so that the power stays, but for 7 % of noise in the first annulus, which
-    go with the mean. Without it, power times the number of frequencies
-    in each annulus, over S^2, sums to the image's variance, less what lies in the corners beyond Nyquist.
+    taken out first; channels are averaged. A Hann window tapers to the border (without one, borders that do not match
+    show as edges), normalised so that the power stays, but for 7 % of noise in the first annulus, which go with the
+    mean.
 
     Raises `ValueError` for another shape and for images of less than 4 x 4 pixels.
     """
@@ -87,9 +86,7 @@ def power_spectrum(images: Tensor, *, window: bool = True) -> tuple[Tensor, Tens
     member = torch.nn.functional.one_hot(annulus[inside] - 1).double()
     member /= member.sum(0)  # (frequencies inside, K): a product with it averages over each annulus
 
-    taper = torch.ones(size, dtype=torch.float64, device=images.device)
-    if window:
-        taper = torch.hann_window(size, dtype=torch.float64, device=images.device)
+    taper = torch.hann_window(size, dtype=torch.float64, device=images.device)
     taper = taper[:, None] * taper
     results = []
     for x in _blocks(images):
@@ -99,13 +96,13 @@ def power_spectrum(images: Tensor, *, window: bool = True) -> tuple[Tensor, Tens
     return distance[inside] @ member, torch.cat(results)
 
 
-def spectral_slope(images: Tensor, *, window: bool = True) -> Tensor:
+def spectral_slope(images: Tensor) -> Tensor:
     """Slope of log power against log frequency: square images (N, S, S) or (N, C, S, S) to (N,), float64.
 
     A least-squares line through all annuli of `power_spectrum`, which leave out the mean and the corners. It does not
     change with contrast. nan for an image without power at some frequency, such as a constant one. Raises as there.
     """
-    frequencies, power = power_spectrum(images, window=window)
+    frequencies, power = power_spectrum(images)
     x = frequencies.log()
     x = x - x.mean()
     slope = power.log() @ x / x.square().sum()
