@@ -78,7 +78,7 @@ def _sequential(asked, preset, rates):
     x = torch.rand(settings.batch_size, *shape, device=asked.device) * 2 - 1
     vae = sequential_model.build(settings, shape, "sequential").to(asked.device)
     fast = devices.compiled(vae)
-    chosen = [2, settings.steps]  # as one batch in training may choose
+    chosen = [2, settings.chain_steps]  # as one batch in training may choose
 
     def loss(call):
         links = sequential_chain.chain(vae, x, chosen=chosen, noise=settings.input_noise, call=call)

@@ -6,11 +6,11 @@ need no download: the pooled layer of a small convolutional `Classifier` trained
 which has learned nothing and sees textures and contrast. Neither's distances are comparable to published ones.
 
 `extractor` binds a network to a scale: each feature has mean 0 and std 1 on the training images, the order of 1
-that the kernel of `distances.kernel_distance` asks for.
+that the kernel of `two_sample.kernel_distance` asks for.
 
     trained = features.fit_classifier(dataset, folder, width=128, seed=0, device=device)
     extract = features.extractor(trained.model, dataset.train.images, dataset.levels)
-    distances.kernel_distance(extract(samples), extract(dataset.held_out.images))
+    two_sample.kernel_distance(extract(samples), extract(dataset.held_out.images))
 """
 
 import itertools
@@ -187,7 +187,7 @@ def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int = 
     """`network.features` of images, uint8 (N, H, W, C) of `levels` grey levels, some at a time: (N, d) float64, CPU.
 
     The network sees them in [-1, 1], on its own device and in evaluation mode. Each unit is the network's own: see
-    `extractor`. Raises `TypeError` and `ValueError` as `data.to_unit`, and `ValueError` for no images.
+    `extractor`. Raises `TypeError` and `ValueError` as `datasets.to_unit`, and `ValueError` for no images.
     """
     if not len(images):
         raise ValueError("there are no images")
