@@ -21,8 +21,8 @@ from paperlib.nn import pixelcnn
 from paperlib.pixelvae import experiment as pixelvae
 from paperlib.pixelvae.model import PixelVAE
 from paperlib.sequential import experiment as sequential
-from paperlib.sequential import model as sequential_chain
-from paperlib.sequential import training as sequential_model
+from paperlib.sequential.model import chain, objective
+from paperlib.sequential.training import build
 from paperlib.system import devices
 
 
@@ -76,13 +76,13 @@ def _sequential(asked, preset, rates):
     torch.manual_seed(0)
     shape = (3, settings.side, settings.side)
     x = torch.rand(settings.batch_size, *shape, device=asked.device) * 2 - 1
-    vae = sequential_model.build(settings, shape, "sequential").to(asked.device)
+    vae = build(settings, shape, "sequential").to(asked.device)
     fast = devices.compiled(vae)
     chosen = [2, settings.chain_steps]  # as one batch in training may choose
 
     def loss(call):
-        links = sequential_chain.chain(vae, x, chosen=chosen, noise=settings.input_noise, call=call)
-        return sequential_chain.objective([link for link in links if link.t in chosen], 1.0)[0]
+        links = chain(vae, x, chosen=chosen, noise=settings.input_noise, call=call)
+        return objective([link for link in links if link.t in chosen], 1.0)[0]
 
     works = {
         "ours": _step(vae, lambda: loss(fast), asked.device, precision, fused=True),

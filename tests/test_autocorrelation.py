@@ -16,7 +16,7 @@ def rng():
 
 
 def slow_autocorrelation(states, lag):
-    """Equation (6) with loops."""
+    """Equation (a) with loops."""
     steps, chains, _ = states.shape
     above = below = 0.0
     for t in range(steps - lag):

@@ -49,7 +49,7 @@ def rng():
 
 
 def slow_edge_width(image):
-    """Equation (1) with loops, for one grey image."""
+    """Equation (a) with loops, for one grey image."""
     total = weighted = 0.0
     for view in (image, image.T):
         across = np.gradient(view, axis=0)

@@ -36,14 +36,14 @@ TWO_SAMPLES = [(kernel_distance, cubic), (energy_distance, minus_norm)]
 
 
 def slow_distance(a, b, kernel):
-    """Equation (1) with loops."""
+    """Equation (a) with loops."""
     aa = [kernel(u, v) for i, u in enumerate(a) for j, v in enumerate(a) if i != j]
     bb = [kernel(u, v) for i, u in enumerate(b) for j, v in enumerate(b) if i != j]
     return np.mean(aa) + np.mean(bb) - 2 * np.mean([kernel(u, v) for u in a for v in b])
 
 
 def slow_estimate(a, b, kernel, groups):
-    """Equation (4), with the groups really taken out."""
+    """Equation (d), with the groups really taken out."""
     parts = zip(np.array_split(np.arange(len(a)), groups), np.array_split(np.arange(len(b)), groups), strict=True)
     without = np.array([slow_distance(np.delete(a, i, 0), np.delete(b, j, 0), kernel) for i, j in parts])
     value, deviation = (
@@ -75,7 +75,7 @@ def moments(mean, deviation):
 
 
 def known_kernel_distance(mean, deviation):
-    """(2) multiplied out is a sum of products of moments, here of N(0, I) and N(mean, deviation^2 I)."""
+    """(b) multiplied out is a sum of products of moments, here of N(0, I) and N(mean, deviation^2 I)."""
     dims = len(mean)
     pairs = zip(moments(np.zeros(dims), 1.0), moments(mean, deviation), strict=True)
     return sum(math.comb(3, k) / dims**k * ((p - q) ** 2).sum() for k, (p, q) in enumerate(pairs, 1))

@@ -1,13 +1,13 @@
 """The ELBO seen from the encoder's side, on models where every statement can be computed without sampling."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paperlib.elbo import measurements
 from paperlib.elbo.claims import CLAIMS
 from paperlib.elbo.section import Section
-from paperlib.runs.claims import Verdicts, judge
+from paperlib.runs.claims import Verdicts, decide
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import check_numbers, option
@@ -71,14 +71,7 @@ def measure(run: Run, claim: str) -> Section:
 
 def verdict(run: Run, section: Section) -> Verdicts:
     """The verdict of one section alone, to show below its table."""
-    claim = CLAIMS[section.claim]
-    entry = {
-        "statement": claim.statement,
-        "expected": claim.expected,
-        "measured": {name: asdict(quantity) for name, quantity in section.measured.items()},
-        "holds": judge(run.preset, claim, section.measured),
-    }
-    return Verdicts({section.claim: entry})
+    return decide(run.preset, {section.claim: CLAIMS[section.claim]}, {section.claim: section.measured})
 
 
 def conclude(run: Run, *sections: Section) -> Verdicts:

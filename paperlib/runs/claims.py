@@ -1,7 +1,7 @@
 """Claims, their criteria and verdicts, and the only place where these become text."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from paperlib.runs.estimate import Estimate
@@ -28,6 +28,21 @@ def judge(preset: str, claim: Claim, measured: Mapping[str, Estimate]) -> bool |
     if preset == "smoke" and not claim.exact:
         return None
     return bool(claim.criterion(**measured))
+
+
+def decide(preset: str, claims: Mapping[str, Claim], measured: Mapping[str, Mapping[str, Estimate]]) -> "Verdicts":
+    """The verdict on each of `claims` for the quantities `measured`, by claim and name."""
+    return Verdicts(
+        {
+            key: {
+                "statement": claim.statement,
+                "expected": claim.expected,
+                "measured": {name: asdict(quantity) for name, quantity in measured[key].items()},
+                "holds": judge(preset, claim, measured[key]),
+            }
+            for key, claim in claims.items()
+        }
+    )
 
 
 class Verdicts(dict):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from paperlib.runs.claims import Claim, Verdicts, judge
+from paperlib.runs.claims import Claim, Verdicts, decide
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.provenance import describe_code, describe_device, versions
 from paperlib.system import devices, files
@@ -120,15 +120,7 @@ def finish(
     `measured` holds the quantities of each claim by name, `numbers` whatever else is worth keeping, `data` the
     description of the data set, `trainings` that of each training (steps, seconds, revision).
     """
-    verdicts = {
-        key: {
-            "statement": claim.statement,
-            "expected": claim.expected,
-            "measured": {name: dataclasses.asdict(q) for name, q in measured[key].items()},
-            "holds": judge(run.preset, claim, measured[key]),
-        }
-        for key, claim in claims.items()
-    }
+    verdicts = decide(run.preset, claims, measured)
     files.write_json(run.directory / "metrics.json", {"claims": verdicts, "numbers": dict(numbers or {})})
     provenance = {
         "notebook": run.notebook,
@@ -145,4 +137,4 @@ def finish(
         "seconds": round(time.time() - run.started, 1),
     }
     files.write_json(run.directory / "run.json", provenance)
-    return Verdicts(verdicts)
+    return verdicts

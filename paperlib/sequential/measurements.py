@@ -242,7 +242,7 @@ def exactness(seed: int, images: Images, infusion: SequentialVAE) -> dict[str, n
 
 
 def plain_infusion_loss(vae: SequentialVAE, x: Tensor, codes: PixelCodes) -> Tensor:
-    """Equations (9), (4), (10) of `sequential_chain` written out, without the code that trains: mean over the batch."""
+    """Equations (9), (4), (10) of `model` written out, without the code that trains: mean over the batch."""
     loss, state = x.new_zeros(()), codes.noise[0]
     for t in range(vae.steps):
         infused = torch.where(codes.masks[t] == 1, x, state)

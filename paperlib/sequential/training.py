@@ -2,7 +2,7 @@
 
 | model | chain | objective |
 | --- | --- | --- |
-| `sequential` | T steps, each with a code | equation (2) of `sequential_chain`, every step's own term or the last's |
+| `sequential` | T steps, each with a code | equation (2) of `model`, every step's own term or the last's |
 | `one_step` | one step, a code as large as all, as much arithmetic | a KL controller holds it at `sequential`'s E KL |
 | `infusion` | T steps, the code a random subset of the target's pixels | (10) |
 | `no_latent` | the steps 2 .. T without codes, from the images of the trained `sequential` | log p alone |
