@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from paperlib.data import datasets
 from paperlib.system.errors import run_command
 
@@ -20,7 +22,8 @@ def main() -> None:
     options = _parser().parse_args()
     if options.command == "prepare":
         folder = datasets.prepare(options.name, options.source, options.side, options.subset)
-        print(f"{datasets.count_prepared(options.name):,} images to train with", file=sys.stderr)
+        count = len(np.load(folder / "train-images.npy", mmap_mode="r"))
+        print(f"{count:,} images to train with", file=sys.stderr)
         print(folder)
         return
     for name, source in datasets.SETS.items():
