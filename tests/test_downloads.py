@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ import struct
 import sys
 import tarfile
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -76,7 +78,7 @@ def cifar(root, monkeypatch):
         for name, (x, y) in (batches | {"test_batch": CIFAR["test"]}).items()
     }
     files["batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")})
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     archive = root / kind.filename
     with tarfile.open(archive, "w:gz") as tar:
         for name, content in files.items():
@@ -93,9 +95,8 @@ def cifar(root, monkeypatch):
 def complaint(name="mnist"):
     with pytest.raises(UserError) as caught:
         datasets.load(name)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def equal(split, images, labels):
@@ -109,9 +110,13 @@ def test_mnist_is_prepared_on_first_use(mnist, root):
     for file in FILES:
         unpacked = gzip.decompress((mnist / file).read_bytes())
         (mnist / file).with_suffix("").write_bytes(unpacked[: len(unpacked) // 2])
-    dataset = datasets.load("mnist")
+    dataset = datasets.load("mnist", side=28)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        datasets.to_unit(dataset.train.images).add_(1)
+    assert isinstance(dataset.train.images, np.memmap) and not dataset.train.images.flags.writeable
     assert equal(dataset.train, *MNIST["train"]) and equal(dataset.held_out, *MNIST["test"])
-    assert isinstance(dataset.train.images, np.memmap)
+    assert (dataset.train.labels.dtype, dataset.test, dataset.levels) == (np.int64, None, 256)
     shutil.rmtree(mnist)
     assert datasets.load("mnist").describe() == dataset.describe()
     names = {path.name for path in (root / "prepared" / "mnist").glob("[!.]*")}
@@ -123,6 +128,17 @@ def test_cifar10_is_prepared_on_first_use(cifar):
     images, labels = CIFAR["train"]
     assert equal(dataset.train, images[:45], labels[:45]) and equal(dataset.held_out, images[45:], labels[45:])
     assert equal(dataset.test, *CIFAR["test"])
+    assert dataset.source.endswith("test: only the first 6 of the 10,000 test images")
+    description = dataset.describe()
+    assert json.loads(json.dumps(description)) == description
+    assert list(description["parts"]) == ["train", "held_out", "test"]
+    assert description["parts"]["held_out"] == {
+        "count": 5,
+        "shape": [32, 32, 3],
+        "sha256": hashlib.sha256(images[45:].tobytes()).hexdigest(),
+        "hashed": "all images",
+        "labels_sha256": hashlib.sha256(labels[45:].astype(np.uint8)).hexdigest(),
+    }
 
 
 def test_missing_archives(root):
@@ -132,21 +148,12 @@ def test_missing_archives(root):
     assert datasets._missing("mnist"), "nothing may look prepared"
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: content[:-1] + b"\x99"])
-def test_damaged_archives_are_named(mnist, damage):
-    (mnist / FILES[2]).write_bytes(damage((mnist / FILES[2]).read_bytes()))
-    text = complaint()
-    assert f"in {mnist} {FILES[2]} is damaged (wrong checksum)" in text
-    assert text.count("is damaged") == 1
-
-
-def test_a_damaged_cifar10_archive_is_named(cifar):
-    cifar.write_bytes(cifar.read_bytes()[:-100])
-    assert f"in {cifar.parent} {cifar.name} is damaged (wrong checksum)" in complaint("cifar10")
-
-
-def full(*_):
-    raise OSError(28, "No space left on device")
+def test_damaged_archives_are_named(mnist, cifar):
+    for name, archive in (("mnist", mnist / FILES[2]), ("cifar10", cifar)):
+        archive.write_bytes(archive.read_bytes()[:-1] + b"\x99")
+        text = complaint(name)
+        assert f"in {archive.parent} {archive.name} is damaged (wrong checksum)" in text
+        assert text.count("is damaged") == 1
 
 
 @pytest.mark.parametrize(
@@ -157,6 +164,9 @@ def full(*_):
     ],
 )
 def test_a_full_disk(mnist, monkeypatch, place, function, said):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(place, function, full)
     assert said in complaint()
 

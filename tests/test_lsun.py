@@ -177,33 +177,8 @@ def test_a_reader_that_ends_early_without_an_error(packed, tmp_path, monkeypatch
     assert "reading it ended after 7 of 40 images (exit code 0)" in complaint(packed, tmp_path)
 
 
-def test_a_kill_on_the_way_leaves_the_old_array(images, packed, tmp_path):
-    path = tmp_path / "out" / "train-images.npy"
-    old = write(packed, tmp_path)
-    script = f"""
-import os, signal
-from pathlib import Path
-from paperlib.data import image_arrays
-
-square, seen = image_arrays._central_square, []
-
-def killed_at_the_20th(file, side):
-    seen.append(file)
-    if len(seen) == 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 255 - square(file, side)
-
-image_arrays._central_square = killed_at_the_20th
-image_arrays.write(Path({str(packed)!r}), Path({str(path)!r}), {SIDE})
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
-    assert [file.suffix for file in path.parent.iterdir()].count(".npy") == 2, "it had begun to write"
-    np.testing.assert_array_equal(np.load(path), old)
-
-
-def test_an_interrupt_ends_the_reader_too(packed, tmp_path, monkeypatch):
-    start, readers = subprocess.Popen, []
+def test_an_interrupt_leaves_the_old_array_and_ends_the_reader(packed, tmp_path, monkeypatch):
+    old, start, readers = write(packed, tmp_path), subprocess.Popen, []
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: readers.append(start(*a, **k)) or readers[-1])
 
     def interrupted(file, side):
@@ -213,7 +188,8 @@ def test_an_interrupt_ends_the_reader_too(packed, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write(packed, tmp_path)
     assert len(readers) == 1 and readers[0].returncode is not None
-    assert not list((tmp_path / "out").iterdir())
+    (left,) = (tmp_path / "out").iterdir()
+    np.testing.assert_array_equal(np.load(left), old)
 
 
 def test_images_are_drawn_as_they_are_needed(packed, monkeypatch):
