@@ -37,11 +37,11 @@ def browser():
 
 # All text of a page that a reader sees, but for code.
 TEXT = """() => {
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];
   while (walker.nextNode())
     if (!walker.currentNode.parentElement.closest("code, pre, script, style, annotation"))
-      found.push(walker.currentNode.data);
-  return found.join("\\n");
+      texts.push(walker.currentNode.data);
+  return texts.join("\\n");
 }"""
 # Formulas that the browser did not lay out: those without a size, or that are not of the mathematical kind of box.
 FLAT = """() => [...document.querySelectorAll("math")].filter(one => {

@@ -117,9 +117,12 @@ def test_mnist_is_prepared_on_first_use(mnist, root):
     assert isinstance(dataset.train.images, np.memmap) and not dataset.train.images.flags.writeable
     assert equal(dataset.train, *MNIST["train"]) and equal(dataset.held_out, *MNIST["test"])
     assert (dataset.train.labels.dtype, dataset.test, dataset.levels) == (np.int64, None, 256)
+    description, folder = dataset.describe(), root / "prepared" / "mnist"
+    (folder / "test-images.npy").write_bytes(b"damaged")
+    assert datasets.prepare("mnist") == folder
     shutil.rmtree(mnist)
-    assert datasets.load("mnist").describe() == dataset.describe()
-    names = {path.name for path in (root / "prepared" / "mnist").glob("[!.]*")}
+    assert datasets.load("mnist").describe() == description
+    names = {path.name for path in folder.glob("[!.]*")}
     assert names == {f"{part}-{kind}.npy" for part in MNIST for kind in ("images", "labels")}
 
 
