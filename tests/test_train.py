@@ -130,9 +130,14 @@ def test_bfloat16_is_for_the_loss_alone(tmp_path):
         return (y.float() - x).square().mean()
 
     recipe = dataclasses.replace(BASE, precision="bfloat16")
-    settings = {"loss": lambda model, x, progress: (error(model, x, "loss"), {}), "batch": lambda i: DATA[i].float()}
-    held_out = lambda model: {"error": error(model, DATA.float(), "evaluate")}  # noqa: E731
-    trained = run(tmp_path, recipe, nn.Linear(6, 6), evaluate=held_out, **settings)
+    trained = run(
+        tmp_path,
+        recipe,
+        nn.Linear(6, 6),
+        loss=lambda model, x, progress: (error(model, x, "loss"), {}),
+        batch=lambda indices: DATA[indices].float(),
+        evaluate=lambda model: {"error": error(model, DATA.float(), "evaluate")},
+    )
     assert seen == {("loss", torch.bfloat16), ("evaluate", torch.float32)}
     assert trained.model.weight.dtype == torch.float32
     assert trained.history[-1]["loss"] < trained.history[0]["loss"]
