@@ -50,7 +50,7 @@ def run(words, home, variables=None, limits=None, forked=True):
         process = start(words, home, Path(folder), variables, limits)
         process.join(280)
         stop(process, Path(folder))
-        return finished(words, Path(folder))
+        return finished(Path(folder))
 
 
 def start(words, home, streams, variables=None, limits=None):
@@ -61,10 +61,10 @@ def start(words, home, streams, variables=None, limits=None):
     return process
 
 
-def finished(words, streams):
+def finished(streams):
     """What a command that has ended left in `streams`; its code is -9 where it was stopped."""
     said = {name: file.read_text() if (file := streams / name).exists() else "" for name in ("out", "err", "code")}
-    return subprocess.CompletedProcess(words, int(said["code"] or -signal.SIGKILL), said["out"], said["err"])
+    return subprocess.CompletedProcess([], int(said["code"] or -signal.SIGKILL), said["out"], said["err"])
 
 
 def stop(process, streams):
