@@ -22,6 +22,13 @@ from pathlib import Path
 
 from paperlib.system import files
 
+
+def settings(chosen):
+    return [word for name, value in chosen.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+
+
+NOTEBOOK = ["paperlib.reproduce", "--only", "02"]  # with models as small as can be
+NOTEBOOK += settings({"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]})
 ROOTS = ("data", "runs", "results", "figures")
 PRELOADED = ["pytest", "commands", "paperlib.experiments", "paperlib.runs.launch", "papermill", "nbclient.exceptions"]
 PRELOADED += ["jupyter_client.manager", "ipykernel.kernelapp", "torch._dynamo", "sklearn.datasets", "scipy.stats"]

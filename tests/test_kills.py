@@ -14,16 +14,13 @@ from safetensors import safe_open
 from paperlib.runs import checkpoints
 from paperlib.runs.run import load_arrays
 
-SMALL = {"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]}  # notebook 02
-ONE = ["--only", "02", *(word for name, value in SMALL.items() for word in ("--set", f"{name}={json.dumps(value)}"))]
 
-
-def run(home, arguments, most=float("inf")):
+def run(home, words, most=float("inf")):
     """Run the notebooks until about `most` files were written, then kill. How many were, and what it said."""
     streams = home / f"streams {time.monotonic_ns()}"
     streams.mkdir(parents=True)
     began, written = time.time(), set()
-    process = commands.start(["paperlib.reproduce", "--preset", "smoke", *arguments], home, streams)
+    process = commands.start(words, home, streams)
     while process.is_alive() and len(written) < most:
         time.sleep(0.01)
         for path in (home / "runs").rglob("*.*"):
@@ -67,24 +64,24 @@ def kept(home, ending):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kills"),
+    ("words", "kills"),
     [
-        pytest.param(ONE, 3, id="a notebook, 3 times"),
-        pytest.param([], 20, id="all notebooks, 20 times", marks=pytest.mark.slow),
+        pytest.param(commands.NOTEBOOK, 3, id="a notebook, 3 times"),
+        pytest.param(["paperlib.reproduce"], 20, id="all notebooks, 20 times", marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_random_moments_and_started_again_it_ends_as_if_undisturbed(arguments, kills, tmp_path):
+def test_killed_at_random_moments_and_started_again_it_ends_as_if_undisturbed(words, kills, tmp_path):
     whole, home = tmp_path / "whole", tmp_path / "killed"
     random.seed(0)
-    files, done = run(whole, arguments)
+    files, done = run(whole, words)
     assert done.returncode == 0, done.stdout[-3000:]
     seen = 0
     for _ in range(kills):
-        _, done = run(home, arguments, most=random.randint(1, int(0.6 * files)))
+        _, done = run(home, words, most=random.randint(1, int(0.6 * files)))
         seen += done.returncode == -9
         opened(home)
     assert seen >= 0.6 * kills, "most were killed before they were done"
-    _, done = run(home, arguments)
+    _, done = run(home, words)
     assert done.returncode == 0, done.stdout[-3000:]
     assert opened(home) > 5
     for ending in ("metrics.json", ".png"):
