@@ -51,7 +51,7 @@ def test_a_notebook_page_loads_nothing():
 
 
 def test_the_index_and_all_notebooks_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "index", lambda found: "index")
+    monkeypatch.setattr(page, "index", lambda every: "index")
     monkeypatch.setattr(page, "notebook_page", lambda path: path.stem)
     assert page.write(tmp_path / "new") == tmp_path / "new" / "index.html"
     names = {"index", *(path.stem for path in files.NOTEBOOKS.glob("[0-9]*.ipynb"))}
