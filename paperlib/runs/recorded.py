@@ -70,8 +70,7 @@ def record(directory: Path, settings: Any) -> list[Path]:
     """Promote the finished run in `directory` to `results/<preset>/<notebook>/` and `figures/<preset>/`.
 
     Raises `UserError` for a run that is unfinished, has other settings than `settings` (the preset's), was not
-    trained, or in which anything was made by code that is not committed: the run itself, a training, or a part of a
-    training that was resumed. A training may be of an earlier commit than the run; `run.json` says of which.
+    trained, or where the run, a training, or a resumed part of one was made by code that is not committed.
     """
     try:
         provenance = files.load_json(directory / "run.json")
