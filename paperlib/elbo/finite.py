@@ -43,6 +43,10 @@ class Finite:
             if bool((table < 0).any()) or bool(((table.sum(-1) - 1).abs() > 1e-9).any()):
                 raise ValueError(f"{name} is not a table of probabilities: its rows must be >= 0 and sum to one")
 
+    def __getitem__(self, part: int | slice) -> "Finite":
+        """One model of a batch, or some."""
+        return Finite(*(table[part] for table in vars(self).values()))
+
     @property
     def q_xz(self) -> Tensor:
         """q(x,z) = p(x) q(z|x), (..., X, Z)."""
