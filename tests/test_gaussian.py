@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from paperlib.elbo import gaussian
+from paperlib.elbo import examples, gaussian
 
 F64 = {"dtype": torch.float64}
 
@@ -44,6 +44,14 @@ def test_a_correlated_gaussian_pays_for_its_correlation_alone(c):
     negentropy, correlation = gaussian.factored_price(q)
     assert float(negentropy) == pytest.approx(0, abs=1e-10)
     assert float(correlation) == pytest.approx(-0.5 * math.log(1 - c * c), abs=1e-12)
+
+
+def test_the_covariance_of_a_mixture_by_its_grid():
+    """All of it: in the sum that E4 checks, what is off the diagonal cancels."""
+    q = examples.pictures([0, 1, 4])
+    x, mass = gaussian.grid(q)
+    apart = x - mass @ x
+    torch.testing.assert_close(gaussian.covariance(q), (mass[:, None] * apart).T @ apart, rtol=0, atol=1e-10)
 
 
 def test_in_bins_the_moments_are_not_the_best():
