@@ -27,14 +27,12 @@ from paperlib.fuzziness.claims import CLAIMS, controls, quantities
 from paperlib.fuzziness.measurements import COLUMNS, ROWS
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, pixels
 from paperlib.fuzziness.training import Models
-from paperlib.runs import presets, train
+from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
-from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, save_weights
-from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "02_mnist_fuzziness"
 CORRELATED = ("variance", "ink", "log_q", "reliable", "edge_width", "slope")  # what F2 needs
@@ -151,21 +149,11 @@ def _stacked(per_seed: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarr
 
 def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> Verdicts:
     """Judge the claims and write `metrics.json`, `run.json` and the weights of the main VAE."""
-    if run.weights == "train":
-        save_weights(run, models.main.state_dict())
-    return finish(
-        run,
-        CLAIMS,
-        quantities(arrays),
-        numbers={
-            "controls": dict(controls(arrays)),
-            **{name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)},
-        },
-        data=images.dataset.describe(),
-        trainings={
-            name: describe_training(trained) for name, trained in models.by_name(run.seed).items() if trained.history
-        },
-    )
+    numbers = {name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)}
+    numbers = {"controls": dict(controls(arrays)), **numbers}
+    trained = {name: one for name, one in models.by_name(run.seed).items() if one.history}
+    data = images.dataset.describe()
+    return recorded.conclude(run, CLAIMS, quantities(arrays), numbers, data, trained, models.main)
 
 
 def explore(images: Images, models: Models) -> explorer.Explorer:
@@ -173,17 +161,12 @@ def explore(images: Images, models: Models) -> explorer.Explorer:
     return explorer.Explorer(models.main, pixels(images)[0], images.labels)
 
 
-def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
-    """The numbers that decide each claim, from the recorded arrays."""
-    return quantities(load_recorded_arrays(run))
-
-
 EXPERIMENT = Experiment(
     notebook=NOTEBOOK,
     headline=HEADLINE,
     presets=PRESETS,
     claims=CLAIMS,
-    recompute=recompute,
+    recompute=lambda run: quantities(load_recorded_arrays(run)),
     datasets=("digits", "mnist"),
 )
 start = EXPERIMENT.start
