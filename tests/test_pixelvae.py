@@ -393,6 +393,7 @@ def test_figures_are_drawn_from_the_arrays_alone(arrays, tmp_path):
         "chains": 10,
         "chain_steps": 30,
         "betas": (0.9,),
+        "mmd_weight": float("nan"),
     }.items(),
 )
 def test_settings_out_of_range_are_named(name, value):
