@@ -25,14 +25,12 @@ from paperlib.fuzziness.claims import CLAIMS, controls, quantities
 from paperlib.fuzziness.measurements import COLUMNS, ROWS
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, pixels
 from paperlib.fuzziness.training import Models
-from paperlib.runs import presets, train
+from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
-from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, save_weights
-from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "02_mnist_fuzziness"
 CORRELATED = ("variance", "ink", "log_q", "reliable", "edge_width", "slope")  # what F2 needs
@@ -134,14 +132,11 @@ def _stacked(per_seed: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarr
 
 def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> Verdicts:
     """Judge the claims and write `metrics.json`, `run.json` and the weights of the main VAE."""
-    if run.weights == "train":
-        save_weights(run, models.main.state_dict())
-    numbers = {"controls": dict(controls(arrays))}
-    numbers |= {name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)}
-    trained = {name: training for name, training in models.by_name(run.seed).items() if training.history}
-    trainings = {name: describe_training(training) for name, training in trained.items()}
+    numbers = {name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)}
+    numbers = {"controls": dict(controls(arrays)), **numbers}
+    trained = {name: one for name, one in models.by_name(run.seed).items() if one.history}
     data = images.dataset.describe()
-    return finish(run, CLAIMS, quantities(arrays), numbers=numbers, data=data, trainings=trainings)
+    return recorded.conclude(run, CLAIMS, quantities(arrays), numbers, data, trained, models.main)
 
 
 def explore(images: Images, models: Models) -> explorer.Explorer:
@@ -149,10 +144,7 @@ def explore(images: Images, models: Models) -> explorer.Explorer:
     return explorer.Explorer(models.main, pixels(images)[0], images.labels)
 
 
-def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
-    """The numbers that decide each claim, from the recorded arrays."""
-    return quantities(load_recorded_arrays(run))
-
-
-EXPERIMENT = Experiment(NOTEBOOK, HEADLINE, PRESETS, CLAIMS, recompute, datasets=("digits", "mnist"))
+EXPERIMENT = Experiment(
+    NOTEBOOK, HEADLINE, PRESETS, CLAIMS, lambda run: quantities(load_recorded_arrays(run)), datasets=("digits", "mnist")
+)
 start = EXPERIMENT.start

@@ -13,12 +13,6 @@ from paperlib.system import files
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "seaborn", "papermill")
 
 
-def describe_training(trained: Any) -> dict[str, Any]:
-    """What `run.json` says of a `train.Trained`: steps, seconds, and the code that started and resumed it."""
-    numbers = {"steps": trained.steps, "seconds": round(trained.seconds, 1)}
-    return {**numbers, **trained.provenance, "resumed": trained.resumed}
-
-
 def describe_code() -> dict[str, Any]:
     """Git revision of the code, and whether code, notebooks or pins differ from it; None where git does not know."""
     watched = ["paperlib", "notebooks", "requirements.txt", "pyproject.toml"]

@@ -11,9 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from paperlib.runs.run import Run, load_arrays
+from paperlib.runs.claims import Claim, Verdicts
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.recipe import Trained
+from paperlib.runs.run import Run, finish, load_arrays
 from paperlib.system import files
 from paperlib.system.errors import UserError
+
+
+def conclude(
+    run: Run,
+    claims: Mapping[str, Claim],
+    measured: Mapping[str, Mapping[str, Estimate]],
+    numbers: Mapping[str, Any],
+    data: Mapping[str, Any],
+    trained: Mapping[str, Trained],
+    headline: torch.nn.Module,
+) -> Verdicts:
+    """`run.finish` for a run that trains, after writing the weights of `headline`, the model to be recorded."""
+    if run.weights == "train":
+        save_weights(run, headline.state_dict())
+    trainings = {
+        name: {"steps": one.steps, "seconds": round(one.seconds, 1), **one.provenance, "resumed": one.resumed}
+        for name, one in trained.items()
+    }
+    return finish(run, claims, measured, numbers, data, trainings)
 
 
 def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:

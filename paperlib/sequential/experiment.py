@@ -14,14 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from paperlib.data.device_images import Images
-from paperlib.runs import presets, train
+from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
-from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, save_weights
-from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.runs.recorded import load_recorded_arrays
+from paperlib.runs.run import Run, save_arrays
 from paperlib.sequential import measurements, training
 from paperlib.sequential.claims import CLAIMS, quantities, summary
 from paperlib.sequential.networks import Size
@@ -250,21 +248,8 @@ def conclude(
     run: Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
 ) -> Verdicts:
     """Judge S1 to S4, and write `metrics.json`, `run.json` and the weights of `sequential`."""
-    if run.weights == "train":
-        save_weights(run, trained["sequential"].model.state_dict())
-    return finish(
-        run,
-        CLAIMS,
-        quantities(arrays),
-        numbers=summary(arrays),
-        data=images.dataset.describe(),
-        trainings={name: describe_training(one) for name, one in trained.items()},
-    )
-
-
-def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
-    """The numbers that decide each claim, from the recorded arrays."""
-    return quantities(load_recorded_arrays(run))
+    model, data = trained["sequential"].model, images.dataset.describe()
+    return recorded.conclude(run, CLAIMS, quantities(arrays), summary(arrays), data, trained, model)
 
 
 EXPERIMENT = Experiment(
@@ -272,7 +257,7 @@ EXPERIMENT = Experiment(
     headline=HEADLINE,
     presets=PRESETS,
     claims=CLAIMS,
-    recompute=recompute,
+    recompute=lambda run: quantities(load_recorded_arrays(run)),
     fit=lambda run: fit(run, load_images(run)),
     datasets=("photos", "lsun_bedroom", "own_images"),
 )
