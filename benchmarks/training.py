@@ -21,8 +21,7 @@ from paperlib.nn import pixelcnn
 from paperlib.pixelvae import experiment as pixelvae
 from paperlib.pixelvae.model import PixelVAE
 from paperlib.sequential import experiment as sequential
-from paperlib.sequential.model import chain, objective
-from paperlib.sequential.training import build
+from paperlib.sequential.model import build, chain, objective
 from paperlib.system import devices
 
 

@@ -14,7 +14,6 @@ from paperlib.sequential import experiment as sequential_experiment
 from paperlib.sequential import figures as sequential_figures
 from paperlib.sequential import measurements as sequential_measurements
 from paperlib.sequential import model as sequential_model
-from paperlib.sequential import training as sequential_training
 from paperlib.sequential.claims import CLAIMS
 from paperlib.sequential.experiment import Settings
 from paperlib.sequential.measurements import KINDS, SETS
@@ -40,7 +39,7 @@ def finished(tmp_path_factory):
             patch.setenv(f"PAPERLIB_{name}", str(tmp_path_factory.mktemp(name)))
         run = sequential_experiment.start("smoke", 0, "cpu", "train", QUICK)
         images = sequential_experiment.load_images(run)
-        trained = sequential_training.fit(run, images)
+        trained = sequential_experiment.fit(run, images)
         yield run, images, trained, sequential_experiment.measure(run, images, trained)
 
 
@@ -233,7 +232,7 @@ def test_verdicts_and_recorded_weights_that_draw(finished):
     for name in ("arrays.npz", "run.json", "metrics.json", "weights.safetensors"):
         shutil.copy(run.directory / name, target / name)
     again = sequential_experiment.start("smoke", 0, "cpu", "recorded", QUICK)
-    loaded = sequential_training.fit(again, images)
+    loaded = sequential_experiment.fit(again, images)
     assert list(loaded) == ["sequential"] and loaded["sequential"].steps == 0
     recorded = sequential_experiment.measure(again, images, loaded)
     assert all(np.array_equal(recorded[name], arrays[name], equal_nan=True) for name in arrays)

@@ -13,13 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from paperlib.data import datasets
 from paperlib.data.device_images import Images
 from paperlib.runs import train
-from paperlib.runs.run import Run
 from paperlib.sequential import experiment as sequential_experiment
 from paperlib.sequential import model as sequential_model
 from paperlib.sequential import training as sequential_training
-from paperlib.sequential.model import chain, draw, no_latent_links, objective, pixel_codes, random_steps, swap
+from paperlib.sequential.model import build, chain, draw, no_latent_links, objective, pixel_codes, random_steps, swap
 from paperlib.sequential.networks import Size, StepNetwork
-from paperlib.sequential.training import build
 
 TINY = sequential_experiment.Settings(
     chain_steps=3,
@@ -62,12 +60,6 @@ def tiny(name="sequential", seed=1, shape=(3, 4, 4), **changes):
 
 def targets(count=5, seed=2, shape=(3, 4, 4)):
     return 2 * torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
-    return Run("t", "smoke", TINY, 0, "cpu")
 
 
 # Terms
@@ -394,7 +386,7 @@ def test_the_kl_rises_to_its_weight():
     assert sequential_training.kl_annealing_factor(dataclasses.replace(TINY, kl_annealing=0.0), 0.0) == 1
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     """With its steered weight, its random steps and its noise."""
     images, true_fit, true_objective, calls = tiny_images(), train.fit, sequential_model.objective, []
 
@@ -411,32 +403,32 @@ def test_a_resumed_training_equals_an_uninterrupted_one(run, monkeypatch):
 
     monkeypatch.setattr(train, "fit", often)
     for name, rates in (("sequential", None), ("one_step", (3.0, 3.0))):
-        whole = sequential_training.fit_model(dataclasses.replace(run, preset="whole"), images, name, 4, rates=rates)
+        whole = sequential_training.fit_model(TINY, images, name, 4, tmp_path / "whole", 0, rates=rates)
         calls.clear()
         monkeypatch.setattr(sequential_training, "objective", failing)
         with pytest.raises(RuntimeError, match="stopped"):
-            sequential_training.fit_model(run, images, name, 4, rates=rates)
+            sequential_training.fit_model(TINY, images, name, 4, tmp_path, 0, rates=rates)
         monkeypatch.setattr(sequential_training, "objective", true_objective)
-        resumed = sequential_training.fit_model(run, images, name, 4, rates=rates)
+        resumed = sequential_training.fit_model(TINY, images, name, 4, tmp_path, 0, rates=rates)
         assert len(resumed.resumed) == 1 and resumed.steps == 4
         for key, value in whole.model.state_dict().items():
             assert torch.equal(value, resumed.model.state_dict()[key]), key
         assert (whole.model.log_weight != 0) == (rates is not None)
 
 
-def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(run, monkeypatch):
+def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(tmp_path, monkeypatch):
     images, seen = tiny_images(), []
     true = sequential_training.fit_model
 
-    def noted(run, images, name, updates, **options):
+    def noted(settings, images, name, *rest, **options):
         seen.append((name, options))
-        return true(run, images, name, updates, **options)
+        return true(settings, images, name, *rest, **options)
 
     monkeypatch.setattr(sequential_training, "fit_model", noted)
-    trained = sequential_training.fit(run, images)
+    trained = sequential_training.fit(TINY, images, tmp_path, 0, None)
     assert list(trained) == ["sequential", "one_step", "infusion", "no_latent"] == [name for name, _ in seen]
     chain_trained = trained["sequential"].model
-    assert seen[1][1]["rates"] == sequential_training.rates(run, images, chain_trained)
+    assert seen[1][1]["rates"] == sequential_training.rates(TINY, images, chain_trained, 0)
     assert min(seen[1][1]["rates"]) > 0
     assert seen[3][1]["parent"] is chain_trained
 
@@ -444,14 +436,14 @@ def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(run, mon
 def test_smaller_images_are_means_over_squares():
     pictures = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3), dtype=np.uint8)
     split = datasets.Split(pictures)
-    dataset = sequential_training.smaller(datasets.Dataset("d", split, split, 256, "noise"), 4)
+    dataset = sequential_experiment.smaller(datasets.Dataset("d", split, split, 256, "noise"), 4)
     assert dataset.train.images.shape == (5, 4, 4, 3) and "2 x 2" in dataset.source
     for n, i, j, c in itertools.product(range(5), range(4), range(4), range(3)):
         mean = pictures[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c].astype(float).mean()
         assert abs(dataset.held_out.images[n, i, j, c] - mean) <= 0.5
-    assert sequential_training.smaller(dataset, 4) is dataset
+    assert sequential_experiment.smaller(dataset, 4) is dataset
     with pytest.raises(ValueError, match="no squares"):
-        sequential_training.smaller(dataset, 3)
+        sequential_experiment.smaller(dataset, 3)
 
 
 def test_images_on_disk_are_read_in_the_order_asked_for(tmp_path):
@@ -543,5 +535,5 @@ def test_the_gpu_preset_takes_a_few_steps(tmp_path, monkeypatch):
     few = {"dataset": "photos", "side": 16, "batch_size": 4, "compile": False, "evaluation_images": 8}
     few |= {name: 2 for name in ("train_steps", "one_step_train_steps", "infusion_train_steps", "ablation_train_steps")}
     run = sequential_experiment.start("gpu", 0, "cpu", "train", {**few, "measured_images": 8})
-    trained = sequential_training.fit(run, sequential_training.load_images(run.settings, run.device))
+    trained = sequential_experiment.fit(run, sequential_experiment.load_images(run))
     assert all(math.isfinite(one.history[-1]["loss"]) for one in trained.values())

@@ -12,18 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
 from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.recorded import load_recorded_arrays
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
 from paperlib.runs.run import Run, save_arrays
 from paperlib.sequential import measurements, training
 from paperlib.sequential.claims import CLAIMS, quantities, summary
+from paperlib.sequential.model import build
 from paperlib.sequential.networks import Size
-from paperlib.sequential.training import fit
+from paperlib.system.errors import UserError
 
 NOTEBOOK = "03_lsun_sequential_vae"
 
@@ -211,9 +214,58 @@ PRESETS = {
 }
 
 
-def load_images(run: Run) -> Images:
-    """The run's data set. Raises `UserError` where it is missing, damaged or too small."""
-    return training.load_images(run.settings, run.device)
+def load_images(run: Run, side: int = 0) -> Images:
+    """The run's data set at `side` (the setting, if 0) pixels, larger images made smaller by means over squares.
+
+    Patches of photographs, which lie side by side, have their held-out part put into random order. Raises `UserError`
+    for too few held-out images, and as `data.load` does.
+    """
+    settings, side = run.settings, side or run.settings.side
+    if settings.dataset == "photos":
+        dataset = datasets.load("photos", side=side)
+        order = torch.randperm(len(dataset.held_out.images), generator=torch.Generator().manual_seed(0))
+        dataset = replace(dataset, held_out=datasets.Split(dataset.held_out.images[order.numpy()]))
+    else:
+        dataset = smaller(datasets.load(settings.dataset), side)
+    count, least = len(dataset.held_out.images), max(80, settings.evaluation_images + 40)
+    if count < least:
+        raise UserError(
+            f"{settings.dataset} holds out {count} images ({dataset.source}), and intervals need {least}: prepare "
+            f"{10 * least} images or more, or lower evaluation_images"
+        )
+    return device_images.load(dataset, run.device, training_set=settings.resident)
+
+
+def smaller(dataset: datasets.Dataset, side: int) -> datasets.Dataset:
+    """The same with each image `side` pixels wide, uint8 means over squares of pixels; itself where it is so already.
+
+    Raises `ValueError` where the images' side is no multiple.
+    """
+    width = dataset.train.images.shape[1]
+    if width == side:
+        return dataset
+    if width % side:
+        raise ValueError(f"images of {width} pixels have no squares that make {side}")
+
+    def means(split: datasets.Split) -> datasets.Split:
+        parts = np.array_split(split.images, max(1, len(split.images) // 1000))
+        squares = [part.reshape(-1, side, width // side, side, width // side, part.shape[3]) for part in parts]
+        return datasets.Split(
+            np.concatenate([np.rint(one.mean((2, 4))).astype(np.uint8) for one in squares]), split.labels
+        )
+
+    source = f"{dataset.source}, means over squares of {width // side} x {width // side} pixels"
+    return replace(dataset, train=means(dataset.train), held_out=means(dataset.held_out), source=source)
+
+
+def fit(run: Run, images: Images) -> dict[str, train.Trained]:
+    """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded model `sequential`."""
+    if run.weights == "train":
+        larger = load_images(run, run.settings.picture_side) if run.settings.picture_side else None
+        return training.fit(run.settings, images, run.directory, run.seed, larger)
+    vae = build(run.settings, images.shape, "sequential").to(run.device).eval()
+    vae.load_state_dict(load_recorded_weights(run))
+    return {"sequential": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
 
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:

@@ -48,6 +48,7 @@ put into x(t-1) is a code that G_t sees, and there is no KL.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,21 @@ class SequentialVAE(nn.Module):
         """x(t) by equation (1)."""
         which, index = self.place(t)
         return self.networks[which].generator(previous, previous, z, index)
+
+
+def build(settings: Any, shape: tuple[int, int, int], name: str) -> SequentialVAE:
+    """A new model, `name` as in the table of `training`, for images of `shape`, with weights from torch's generator."""
+    channels, side, _ = shape
+    size = Size(channels, side, settings.widths, settings.units, settings.maps, settings.kernel)
+    if name == "one_step":
+        size = replace(
+            size, widths=settings.one_step_widths, units=settings.one_step_units, maps=settings.one_step_maps
+        )
+        return SequentialVAE(settings, size, 1, settings.one_step_ladder)
+    if name == "picture":
+        size = replace(size, widths=settings.picture_widths)
+    ladder = () if name in ("infusion", "no_latent") else settings.ladder
+    return SequentialVAE(settings, size, settings.chain_steps, ladder, infusion=name == "infusion")
 
 
 class PixelCodes(NamedTuple):
