@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
         yield run, images, trained, experiment.measure(run, images, trained)
 
 
-# Pictures and codes
+# Measurements
 
 
 def test_blurring_is_a_mean_of_neighbours():
@@ -45,15 +45,11 @@ def test_blurring_is_a_mean_of_neighbours():
 
 
 def test_shuffled_patches_are_the_same_squares_elsewhere():
-    picture = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8, 1)
-    shuffled = measurements.patches_shuffled(picture.expand(3, -1, -1, -1), torch.Generator().manual_seed(0))
-
-    def squares(picture):
-        return [tuple(picture[i : i + 2, j : j + 2].flatten().tolist()) for i in range(0, 8, 2) for j in range(0, 8, 2)]
-
-    orders = [squares(one) for one in (picture[0], *shuffled)]
-    assert all(sorted(order) == sorted(orders[0]) for order in orders)
-    assert len(set(map(tuple, orders))) == 4, "each image has an order of its own"
+    pictures = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(3, -1, -1, -1)
+    shuffled = measurements.patches_shuffled(pictures, torch.Generator().manual_seed(0))
+    squares = torch.cat([pictures[:1], shuffled])[..., 0].unfold(1, 2, 2).unfold(2, 2, 2).reshape(4, 16, 4).tolist()
+    assert all(sorted(one) == sorted(squares[0]) for one in squares)
+    assert len(set(map(str, squares))) == 4, "each image has an order of its own"
 
 
 def test_fitted_distributions_are_those_of_the_codes():
@@ -75,7 +71,7 @@ def test_information_spread_and_energy_are_of_the_codes(finished):
     codes, row = aggregate_posterior.Codes(mean, log_std), CODED.index("none")
     information = aggregate_posterior.mutual_information(codes, generator=torch.Generator().manual_seed(9)).nats
     assert arrays["information"][row] == pytest.approx(information, abs=0.1)
-    assert 1 < information < arrays["information_ceiling"] + 1e-9
+    assert information > 1
     assert arrays["information_ceiling"] == pytest.approx(np.log(1500))
     assert arrays["mean_spread"][row] == pytest.approx(mean.var(0).mean().sqrt().item(), rel=1e-5)
     assert arrays["std"][row] == pytest.approx((2 * log_std).exp().mean().sqrt().item(), rel=1e-5)
@@ -85,8 +81,7 @@ def test_information_spread_and_energy_are_of_the_codes(finished):
 def test_probes_are_of_what_their_names_say(finished):
     run, images, _, arrays = finished
     right = dict(zip(PROBES, arrays["probe_right"], strict=True))
-    assert right["pixels"].mean() > 0.9 and right["pixels"].mean() > right["components"].mean() > 0.5
-    assert right["none"].shape == (297,)
+    assert right["pixels"].mean() > max(0.9, right["components"].mean()) and right["components"].mean() > 0.5
     train, held_out = (part.flatten(1).double() for part in (images.train, images.held_out))
     train, held_out = train - train.mean(0), held_out - train.mean(0)
     axes = torch.linalg.svd(train, full_matrices=False).Vh[: run.settings.code_dim].T
@@ -102,9 +97,6 @@ def test_terms_are_held_out_and_equal_for_equal_models(finished):
     assert np.array_equal(terms["shuffle_gap"][0], arrays["shuffle_gap"][list(VARIANTS).index("none")])
     for name, row in zip(VARIANTS, arrays["kl"], strict=True):
         assert np.isnan(row).all() == (name in ("unconditional", "label"))
-
-
-# The glasses and exactness
 
 
 def test_glasses_compare_the_best_gaussian_of_the_class(finished):
@@ -123,22 +115,12 @@ def test_glasses_compare_the_best_gaussian_of_the_class(finished):
 def test_exactness_notices_a_sampler_that_is_not_exact(finished, monkeypatch):
     _, images, trained, arrays = finished
     assert arrays["pixels_that_differ"] == 0 and 0 < arrays["worst_parameter"] < 1e-5
-
-    class Inexact(measurements.Sampler):
-        def draw(self, h=None, **options):
-            x = super().draw(h, **options)
-            x[0, 0, 3, 4] += 2 / 16
-            return x
-
-        def teacher_forced(self, x, h=None):
-            return super().teacher_forced(x, h) * 1.001
-
-    monkeypatch.setattr(measurements, "Sampler", Inexact)
+    full, given, off = measurements.draw_by_full_passes, measurements.Sampler.teacher_forced, torch.zeros(2, 1, 8, 8)
+    off[0, 0, 3, 4] = 1 / 8
+    monkeypatch.setattr(measurements, "draw_by_full_passes", lambda *arguments: full(*arguments) + off)
+    monkeypatch.setattr(measurements.Sampler, "teacher_forced", lambda *arguments: given(*arguments) * 1.001)
     wrong = measurements.exactness(images, trained["none"].model, 0)
     assert wrong["pixels_that_differ"] == 1 and wrong["worst_parameter"] > 1e-5
-
-
-# The chain and the sets
 
 
 def test_sets_and_chains_are_all_different(finished):
@@ -158,8 +140,8 @@ def test_sets_and_chains_are_all_different(finished):
     assert (arrays["shown_decodes_none"][0] == arrays["shown_none: q(z)"][:10]).all()
 
 
-def test_references_made_nothing_pairs_are_two_decodes_and_late_states_stand_for_chains(finished, monkeypatch):
-    """Which images `samples` compares, with codes 0 and chains of noise."""
+def test_which_images_are_compared(finished, monkeypatch):
+    """The reference made nothing, pairs are two decodes, late states stand for chains (codes 0, chains noise)."""
     run, images, trained, _ = finished
     settings = run.settings
     zeros = torch.zeros(settings.draws, settings.code_dim)
@@ -199,7 +181,6 @@ def test_references_made_nothing_pairs_are_two_decodes_and_late_states_stand_for
 
 
 # Verdicts
-
 
 # A value that passes, where it matters one that fails in its place, and one at which the low end of its interval fails.
 JUDGED = {
@@ -311,8 +292,9 @@ def test_verdicts_and_recorded_weights_that_draw(finished):
     assert recorded.keys() == arrays.keys()
     assert all(recorded[name].tobytes() == value.tobytes() for name, value in arrays.items())
     states, own, again_own = (experiment.continue_chain(run, images, models) for models in (loaded, trained, trained))
-    assert own.shape == (4, 5, 8, 8, 1) and np.array_equal(own[0], images.held_out[-5:].numpy())
-    assert np.array_equal(own, again_own) and (states[1] == own[1]).mean() > 0.8, "half precision moves few pixels"
+    assert own.shape == (4, 5, 8, 8, 1) and np.array_equal(own, again_own)
+    assert np.array_equal(own[0], images.held_out[-5:].numpy())
+    assert (states[1] == own[1]).mean() > 0.8, "half precision moves few pixels"
     assert set(experiment.conclude(again, recorded, loaded, images)) == set(CLAIMS)
 
 
@@ -327,8 +309,6 @@ def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
 
     assert drawn(arrays) == drawn(dict(arrays)) != drawn(arrays | {"chain_none": 16 - arrays["chain_none"]})
 
-
-# Settings
 
 WRONG = {"min_std": 1.0, "pretrain_steps": -1, "finetune_steps": 0, "chains": 10, "chain_steps": 30, "betas": (0.9,)}
 WRONG |= {"mmd_weight": float("nan"), "schedule": "step", "draws": 30, "dataset": "mnist"}

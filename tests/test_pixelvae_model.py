@@ -18,7 +18,7 @@ from paperlib.nn.pixelcnn_sampler import Sampler
 from paperlib.pixelvae import experiment, markov_chain, training
 from paperlib.pixelvae.experiment import PRESETS, Settings
 from paperlib.pixelvae.model import PixelVAE
-from paperlib.pixelvae.training import OBJECTIVES, PRETRAINING, VARIANTS, Variant
+from paperlib.pixelvae.training import OBJECTIVES, PRETRAINING, VARIANTS
 from paperlib.runs import train
 from paperlib.stats.two_sample import gaussian_mmd
 from paperlib.system.errors import UserError
@@ -42,11 +42,6 @@ def tiny_vae(encoder="conv", channels=1, seed=1, **changes):
         for parameter in vae.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return vae.double().eval()
-
-
-def fit_variant(folder, name, variant, steps, pretrained=None, **changes):
-    settings = dataclasses.replace(FEW, **changes)
-    return training.fit_variant(settings, tiny_images(), name, variant, steps, folder, 0, pretrained)
 
 
 def fit(folder, **changes):
@@ -75,18 +70,21 @@ def test_elbo_and_kl_to_the_posterior_add_up_to_log_p():
 
 
 @pytest.mark.parametrize("encoder", ["conv", "linear", "label", "nothing"])
-def test_terms_of_a_batch_depend_on_every_parameter(encoder):
+def test_terms_of_a_batch_depend_on_every_parameter_and_on_no_unseen_pixel(encoder):
     vae, images = tiny_vae(encoder, channels=3), tiny_images(channels=3)
-    x, labels = images.to_float(images.train).double(), images.labels
-    terms = vae(x, labels)
-    assert vae.learns_code == (terms.mean is not None) == (encoder in ("conv", "linear"))
+    x, seen = images.to_float(images.train).double(), torch.arange(24) % 2 == 0
+    log_p, mean, log_std, z = vae(x, images.labels, seen.double().view(24, 1, 1, 1))
+    assert vae.learns_code == (mean is not None) == (encoder in ("conv", "linear"))
     if encoder == "label":
-        assert torch.equal(terms.z, torch.eye(3).double()[labels])
-    h = None if terms.z is None else vae.expand(terms.z)
-    torch.testing.assert_close(terms.log_p, pixelcnn.log_prob(vae.decoder, x, h))
+        assert torch.equal(z, torch.eye(3).double()[images.labels])
     if vae.learns_code:
-        assert 0.6 < ((terms.z - terms.mean) / terms.log_std.exp()).std() < 1.4
-    terms.log_p.sum().backward()
+        assert 0.6 < ((z - mean) / log_std.exp()).std() < 1.4
+    h = None if z is None else vae.expand(z)
+    all_seen, params = pixelcnn.log_prob(vae.decoder, x, h), vae.decoder(torch.zeros_like(x), h)
+    unseen = likelihoods.discretized_mix_logistic_log_prob(x, params, levels=5)
+    assert (unseen != all_seen).all()
+    torch.testing.assert_close(log_p, torch.where(seen, all_seen, unseen))
+    log_p.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.parameters())
 
 
@@ -104,16 +102,6 @@ def test_std_of_the_code_within_its_limits_and_of_means_and_maps_at_first(encode
         with torch.no_grad():
             vae.encoder[-1].bias[vae.code_dim :] = scale
         torch.testing.assert_close(vae.q_z_given_x(x)[1].exp(), torch.full_like(mean, limit))
-
-
-def test_unseen_pixels_are_scored_but_not_read():
-    vae, images = tiny_vae(), tiny_images(4)
-    x, seen = images.to_float(images.train).double(), torch.tensor([True, False, True, False])
-    log_p, _, _, z = vae(x, images.labels, seen.double().view(4, 1, 1, 1))
-    params = vae.decoder(torch.zeros_like(x), vae.h(z))
-    blind, all_seen = likelihoods.discretized_mix_logistic_log_prob(x, params, levels=5), vae.p_x_given_z(x, z)
-    torch.testing.assert_close(log_p, torch.where(seen, all_seen, blind))
-    assert (blind != all_seen).all()
 
 
 # Objectives and evaluation
@@ -150,8 +138,7 @@ def test_evaluation_against_a_plain_loop(monkeypatch):
 # Trainings
 
 
-@pytest.mark.parametrize(("name", "rates"), [(PRETRAINING, [1, 0.75, 0.5, 0.25, 0, 0, 0, 0]), ("none", [0] * 8)])
-def test_only_the_first_half_of_pretraining_hides_pixels(tmp_path, monkeypatch, name, rates):
+def test_only_the_first_half_of_pretraining_hides_pixels(tmp_path, monkeypatch):
     hidden, true = [], PixelVAE.forward
 
     def forward(self, x, labels, seen):
@@ -159,12 +146,12 @@ def test_only_the_first_half_of_pretraining_hides_pixels(tmp_path, monkeypatch, 
         return true(self, x, labels, seen)
 
     monkeypatch.setattr(PixelVAE, "forward", forward)
-    fit_variant(tmp_path, name, Variant(), 8, input_dropout=1.0, batch_size=24)
-    assert hidden == pytest.approx(rates, abs=0.35)
-    assert hidden[0] == rates[0] and hidden[4:] == rates[4:]
+    fit(tmp_path, pretrain_steps=8, input_dropout=1.0, batch_size=24)
+    assert hidden[:4] == pytest.approx([1, 0.75, 0.5, 0.25], abs=0.35) and hidden[0] == 1
+    assert hidden[4:] == [0] * (4 + 6 * FEW.finetune_steps + 2 * FEW.ablation_steps)
 
 
-def test_fine_tuning_starts_from_pretraining_scratch_does_not_and_pretraining_from_another_run(tmp_path, monkeypatch):
+def test_what_each_training_starts_from(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     images, trained = tiny_images(), fit(tmp_path / "all")
     assert list(trained) == [PRETRAINING, *VARIANTS]
@@ -174,7 +161,7 @@ def test_fine_tuning_starts_from_pretraining_scratch_does_not_and_pretraining_fr
     )
     assert max(none.max(), linear.max()) < 0.35 < 0.5 < scratch.median(), "std(x)"
     for name in ("none", "elbo-scratch"):
-        alone = fit_variant(tmp_path / "alone", name, VARIANTS[name], 2).model.state_dict()
+        alone = training.fit_variant(FEW, images, name, VARIANTS[name], 2, tmp_path / "alone", 0).model.state_dict()
         same = all(torch.equal(v, alone[k]) for k, v in trained[name].model.state_dict().items())
         assert same == name.endswith("scratch")
     slow = {"start_from": f"all/{PRETRAINING}", "pretrain_steps": 1, "learning_rate": 1e-9}
