@@ -95,10 +95,8 @@ def erased_bit(erased: float) -> Tensor:
 
 
 def tilted(model: Finite, tilt: Tensor, target: float) -> Finite:
-    """`model` with a decoder proportional to q(x|z) exp(s tilt), s > 0 such that E KL(q(x|z) || p(x|z)) is `target`.
-
-    `tilt` is (Z, X), `target` in nats.
-    """
+    """`model` with a decoder proportional to q(x|z) exp(s tilt), s > 0 such that E KL(q(x|z) || p(x|z)) is
+    `target` nats; `tilt` (Z, X)."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = 0.5 * (low + high)

@@ -1,12 +1,11 @@
 """The ELBO of linear-Gaussian models, and what a factored Gaussian decoder costs, in closed form.
 
-Everything is float64 and in nats, and h is the differential entropy. As in notebook 01:
+float64, in nats; h is the differential entropy, q in (5) a mixture of K Gaussians in D dimensions. As in notebook 01:
 
     (2')  L = -KL(p(x) || p_theta(x)) - E_p(x) KL(q(z|x) || p_theta(z|x)) - h(p)
     (5)   min over factored Gaussians N of KL(q || N) = J(q) + 1/2 log(prod v / |Sigma|)
 
-with Sigma the covariance of q, v its diagonal, and J(q) = h(N(., Sigma)) - h(q) the negentropy. In (5) q is a mixture
-of K Gaussians in D dimensions.
+with Sigma the covariance of q, v its diagonal, and J(q) = h(N(., Sigma)) - h(q) the negentropy.
 """
 
 import math
@@ -24,21 +23,17 @@ from paperlib.nn import likelihoods
 
 @dataclass(frozen=True)
 class LinearGaussian:
-    """Data, encoder and decoder that are Gaussian with linear means; the prior is N(0, I) in d dimensions.
+    """Data p(x) = N(mean, cov), encoder q(z|x) = N(enc x + enc_bias, enc_cov), decoder p(x|z) = N(dec z + dec_bias,
+    dec_cov); the prior is N(0, I) in d dimensions."""
 
-    p(x)   = N(mean, cov)                   mean (D,), cov (D, D)
-    q(z|x) = N(enc x + enc_bias, enc_cov)   enc (d, D), enc_bias (d,), enc_cov (d, d)
-    p(x|z) = N(dec z + dec_bias, dec_cov)   dec (D, d), dec_bias (D,), dec_cov (D, D)
-    """
-
-    mean: Tensor
-    cov: Tensor
-    enc: Tensor
-    enc_bias: Tensor
-    enc_cov: Tensor
-    dec: Tensor
-    dec_bias: Tensor
-    dec_cov: Tensor
+    mean: Tensor  # (D,)
+    cov: Tensor  # (D, D)
+    enc: Tensor  # (d, D)
+    enc_bias: Tensor  # (d,)
+    enc_cov: Tensor  # (d, d)
+    dec: Tensor  # (D, d)
+    dec_bias: Tensor  # (D,)
+    dec_cov: Tensor  # (D, D)
 
 
 def centred(cov: Tensor) -> MultivariateNormal:
@@ -88,10 +83,7 @@ def estimate_elbo(model: LinearGaussian, samples: int, generator: torch.Generato
 
 
 def random_linear_gaussian(generator: torch.Generator, x: int, z: int, factored: bool = False) -> LinearGaussian:
-    """A random model of x in `x` and z in `z` dimensions, its data of std about 1.
-
-    With `factored`, encoder and decoder have diagonal covariances, like the networks of the other notebooks.
-    """
+    """A random model of x in `x` and z in `z` dimensions, data of std about 1; `factored` with diagonal covariances."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -115,10 +107,8 @@ def random_linear_gaussian(generator: torch.Generator, x: int, z: int, factored:
 
 
 def matched(cov: Tensor, correlation: float) -> LinearGaussian:
-    """The best model of N(0, cov), x (D,) and z (D,): q(z) = N(0, I) and p(x|z) = q(x|z), so L = -h(p).
-
-    Each dimension of z has `correlation`, in [0, 1), with one whitened coordinate of x; L does not depend on it.
-    """
+    """The best model of N(0, cov), x (D,) and z (D,): q(z) = N(0, I) and p(x|z) = q(x|z), so L = -h(p), whatever
+    `correlation`, in [0, 1), each dimension of z has with one whitened coordinate of x."""
     root, rest = torch.linalg.cholesky(cov), 1 - correlation**2
     eye, zero = torch.eye(len(cov), dtype=cov.dtype), torch.zeros(len(cov), dtype=cov.dtype)
     encoder, decoder = (correlation * torch.linalg.inv(root), zero, rest * eye), (correlation * root, zero, rest * cov)
@@ -165,10 +155,8 @@ def factored_price(q: MixtureSameFamily) -> tuple[Tensor, Tensor]:
 
 
 def fit_factored(q: MixtureSameFamily) -> tuple[Tensor, Tensor, Tensor]:
-    """The factored Gaussian that maximises E_q log N, by L-BFGS on a grid that knows no moments of q.
-
-    Returns its mean (D,), its std (D,) and KL(q || N), summed over the grid.
-    """
+    """The factored Gaussian that maximises E_q log N, by L-BFGS on a grid that knows no moments of q: its mean (D,),
+    std (D,) and KL(q || N)."""
     x, mass = grid(q)
 
     def loss(parameters: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ from paperlib.fuzziness.claims import CLAIMS, controls, quantities
 from paperlib.fuzziness.measurements import COLUMNS, ROWS
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, pixels
 from paperlib.fuzziness.training import Models
-from paperlib.runs import presets, recorded, train
+from paperlib.runs import presets, recorded
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.recorded import load_recorded_arrays
 from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "02_mnist_fuzziness"
@@ -90,9 +90,8 @@ def load_images(run: Run) -> Images:
 def fit(run: Run, images: Images) -> Models:
     """Train all that the claims need, or load the one recorded VAE where the run says `weights = "recorded"`."""
     if run.weights == "recorded":
-        vae = VAE(math.prod(images.shape), run.settings).to(run.device).eval()
-        vae.load_state_dict(load_recorded_weights(run))
-        return Models([{MAIN: train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}], [{}])
+        vae = VAE(math.prod(images.shape), run.settings).to(run.device)
+        return Models([{MAIN: recorded.load_model(run, vae)}], [{}])
     return training.fit(run.settings, *pixels(images), run.directory, run.seed)
 
 
