@@ -1,14 +1,13 @@
 """The figures of notebook 01, each drawn from a run's arrays alone."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from paperlib.runs.plotting import PALETTE, new
+from paperlib.runs.plotting import PALETTE, Arrays, new
 
 
-def flows(arrays: Mapping[str, np.ndarray]) -> Any:
+def flows(arrays: Arrays) -> Any:
     """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `measurements`."""
     figure, axes = new(2, height=3.3, sharex=True, sharey=True)
     entropy, most = float(arrays["flow_entropy"]), float(arrays["flow_most"])
@@ -33,11 +32,11 @@ def flows(arrays: Mapping[str, np.ndarray]) -> Any:
         fontsize=8,
         bbox={"color": "white", "alpha": 0.85, "pad": 1},
     )
-    axes[1].legend(loc="upper right", frameon=False)
+    axes[1].legend(loc="upper right")
     return figure
 
 
-def survival(arrays: Mapping[str, np.ndarray]) -> Any:
+def survival(arrays: Arrays) -> Any:
     """The share of I left after climbing the ELBO from a decoder that ignores z. Arrays `survival_*`."""
     figure, axis = new(width=4.6, height=2.9)
     speeds = arrays["survival_speeds"]
@@ -51,11 +50,11 @@ def survival(arrays: Mapping[str, np.ndarray]) -> Any:
         axis.errorbar(moved, middle, bars, fmt="os"[k], ms=4, lw=1, color=PALETTE[(0, 1)[k]], label=label)
     axis.set(xscale="log", ylim=(0, None), xlabel="s, step of the decoder / step of the encoder")
     axis.set_ylabel("I(x;z) left, share of the start's")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(loc="upper left")
     return figure
 
 
-def convergence(arrays: Mapping[str, np.ndarray]) -> Any:
+def convergence(arrays: Arrays) -> Any:
     """Distance to p(x) of the worst start for each code, with the prediction of (9). Arrays `chain_*`."""
     figure, axis = new(width=5.6, height=3.4)
     names = [name[6:] for name in arrays if name.startswith("chain_") and not name.endswith("_predicted")]
@@ -72,11 +71,11 @@ def convergence(arrays: Mapping[str, np.ndarray]) -> Any:
     axis.plot([], [], ":", color="black", lw=1.2, label="predicted by (9), no fit")
     axis.set(yscale="log", xlim=(0, len(distance) - 1), ylim=(1e-9, 2), xlabel="n, steps of the chain")
     axis.set_ylabel("TV distance to p(x), worst start")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(loc="lower right")
     return figure
 
 
-def price(arrays: Mapping[str, np.ndarray]) -> Any:
+def price(arrays: Arrays) -> Any:
     """q(x|z) of ever finer codes with the best factored Gaussians, and what these cost. Arrays `price_*`."""
     figure, axes = new(4, height=2.5, width=7.6, gridspec_kw={"width_ratios": [1, 1, 1, 0.9]})
     ground = arrays["price_axis"]
@@ -100,11 +99,11 @@ def price(arrays: Mapping[str, np.ndarray]) -> Any:
     axes[3].bar(place, parts[:, 1], 0.6, color=PALETTE[0], label="correlation")
     axes[3].bar(place, parts[:, 0], 0.6, bottom=parts[:, 1], color=PALETTE[1], label="negentropy")
     axes[3].set(xticks=place, xticklabels=counts, xlabel="codes", ylabel="price, nats", ylim=(0, 1.45))
-    axes[3].legend(frameon=False, loc="upper right")
+    axes[3].legend(loc="upper right")
     return figure
 
 
-def amplification(arrays: Mapping[str, np.ndarray]) -> Any:
+def amplification(arrays: Arrays) -> Any:
     """Error of the stationary distribution against the slowness of the chain, equal decoder error. Arrays `wrong_*`."""
     figure, axis = new(width=4.8, height=3.1)
     slow, apart = arrays["wrong_slowness"], arrays["wrong_apart"]
@@ -116,5 +115,5 @@ def amplification(arrays: Mapping[str, np.ndarray]) -> Any:
     axis.plot(slow[~along], apart[~along], "o", ms=3, alpha=0.6, color=PALETTE[0], label="random errors")
     axis.plot(slow[along], apart[along], "D", ms=5, color=PALETTE[3], label="error along the slowest eigenfunction")
     axis.set(xscale="log", yscale="log", xlabel="1 / (1 − τ), slowness of the chain", ylabel="TV(π, p)")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(loc="upper left")
     return figure

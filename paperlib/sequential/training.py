@@ -22,7 +22,7 @@ from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
 from paperlib.runs import train
 from paperlib.runs.provenance import describe_code
-from paperlib.runs.recorded import load_recorded_weights
+from paperlib.runs.recorded import load_model
 from paperlib.runs.run import Run
 from paperlib.sequential.model import (
     SequentialVAE,
@@ -107,9 +107,7 @@ def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     """
     settings = run.settings
     if run.weights == "recorded":
-        vae = build(settings, images.shape, "sequential").to(run.device).eval()
-        vae.load_state_dict(load_recorded_weights(run))
-        return {"sequential": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
+        return {"sequential": load_model(run, build(settings, images.shape, "sequential").to(run.device))}
     trained = {"sequential": fit_model(run, images, "sequential", settings.train_steps)}
     parent = trained["sequential"].model
     trained["one_step"] = fit_model(
