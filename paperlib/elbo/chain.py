@@ -1,7 +1,6 @@
 """The Markov chain z ~ q(z|x), x' ~ p(x|z) on a finite set: where it rests, how fast, and with a wrong decoder.
 
-Tables are float64, as in `finite.Finite` without a batch; a kernel is (X, X) with rows that sum to one, and distances
-are total variation, in [0, 1]. As in notebook 01:
+Tables are those of one `finite.Finite`, a kernel is (X, X), and distances are total variation. As in notebook 01:
 
     (7)  K(x, x') = sum_z q(z|x) p(x'|z)
     (8)  eigenvalues of K = squared singular values of M(x, z) = q(x,z) / sqrt(p(x) q(z)),  where p(x|z) = q(x|z)
@@ -18,7 +17,7 @@ from torch import Tensor
 
 
 def transition(q_z_given_x: Tensor, p_x_given_z: Tensor) -> Tensor:
-    """The kernel (7), (X, X): row x holds the distribution of the next state."""
+    """The kernel (7): row x holds the distribution of the next state."""
     return q_z_given_x @ p_x_given_z
 
 

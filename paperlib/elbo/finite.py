@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.special import xlogy
 
 Step = Tensor | float
@@ -59,9 +59,7 @@ class Finite:
         return torch.where(used, q_zx / torch.where(used, q_z, 1.0), self.p_x[..., None, :])
 
 
-def from_lists(
-    p_x: list[float], q_z_given_x: list[list[float]], p_z: list[float], p_x_given_z: list[list[float]]
-) -> Finite:
+def from_lists(p_x: list, q_z_given_x: list, p_z: list, p_x_given_z: list) -> Finite:
     """One model written out by hand, shapes as in `Finite`. Raises `ValueError` for what is no table."""
     return Finite(*(torch.tensor(t, dtype=torch.float64) for t in (p_x, q_z_given_x, p_z, p_x_given_z)))
 
@@ -126,7 +124,7 @@ def mutual_information(model: Finite) -> Tensor:
 
 
 def random_model(
-    generator: torch.Generator, batch: int, x: int, z: int, sharpness: float = 1.5, zeros: float = 0.0
+    generator: Generator, batch: int, x: int, z: int, sharpness: float = 1.5, zeros: float = 0.0
 ) -> Finite:
     """`batch` models of `x` data points and `z` codes: softmax tables of normal logits times `sharpness`. With
     probability `zeros` an entry of the encoder is exactly zero (never the greatest of its row)."""
@@ -140,7 +138,7 @@ def random_model(
     return Finite(*(table.softmax(-1) for table in (logits(x), encoder, logits(z), logits(z, x))))
 
 
-def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpness: Tensor | float) -> Tensor:
+def random_coupling(p_x: Tensor, p_z: Tensor, generator: Generator, sharpness: Tensor | float) -> Tensor:
     """A random encoder (..., X, Z) with q(z) = p(z) within 1e-14: a random table scaled to both marginals (Sinkhorn),
     which are positive."""
     shape = (*p_x.shape, p_z.shape[-1])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, kl_divergence
 
 from paperlib.nn import likelihoods
@@ -41,9 +41,8 @@ def centred(cov: Tensor) -> MultivariateNormal:
     return MultivariateNormal(torch.zeros(len(cov), dtype=cov.dtype), cov)
 
 
-def linear_elbo(model: LinearGaussian) -> Tensor:
+def linear_elbo(m: LinearGaussian) -> Tensor:
     """L by its definition (1): E_q(x,z) log p(x|z) - E_p(x) KL(q(z|x) || N(0, I))."""
-    m = model
     code_mean = m.enc @ m.mean + m.enc_bias
     # the error x - dec z - dec_bias is (I - dec enc) x - dec noise - ...
     left = torch.eye(len(m.mean), dtype=m.mean.dtype) - m.dec @ m.enc
@@ -56,9 +55,8 @@ def linear_elbo(model: LinearGaussian) -> Tensor:
     return log_p - 0.5 * (rate - torch.logdet(m.enc_cov))
 
 
-def linear_elbo_from_evidence(model: LinearGaussian) -> Tensor:
+def linear_elbo_from_evidence(m: LinearGaussian) -> Tensor:
     """L by (2'), from p_theta(x) = N(dec_bias, dec dec' + dec_cov) and the posterior p_theta(z|x)."""
-    m = model
     data, evidence = MultivariateNormal(m.mean, m.cov), MultivariateNormal(m.dec_bias, m.dec @ m.dec.T + m.dec_cov)
     gain = torch.linalg.solve(evidence.covariance_matrix, m.dec).T  # posterior mean: gain (x - dec_bias)
     posterior = centred(torch.eye(m.dec.shape[1], dtype=m.dec.dtype) - gain @ m.dec)
@@ -70,9 +68,8 @@ def linear_elbo_from_evidence(model: LinearGaussian) -> Tensor:
     return -kl_divergence(data, evidence) - posterior_kl - data.entropy()
 
 
-def estimate_elbo(model: LinearGaussian, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def estimate_elbo(m: LinearGaussian, samples: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """The ELBO of a factored model as training estimates it, from one z per x: mean and standard error, in nats."""
-    m = model
     noise = torch.randn(samples, len(m.mean), generator=generator, dtype=torch.float64)
     x = m.mean + noise @ torch.linalg.cholesky(m.cov).T
     code_mean, code_log_std = x @ m.enc.T + m.enc_bias, 0.5 * m.enc_cov.diagonal().log()
@@ -82,7 +79,7 @@ def estimate_elbo(model: LinearGaussian, samples: int, generator: torch.Generato
     return elbos.mean(), elbos.std() / math.sqrt(samples)
 
 
-def random_linear_gaussian(generator: torch.Generator, x: int, z: int, factored: bool = False) -> LinearGaussian:
+def random_linear_gaussian(generator: Generator, x: int, z: int, factored: bool = False) -> LinearGaussian:
     """A random model of x in `x` and z in `z` dimensions, data of std about 1; `factored` with diagonal covariances."""
 
     def normal(*shape: int) -> Tensor:
@@ -94,16 +91,10 @@ def random_linear_gaussian(generator: torch.Generator, x: int, z: int, factored:
         root = normal(size, size)
         return root @ root.T / size + 0.2 * torch.eye(size, dtype=torch.float64)
 
-    return LinearGaussian(
-        mean=normal(x),
-        cov=covariance(x, False),
-        enc=normal(z, x) / x**0.5,
-        enc_bias=0.3 * normal(z),
-        enc_cov=0.3 * covariance(z, factored),
-        dec=normal(x, z) / z**0.5,
-        dec_bias=normal(x),
-        dec_cov=2.0 * covariance(x, factored),
-    )
+    data = normal(x), covariance(x, False)
+    encoder = normal(z, x) / x**0.5, 0.3 * normal(z), 0.3 * covariance(z, factored)
+    decoder = normal(x, z) / z**0.5, normal(x), 2.0 * covariance(x, factored)
+    return LinearGaussian(*data, *encoder, *decoder)
 
 
 def matched(cov: Tensor, correlation: float) -> LinearGaussian:
@@ -141,8 +132,7 @@ def entropy(q: MixtureSameFamily) -> Tensor:
 def grid(q: MixtureSameFamily) -> tuple[Tensor, Tensor]:
     """250 even steps to a dimension over 9 std of each component: points (N, D), and probabilities that sum to one."""
     parts = q.component_distribution
-    low = (parts.mean - 9 * parts.stddev).amin(0)
-    high = (parts.mean + 9 * parts.stddev).amax(0)
+    low, high = (parts.mean - 9 * parts.stddev).amin(0), (parts.mean + 9 * parts.stddev).amax(0)
     axes = [torch.linspace(float(a), float(b), 250, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
     x = torch.cartesian_prod(*axes).reshape(-1, len(axes))
     return x, q.log_prob(x).exp() * ((high - low) / 249).prod()

@@ -58,9 +58,8 @@ def made_of(arrays: Arrays) -> Any:
         per_ink = arrays["variance"][0][code] / arrays["ink"][0][code]
         column[0].set_title(f"{per_ink:.2f} per ink\n{arrays['samples'][0][code]:.0f} samples")
         column[1].set_title(_mixture(arrays["labels"][0][code]), fontsize=7)
-        for axis, digit, label, weight in zip(
-            column[3:], arrays["heaviest"][k], arrays["heaviest_labels"][k], arrays["weights"][k], strict=True
-        ):
+        heaviest = (arrays[name][k] for name in ("heaviest", "heaviest_labels", "weights"))
+        for axis, digit, label, weight in zip(column[3:], *heaviest, strict=True):
             plotting.show_images(axis, digit[None], 1)
             axis.set_title(f"{label}:  {100 * weight:.1f} %")
     names = (r"decoder $\mu(z)$", r"$E_q[x|z]$", "std\n(white: 0.5)", "heaviest\ntraining\ndigits")
@@ -122,11 +121,8 @@ def sharpness(arrays: Arrays) -> Any:
     import seaborn
 
     figure, axes = plotting.new(3, height=2.9, sharex=True, sharey=True)
-    panels = {
-        "edge width": ("", "edge_width", 1),
-        "spectral slope (steeper upward)": ("", "slope", -1),
-        "edge width, Bernoulli decoder": ("bernoulli_", "edge_width", 1),
-    }
+    panels = {"edge width": ("", "edge_width", 1), "spectral slope (steeper upward)": ("", "slope", -1)}
+    panels["edge width, Bernoulli decoder"] = ("bernoulli_", "edge_width", 1)
     for axis, (title, (prefix, name, sign)) in zip(axes, panels.items(), strict=True):
         chosen = arrays[f"{prefix}reliable"][0] & np.isfinite(arrays[prefix + name][0])
         variance, value, ink, log_q = (arrays[prefix + n][0][chosen] for n in ("variance", name, "ink", "log_q"))
@@ -145,11 +141,10 @@ def better_q(arrays: Arrays) -> Any:
     for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
         frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=BLUE)
         frozen.axhline(floor, color="black", linewidth=0.8)
-    frozen.set(xscale="log", xlabel="units per layer of the decoder")
+    frozen.set(xscale="log", xlabel="units per layer of the decoder", title="q frozen: E tr Var$_q$ is a floor")
     frozen.set_ylabel("squared error\n(grey levels², summed over pixels)")
     frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
     frozen.minorticks_off()
-    frozen.set_title("q frozen: E tr Var$_q$ is a floor")
     for k in range(len(arrays["swept_error"])):
         information = arrays["swept_information"][k]
         names = ("held-out error", "E tr Var$_q$") if k == 0 else (None, None)

@@ -232,11 +232,8 @@ def _terms(arrays: Arrays) -> dict[str, dict[str, Any]]:
 
 
 def table(arrays: Arrays) -> Any:
-    """The terms of each model on held-out images, as a table (a pandas data frame).
-
-    `reconstruction` -E log p(x|z) in bits/dim, no bound on -log p(x) where z is learned without the KL; `bound`, with
-    the KL added (empty for the class, which is no draw from a prior); in nats per image `KL`, `shuffle gap`, `I_q`.
-    """
+    """A pandas data frame of each model's terms on held-out images: `reconstruction` -E log p(x|z) in bits/dim;
+    `bound`, with the KL added (empty for the class, no draw from a prior); in nats `KL`, `shuffle gap`, `I_q`."""
     import pandas
 
     terms = pandas.DataFrame(_terms(arrays)).T

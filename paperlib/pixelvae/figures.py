@@ -19,17 +19,9 @@ def chain(arrays: Arrays) -> Any:
     return figure
 
 
-STYLES = {
-    PRETRAINING: (GREY, "-"),
-    "none": (BLUE, "-"),
-    "elbo": (RED, "-"),
-    "mmd": (GREEN, "-"),
-    "none-scratch": (BLUE, ":"),
-    "elbo-scratch": (RED, ":"),
-    "unconditional": ("black", "--"),
-    "label": (ORANGE, "--"),
-    "linear": (plotting.PALETTE[9], "-"),
-}
+STYLES = {PRETRAINING: (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
+STYLES |= {"none-scratch": (BLUE, ":"), "elbo-scratch": (RED, ":"), "unconditional": ("black", "--")}
+STYLES |= {"label": (ORANGE, "--"), "linear": (plotting.PALETTE[9], "-")}
 
 
 def training(arrays: Arrays) -> Any:

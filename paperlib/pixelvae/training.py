@@ -27,7 +27,7 @@ from paperlib.stats.two_sample import gaussian_mmd
 from paperlib.system import distributed, files
 from paperlib.system.devices import oom_as_user_error
 
-# What each objective adds to the reconstruction term, equation (2): nats per image, of mean, log_std and z, (B, D).
+# R of (2), nats per image, of mean, log_std and z, (B, D).
 OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "elbo": lambda settings, mean, log_std, z: settings.kl_weight * likelihoods.gaussian_kl(mean, log_std).mean(),
     "none": lambda settings, mean, log_std, z: z.new_zeros(()),
@@ -60,10 +60,9 @@ ABLATIONS = ("label", "linear")
 
 
 def fit(settings: Any, images: Images, directory: Path, seed: int) -> dict[str, train.Trained]:
-    """Pretrain, then train every one of `VARIANTS`, or continue, each in a folder of its name below `directory`.
+    """Train or continue `PRETRAINING`, where it has steps, and all `VARIANTS`, in folders below `directory`; by name.
 
-    By name; the pretrained model, as `PRETRAINING`, where that has steps. Raises `UserError` as `train.fit`, and where
-    `start_from` names no model.
+    Raises `UserError` as `train.fit`, and where `start_from` names no model.
     """
     pretrained = train.load_weights(files.runs_root() / settings.start_from) if settings.start_from else None
     trained = {}
@@ -163,10 +162,8 @@ def _loss(settings: Any, objective: Callable[..., Tensor], input_dropout: float)
 
 @torch.no_grad()
 def evaluate(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Each (N,), for uint8 images `pictures`: `bits_per_dim` of the reconstruction term, and where z is learned `kl`
-    and `shuffle_gap`, equation (3): log p(x|z) - log p(x|z'), both in nats.
-
-    z ~ q(z|x) from torch's generator; z' is that of the next image, the last one's the first.
+    """Each (N,), for uint8 images `pictures`: `bits_per_dim` of the reconstruction term, and where z is learned,
+    in nats, `kl` and (3) `shuffle_gap` log p(x|z) - log p(x|z'), z' that of the next image, the last one's the first.
     """
     log_p, shuffled, kl = [], [], []
     for rows in torch.arange(len(pictures), device=pictures.device).split(BATCH):

@@ -87,7 +87,7 @@ def reconstructions(arrays: Arrays) -> Any:
         axis.set_xlabel("step t")
         axis.set_xticks(steps)
     for axis in (error, lost):
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(fontsize=7)
     return figure
 
 
@@ -136,7 +136,7 @@ def spectra(arrays: Arrays) -> Any:
     left.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
     _plain_ticks(left, "x", ONE_TWO_FIVE)
     _plain_ticks(left, "y", ONE_TWO_FIVE)
-    left.legend(frameon=False, fontsize=7)
+    left.legend(fontsize=7)
     steps = np.arange(1, count + 1)
     plotting.show_curve(right, steps, arrays["spectral_sequential"], BLUE)
     lines = {"one_step": (ORANGE, "one-step"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
@@ -168,7 +168,7 @@ def nearest(arrays: Arrays) -> Any:
             shares = np.linspace(0, 1, len(values))
             axis.plot(values, shares, color=colour, linewidth=1.2, label=name.replace("_", " "))
         axis.set(xlabel=f"RMS difference to the nearest, {view}", ylabel="share of images")
-    axes[1, 0].legend(frameon=False, fontsize=7, handlelength=1, loc="upper left", borderpad=0)
+    axes[1, 0].legend(fontsize=7, handlelength=1, loc="upper left", borderpad=0)
     return figure
 
 
@@ -192,7 +192,7 @@ def training(arrays: Arrays) -> Any:
             rate.plot(steps, kl, color=colours[name], label=name.replace("_", "-"), linewidth=1.2)
     figure.supylabel("watched, held out (nats per dimension)", fontsize=9)
     rate.set(xlabel="training steps", ylabel="KL (nats per image)", title="rate, held out")
-    rate.legend(frameon=False, fontsize=7)
+    rate.legend(fontsize=7)
     return figure
 
 
