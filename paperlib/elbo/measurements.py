@@ -215,8 +215,8 @@ def markov_chain(count: int, decoders: int, generator: Generator) -> Section:
         "gap_of_more_I": Estimate(gap["blur 2"]),
         "gap_of_less_I": Estimate(gap["soft bit"]),
     }
-    heading = ("code", "I(x;z), nats", "gap", "steps to halve", "parts")
-    return Section("E6", measured, Table(heading, rows), numpy(arrays | wrong))
+    table = Table(("code", "I(x;z), nats", "gap", "steps to halve", "parts"), rows)
+    return Section("E6", measured, table, numpy(arrays | wrong))
 
 
 def chain_residuals(generator: Generator) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,7 @@ def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int
     """
     generator, codes = torch.Generator(x.device).manual_seed(seed), encode(vae, x)
     z = torch.randn(settings.codes, settings.code_dim, generator=generator, device=x.device)
-    conditional = aggregate_posterior.conditional(z, codes, x, labels, per_pixel=False)
-    halves, reliable = _reliable(settings, conditional, z, codes, x)
+    conditional, halves, reliable = _at_codes(settings, z, codes, x, labels)
     decoded = vae.p_x_given_z(z)
     arrays = {
         "z": z,
@@ -50,12 +49,15 @@ def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int
     return {name: array.numpy(force=True) for name, array in arrays.items()}
 
 
-def _reliable(settings: Any, conditional: Conditional, z: Tensor, codes: Codes, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`halves` and `reliable` of `at_prior_codes`, (M,) each."""
+def _at_codes(
+    settings: Any, z: Tensor, codes: Codes, x: Tensor, labels: Tensor | None = None
+) -> tuple[Conditional, Tensor, Tensor]:
+    """q(x|z) at codes z (M, D), and `halves` and `reliable` of `at_prior_codes`, (M,) each."""
+    conditional = aggregate_posterior.conditional(z, codes, x, labels, per_pixel=False)
     rows = random_half(len(x)).to(x.device)
     half = aggregate_posterior.conditional(z, codes[rows], x[rows], per_pixel=False)
     halves = (half.trace / conditional.trace - 1).abs()
-    return halves, (conditional.ess >= settings.min_samples) & (halves <= settings.max_halves)
+    return conditional, halves, (conditional.ess >= settings.min_samples) & (halves <= settings.max_halves)
 
 
 def random_half(count: int) -> Tensor:
@@ -168,7 +170,9 @@ def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor,
     """
     rows: dict[str, list] = {name: [] for name in ("floor", "frozen_error", *SWEPT)}
     for vaes, decoders in zip(models.vaes, models.decoders, strict=True):
-        z, conditional, reliable = _at_aggregate_codes(settings, encode(vaes[MAIN].model, x), x, seed)
+        codes = encode(vaes[MAIN].model, x)
+        z = aggregate_codes(codes, settings.codes, seed)
+        conditional, _, reliable = _at_codes(settings, z, codes, x)
         means = (torch.sigmoid(trained.model(z.float())).double() for trained in decoders.values())
         gaps = [(mu - conditional.mean).square().sum(1) for mu in means]
         rows["floor"].append(conditional.trace[reliable].mean())
@@ -181,16 +185,10 @@ def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor,
     return {name: torch.stack(row) for name, row in rows.items()} | swept_over
 
 
-def _at_aggregate_codes(settings: Any, codes: Codes, x: Tensor, seed: int) -> tuple[Tensor, Conditional, Tensor]:
-    """M codes z ~ q(z), q(x|z) there, and where its variance may be quoted."""
-    z = aggregate_codes(codes, settings.codes, seed)
-    conditional = aggregate_posterior.conditional(z, codes, x, per_pixel=False)
-    return z, conditional, _reliable(settings, conditional, z, codes, x)[1]
-
-
 def _swept(settings: Any, vae: VAE, x: Tensor, held_out: Tensor, seed: int) -> dict[str, float]:
     codes = encode(vae, x)
-    z, conditional, reliable = _at_aggregate_codes(settings, codes, x, seed)
+    z = aggregate_codes(codes, settings.codes, seed)
+    conditional, _, reliable = _at_codes(settings, z, codes, x)
     generator = torch.Generator(x.device).manual_seed(seed)
     mean, log_std = vae.q_z_given_x(held_out)
     decoded = vae.p_x_given_z(likelihoods.sample_gaussian(mean, log_std, generator=generator))
