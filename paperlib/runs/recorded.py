@@ -73,6 +73,12 @@ def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
+def load_model(run: Run, model: torch.nn.Module) -> Trained:
+    """`model` with the weights recorded for this notebook and preset, as if trained. Raises `UserError` as above."""
+    model.load_state_dict(load_recorded_weights(run))
+    return Trained(model.eval(), [], 0, 0.0, "recorded", {}, [])
+
+
 def _recorded(run: Run, name: str) -> Path:
     """The path of a recorded file, which must be there and of this run's settings and seed."""
     folder = files.results_root() / run.preset / run.notebook

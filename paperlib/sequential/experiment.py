@@ -20,7 +20,7 @@ from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.recorded import load_model, load_recorded_arrays
 from paperlib.runs.run import Run, save_arrays
 from paperlib.sequential import measurements, training
 from paperlib.sequential.claims import CLAIMS, quantities, summary
@@ -263,9 +263,7 @@ def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     if run.weights == "train":
         larger = load_images(run, run.settings.picture_side) if run.settings.picture_side else None
         return training.fit(run.settings, images, run.directory, run.seed, larger)
-    vae = build(run.settings, images.shape, "sequential").to(run.device).eval()
-    vae.load_state_dict(load_recorded_weights(run))
-    return {"sequential": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
+    return {"sequential": load_model(run, build(run.settings, images.shape, "sequential").to(run.device))}
 
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
