@@ -18,8 +18,8 @@ NAMES = ("mnist", "cifar10")
 def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The parts "train" and "test" of `name`: images uint8 (N, H, W, C) and labels uint8 (N,).
 
-    Archives that are missing or fail their checksum are downloaded. Raises `UserError` where that fails, naming the
-    files, their folder and the `command` to run when they are there.
+    Archives that are missing or fail their checksum are downloaded. Where that fails a `UserError` names them and the
+    `command` to run when they are there.
     """
     datasets = _torchvision().datasets
     if name == "mnist":
@@ -50,18 +50,14 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
-    arrays = {}
-    for part, images in (("train", train), ("test", test)):
-        pixels = np.asarray(images.data)
-        arrays[part] = pixels.reshape(*pixels.shape[:3], -1), np.asarray(images.targets, dtype=np.uint8)
-    return arrays
+    return {
+        part: (np.asarray(x.data).reshape(*x.data.shape[:3], -1), np.asarray(x.targets, dtype=np.uint8))
+        for part, x in (("train", train), ("test", test))
+    }
 
 
 def _torchvision() -> ModuleType:
-    """The package, imported even where its compiled part does not load, as beside a torch from another source.
-
-    The import then stops at the first operator that its Python part describes. Data sets and transforms need none.
-    """
+    """The package, also where its compiled part, which data sets do not need, does not load beside another torch."""
     try:
         import torchvision
     except RuntimeError as error:
