@@ -72,10 +72,8 @@ def test_grey_transparent_and_turned_images(tmp_path):
     Image.fromarray(image).convert("RGBA").save(tmp_path / "2.png")
     exif[0x0112] = 6  # to be shown after a quarter turn clockwise
     Image.fromarray(np.rot90(image, 1).copy()).save(tmp_path / "3.png", exif=exif)
-    written = write(tmp_path, tmp_path, side=32)
-    np.testing.assert_array_equal(written[0], np.asarray(grey)[..., None].repeat(3, 2))
-    np.testing.assert_array_equal(written[1], image)
-    np.testing.assert_array_equal(written[2], image)
+    want = [np.asarray(grey)[..., None].repeat(3, 2), image, image]
+    np.testing.assert_array_equal(write(tmp_path, tmp_path, side=32), want)
 
 
 def test_a_folder_in_the_order_of_names_without_broken_images(folder, tmp_path, capsys):
@@ -99,12 +97,12 @@ def test_a_folder_in_the_order_of_names_without_broken_images(folder, tmp_path, 
 
 
 def test_shortening_keeps_the_first_images(tmp_path):
-    images = RNG.integers(256, size=(1000, 2, 2, 3), dtype=np.uint8)
+    images, file = RNG.integers(256, size=(1000, 2, 2, 3), dtype=np.uint8), tmp_path / "a.npy"
     for count in (999, 100, 9, 1):
-        array = image_arrays._new_array(tmp_path / "a.npy", images.shape)
+        array = image_arrays._new_array(file, images.shape)
         array[:] = images
-        image_arrays._shorten(tmp_path / "a.npy", array, count)
-        np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), images[:count])
+        image_arrays._shorten(file, array, count)
+        np.testing.assert_array_equal(np.load(file), images[:count])
 
 
 def test_an_array_is_copied(tmp_path, monkeypatch):
@@ -114,15 +112,11 @@ def test_an_array_is_copied(tmp_path, monkeypatch):
     np.testing.assert_array_equal(write(tmp_path / "a.npy", tmp_path), images)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 3, 16, 16), (3, 32, 32, 3), (), (0, 16, 16, 3)])
-def test_arrays_that_do_not_fit(tmp_path, shape):
+def test_arrays_that_do_not_fit_or_cannot_be_read(tmp_path):
     file = tmp_path / "a.npy"
-    np.save(file, np.zeros(shape, np.uint8))
-    assert f"{file} is uint8 {shape}, not uint8 (N, 16, 16, 3)" in complaint(file, tmp_path)
-
-
-def test_arrays_that_cannot_be_read(tmp_path):
-    file = tmp_path / "a.npy"
+    for shape in ((3, 16, 16), (3, 3, 16, 16), (3, 32, 32, 3), (), (0, 16, 16, 3)):
+        np.save(file, np.zeros(shape, np.uint8))
+        assert f"{file} is uint8 {shape}, not uint8 (N, 16, 16, 3)" in complaint(file, tmp_path)
     np.save(file, np.array([{}], object))
     assert f"cannot read {file} (" in complaint(file, tmp_path)
     np.save(file, np.zeros((3, 16, 16, 3), np.uint8))
