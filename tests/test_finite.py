@@ -65,10 +65,9 @@ def test_a_point_costs_nothing_and_impossible_data_infinitely_much(view):
 
 def test_what_is_no_table_is_refused():
     even = [0.5, 0.5]
-    with pytest.raises(ValueError, match="q_z_given_x"):
-        finite.from_lists(even, [[0.5, 0.6], even], even, [even, even])
-    with pytest.raises(ValueError, match="p_x "):
-        finite.from_lists([1.5, -0.5], [even, even], even, [even, even])
+    for p_x, row, told in ((even, [0.5, 0.6], "q_z_given_x"), ([1.5, -0.5], even, "p_x ")):
+        with pytest.raises(ValueError, match=told):
+            finite.from_lists(p_x, [row, even], even, [even, even])
     with pytest.raises(ValueError, match="sum to 3 and 4"):
         finite.most_informative_coupling((1, 2), (1, 3))
 
@@ -96,10 +95,9 @@ def least_entropy_by_bases(x_parts, z_parts):
     return float(finite.entropy(corners).min())
 
 
-MARGINALS = [((5, 3, 2), (4, 4, 2)), ((4, 0, 3), (3, 3, 1)), ((41, 30, 17, 12), (35, 28, 22, 15))]
-
-
-@pytest.mark.parametrize(("x_parts", "z_parts"), MARGINALS)
+@pytest.mark.parametrize(
+    ("x_parts", "z_parts"), [((5, 3, 2), (4, 4, 2)), ((4, 0, 3), (3, 3, 1)), ((41, 30, 17, 12), (35, 28, 22, 15))]
+)
 def test_the_most_informative_coupling_against_all_corners_by_linear_algebra(x_parts, z_parts):
     table = finite.most_informative_coupling(x_parts, z_parts)
     for dim, parts in ((1, x_parts), (0, z_parts)):
