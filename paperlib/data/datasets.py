@@ -1,16 +1,9 @@
 """Named data sets as uint8 arrays with explicit splits, and the only place where pixels are scaled.
 
-| name | images | training | held out |
-| --- | --- | --- | --- |
-| `digits` | 8 x 8, grey levels 0 to 16 | 1,500 | 297, stratified |
-| `photos` | patches of two photographs | of their left 4/5 | of their right 1/5 |
-| `mnist` | 28 x 28, grey | 60,000 | the 10,000 test images |
-| `cifar10` | 32 x 32, colour | 45,000 | the last 5,000 training images |
-| `lsun_bedroom` | 64 x 64, colour | all but the last 500 | the last 500, less near-copies |
-| `own_images` | a side of choice, colour | all but the last tenth, 500 at most | the last, less near-copies |
-
-The first two come with scikit-learn. The others are memory-mapped from `prepared/<name>/` below `data_root()`, where
-`prepare` writes them once.
+Held out are of `digits` 297 of 1,797, stratified; of `photos` the patches in the right fifth of each photograph; of
+`mnist` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images` the last tenth,
+500 at most, less near-copies of others. The first two come with scikit-learn, the others are memory-mapped from
+`prepared/<name>/` below `data_root()`, where `prepare` writes them once.
 """
 
 import contextlib
@@ -85,12 +78,8 @@ class Dataset:
     def describe(self) -> dict:
         """What a run records of its data."""
         parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
-        return {
-            "name": self.name,
-            "source": self.source,
-            "levels": self.levels,
-            "parts": {key: part.describe() for key, part in parts.items() if part is not None},
-        }
+        parts = {key: part.describe() for key, part in parts.items() if part is not None}
+        return {"name": self.name, "source": self.source, "levels": self.levels, "parts": parts}
 
 
 def load(name: str, side: int | None = None) -> Dataset:

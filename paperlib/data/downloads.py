@@ -27,8 +27,8 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     else:
         kind, folder, sums = datasets.CIFAR10, data_root(), {datasets.CIFAR10.filename: datasets.CIFAR10.tgz_md5}
     states = {file: _state(folder / file, md5, datasets.utils) for file, md5 in sums.items()}
-    for file in sums:
-        if name == "mnist" and states[file] == "sound":
+    for file, state in states.items():
+        if name == "mnist" and state == "sound":
             # torchvision trusts an unpacked copy unseen, and a killed run may have left half of one.
             (folder / file).with_suffix("").unlink(missing_ok=True)
     patience = socket.getdefaulttimeout()
@@ -39,15 +39,11 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     except Exception as error:  # whatever urllib, gzip, tarfile, pickle and torch raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         bad = [f"{file} is {state}" for file, state in states.items() if state != "sound"]
-        if not bad:
-            raise UserError(
-                f"the archives of {name!r} in {folder} cannot be unpacked ({reason}): "
-                f"make room and allow writing there, then run {command}"
-            ) from error
-        raise UserError(
-            f"data set {name!r} cannot be had: in {folder} {', '.join(bad)}, and download failed "
-            f"({reason}); put {', '.join(sums)} into {folder} and run {command}"
-        ) from error
+        if bad:
+            what = f"data set {name!r} cannot be had: in {folder} {', '.join(bad)}, and download failed ({reason})"
+            raise UserError(f"{what}; put {', '.join(sums)} into {folder} and run {command}") from error
+        what = f"the archives of {name!r} in {folder} cannot be unpacked ({reason})"
+        raise UserError(f"{what}: make room and allow writing there, then run {command}") from error
     finally:
         socket.setdefaulttimeout(patience)
     return {
