@@ -56,11 +56,11 @@ def test_terms_equal_loops_also_where_a_code_is_not_used():
             assert float(function(model)) == pytest.approx(value, abs=1e-12), function.__name__
 
 
-@pytest.mark.parametrize("view", [finite.elbo, finite.elbo_from_evidence, finite.elbo_from_codes])
-def test_a_point_costs_nothing_and_impossible_data_infinitely_much(view):
+def test_a_point_costs_nothing_and_impossible_data_infinitely_much():
     code = [0.3, 0.7]
-    assert float(view(finite.from_lists([0, 1, 0], [code] * 3, code, [[0, 1, 0]] * 2))) == 0
-    assert float(view(finite.from_lists([0.5, 0.5], [code] * 2, code, [[1, 0]] * 2))) == -math.inf
+    for view in (finite.elbo, finite.elbo_from_evidence, finite.elbo_from_codes):
+        assert float(view(finite.from_lists([0, 1, 0], [code] * 3, code, [[0, 1, 0]] * 2))) == 0
+        assert float(view(finite.from_lists([0.5, 0.5], [code] * 2, code, [[1, 0]] * 2))) == -math.inf
 
 
 def test_what_is_no_table_is_refused():

@@ -1,6 +1,7 @@
 """Notebook 02: the models against torch.distributions, the measurements against their definitions."""
 
 import io
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -129,9 +130,8 @@ def test_the_noise_of_a_list_is_that_of_its_average(toy):
     assert apart / noise == pytest.approx(1, abs=0.2)
 
 
-@pytest.mark.parametrize(("prefix", "variant"), [("", MAIN), ("bernoulli_", BERNOULLI)])
-def test_the_arrays_at_prior_codes_are_those_of_their_decoder(toy, prefix, variant):
-    for seed in range(2):
+def test_the_arrays_at_prior_codes_are_those_of_their_decoder(toy):
+    for seed, (prefix, variant) in itertools.product(range(2), [("", MAIN), ("bernoulli_", BERNOULLI)]):
         vae, z = toy.models.vaes[seed][variant].model, torch.from_numpy(toy.arrays["z"][seed])
         mean, trace, _ = lists(vae, toy.x, z)
         expected = {"variance": trace, "ink": mean.sum(1), "reliable": may_be_quoted(toy, vae, z)}

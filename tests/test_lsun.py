@@ -104,13 +104,19 @@ def test_images_that_cannot_be_read_are_named(images, wanted, tmp_path, capsys):
     assert text.startswith(f"the image {cut} (") and text.endswith("cannot be read: copy or unpack the LMDB again")
 
 
-def test_lmdbs_of_other_things(images, wanted, tmp_path):
+def test_lmdbs_of_other_things_and_what_is_none(images, wanted, tmp_path):
     others = pack(tmp_path / "others", {"a": b"no image", "\xe9": b"no image"})
     assert f"none of the 2 images in {others} can be read, a (" in complaint(others, tmp_path)
     part = pack(tmp_path / "part", {key: value for key, value in images.items() if key not in wanted[2:5]})
     text = complaint(part, tmp_path, subset=True)
     assert "lacks 3 of the 10 images of the subset: name the whole bedroom_train_lmdb" in text
     assert "is an LMDB without images" in complaint(pack(tmp_path / "empty", {}), tmp_path)
+    file = tmp_path / "no lmdb" / "data.mdb"
+    file.parent.mkdir()
+    for content in (b"", b"hello", bytes(5000), b"x" * 100_000):
+        file.write_bytes(content)
+        text = complaint(file.parent, tmp_path)
+        assert text.startswith(f"cannot read {file} (") and text.count(str(file.parent)) == 1
 
 
 def test_which_source_is_meant(images, packed, tmp_path, monkeypatch):
@@ -124,14 +130,6 @@ def test_which_source_is_meant(images, packed, tmp_path, monkeypatch):
     assert "the folder of LSUN's LMDB" in complaint(packed / "data.mdb", tmp_path)
     (packed.parent / "a.jpg").write_bytes(images[key_of(0)])
     assert f"holds images and an LMDB: name {packed}," in complaint(packed.parent, tmp_path)
-
-
-def test_a_file_that_is_no_lmdb(tmp_path):
-    file = tmp_path / "data.mdb"
-    for content in (b"", b"hello", bytes(5000), b"x" * 100_000):
-        file.write_bytes(content)
-        text = complaint(tmp_path, tmp_path)
-        assert text.startswith(f"cannot read {file} (") and text.count(str(tmp_path)) == 1
 
 
 def test_a_file_cut_short_or_with_a_hole(tmp_path, monkeypatch):

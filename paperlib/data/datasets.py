@@ -123,7 +123,7 @@ def to_float(images: _Images, levels: int = 256, device: torch.device | str | No
 
 
 def from_unit(images: torch.Tensor, levels: int = 256) -> np.ndarray:
-    """Float (N, C, H, W) to the nearest level, uint8 (N, H, W, C): inverts `to_unit`. Raises `ValueError` for nan."""
+    """Float (N, C, H, W) in [0, 1] to the nearest level, uint8 (N, H, W, C). Raises `ValueError` for shape or nan."""
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (N, C, H, W)")
     images = images.detach().to(torch.float32)
@@ -141,8 +141,8 @@ def to_uint8(images: torch.Tensor, levels: int = 256) -> np.ndarray:
 def prepare(name: str, source: str | Path | None = None, side: int = 64, subset: bool = False) -> Path:
     """Write the arrays of `name` into `data_root()/prepared/<name>`, each whole or not at all, and return that folder.
 
-    `mnist` and `cifar10` come from the original archives there, or by download; `lsun_bedroom` and `own_images` from
-    `source`, of which `image_arrays.write` tells, and of `subset`. Raises `UserError`.
+    `mnist` and `cifar10` come from the original archives below `data_root()`, or by download; the others from `source`,
+    which with `subset` is as in `image_arrays.write`. Raises `UserError`.
     """
     _check_name(name)
     if name not in PREPARED:

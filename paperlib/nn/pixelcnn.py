@@ -127,8 +127,9 @@ def log_prob(network: nn.Module, x: Tensor, h: Tensor | None = None, seen: Tenso
 def initialise(network: PixelCNN, x: Tensor, h: Tensor | None = None) -> None:
     """Set every scale and bias so that, on this batch, each layer's output has mean 0 and std 1, 0.1 before the gates.
 
-    Layers are set in turn in one forward pass of `network`, not compiled, in its mode. Channels that do not vary keep
-    their scale. Raises `ValueError` for no images and where an output is not finite; the network is then as it was.
+    Layers are set in turn in one forward pass of the network, in the mode that it is in, before it is compiled.
+    Channels that do not vary keep their scale. Raises `ValueError` for no images and where an output is not finite;
+    the network is then as it was.
     """
     if not len(x):
         raise ValueError("initialisation on no images")
