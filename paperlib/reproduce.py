@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.fresh:
             shutil.rmtree(job.directory, ignore_errors=True)
         outcomes.append(outcome := run_notebook(job))
-        print(_line(outcome), flush=True)
+        said = f"{job.notebook.stem}: {outcome.status} after {outcome.seconds:.0f} s"
+        print(said + (f": {outcome.message}" if outcome.message else ""), flush=True)
         if outcome.status == "interrupted" or (options.fail_fast and outcome.status != "ok"):
             break
     print("\n" + _table(outcomes))
@@ -91,8 +92,10 @@ def run_notebook(job: Job) -> Outcome:
 
     That of a failure is called `notebook.failed.ipynb`, so that it never takes the place of a finished one.
     """
+    import papermill
+
     started, claims = time.time(), None
-    if unknown := _unknown_parameters(job):
+    if unknown := sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook))):  # papermill only logs it
         return Outcome(job, "unknown parameter", 0.0, f"its parameters cell has no {', '.join(unknown)}")
     executed = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
     status, message = _execute(job, executed)
@@ -102,13 +105,6 @@ def run_notebook(job: Job) -> Outcome:
         status = "incomplete" if message else "ok"
     _keep(executed, job.directory / ("notebook.ipynb" if status == "ok" else "notebook.failed.ipynb"))
     return Outcome(job, status, time.time() - started, message, claims if status == "ok" else None)
-
-
-def _unknown_parameters(job: Job) -> list[str]:
-    """The names of parameters that the notebook does not have, which papermill only logs."""
-    import papermill
-
-    return sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook)))
 
 
 def _execute(job: Job, copy: Path) -> tuple[str, str]:
@@ -265,10 +261,8 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
     if (experiment := EXPERIMENTS.get(notebook.stem)) is None:
         return Job(notebook, parameters, files.runs_root() / notebook.stem / options.preset)
     try:
-        overrides = presets.parse(experiment.settings(options.preset), options.set)
-        settings = experiment.settings(options.preset, overrides)
-        # papermill writes a tuple as text
-        parameters["overrides"] = {name: list(v) if isinstance(v, tuple) else v for name, v in overrides.items()}
+        parameters["overrides"] = presets.parse(experiment.settings(options.preset), options.set)
+        settings = experiment.settings(options.preset, parameters["overrides"])
         pick_device(options.device)
         name = run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
     except UserError as error:
@@ -293,11 +287,6 @@ def _fresh_claims(job: Job, started: float) -> Verdicts | None:
     return Verdicts(files.load_json(job.directory / "metrics.json")["claims"])
 
 
-def _line(outcome: Outcome) -> str:
-    text = f"{outcome.job.notebook.stem}: {outcome.status} after {outcome.seconds:.0f} s"
-    return text + (f": {outcome.message}" if outcome.message else "")
-
-
 def _table(outcomes: list[Outcome]) -> str:
     rows = [("notebook", "status", "seconds", "verdicts", "outputs")]
     for outcome in outcomes:
@@ -312,14 +301,13 @@ def _table(outcomes: list[Outcome]) -> str:
 def _listing(notebooks: list[Path]) -> str:
     lines = []
     for notebook in notebooks:
-        experiment = EXPERIMENTS.get(notebook.stem)
         lines.append(notebook.stem)
-        if experiment is None:
+        if (experiment := EXPERIMENTS.get(notebook.stem)) is None:
             continue
-        names = list(experiment.presets)
-        lines.append(f"  presets: {', '.join(names)}")
-        for field in dataclasses.fields(experiment.presets[names[0]]):
-            values = [getattr(experiment.presets[name], field.name) for name in names]
+        lines.append(f"  presets: {', '.join(experiment.presets)}")
+        every = list(experiment.presets.values())
+        for field in dataclasses.fields(every[0]):
+            values = [getattr(settings, field.name) for settings in every]
             same = all(value == values[0] for value in values)
             text = str(values[0]) if same else ", ".join(map(str, values))
             lines.append(f"  {field.name:<20} {text:<32} {field.metadata.get('help', '')}")

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import dataclass, replace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 
-from paperlib.runs import plotting
+from paperlib.runs import plotting, provenance
 from paperlib.runs import run as runs
 from paperlib.runs.claims import Claim, Verdicts, measured_text
 from paperlib.runs.estimate import Estimate
@@ -112,6 +113,11 @@ def test_figures_and_arrays_are_byte_equal_when_made_again_and_arrays_as_written
     assert made[0] == made[1]
     for arrays in (written, load_arrays(run.directory)):
         assert {name: array.tolist() for name, array in arrays.items()} == {"a": [0, 1, 2], "b": 2.5, "c": [[1, 2]]}
+
+
+def test_versions_say_of_a_package_that_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "no-such-package"))
+    assert provenance.versions() == {"python": ANY, "numpy": np.__version__, "no-such-package": "not installed"}
 
 
 def test_image_grids_keep_one_grey_scale():

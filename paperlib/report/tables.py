@@ -68,11 +68,14 @@ def with_recorded_figure(source: str, name: str, notebook: str) -> str:
 def readme_block() -> str:
     """The table of all claims with what was measured, at most three numbers each, in Markdown."""
     every = [one for one in map(best, EXPERIMENTS) if one is not None]
-    rows = [_readme_row(one, key) for one in every for key in one.claims]
-    held: dict[bool, list[bool]] = {True: [], False: []}  # by whether the claim is exact
+    rows, held = [], {True: [], False: []}  # what holds, by whether the claim is exact
     for one in every:
+        where = f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb), `{one.preset}`"
         for key, entry in one.claims.items():
-            held[one.experiment.claims[key].exact].append(bool(entry["holds"]))
+            claim = one.experiment.claims[key]
+            measured = measured_text(entry, claim.shows)
+            rows.append((f"**{key}** {entry['statement']}", measured, verdict_text(entry), where))
+            held[claim.exact].append(bool(entry["holds"]))
     exact, empirical = held[True], held[False]
     count = (
         f"Of {len(exact)} claims that are mathematics {sum(exact)} hold, of {len(empirical)} empirical ones "
@@ -80,16 +83,6 @@ def readme_block() -> str:
     )
     table = markdown_table(("claim", "measured", "verdict", "notebook, preset"), rows)
     return "\n\n".join([count, table, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in every)])
-
-
-def _readme_row(one: records.Recorded, key: str) -> tuple[str, str, str, str]:
-    entry = one.claims[key]
-    return (
-        f"**{key}** {entry['statement']}",
-        measured_text(entry, one.experiment.claims[key].shows),
-        verdict_text(entry),
-        f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb), `{one.preset}`",
-    )
 
 
 def speed_block() -> str:
