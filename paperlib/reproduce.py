@@ -77,14 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
             break
     print("\n" + _table(outcomes))
     failed = len(outcomes) < len(jobs) or any(outcome.status != "ok" for outcome in outcomes)
-    if options.record and not failed:
-        for outcome in outcomes:
-            if experiment := EXPERIMENTS.get(outcome.job.notebook.stem):
-                for path in record(outcome.job.directory, experiment.presets[options.preset]):
-                    print(f"recorded {_short(path)}")
-    if any(outcome.status == "interrupted" for outcome in outcomes):
-        return 130
-    return int(failed)
+    for job in jobs if options.record and not failed else ():
+        if experiment := EXPERIMENTS.get(job.notebook.stem):
+            for path in record(job.directory, experiment.presets[options.preset]):
+                print(f"recorded {_short(path)}")
+    return 130 if any(outcome.status == "interrupted" for outcome in outcomes) else int(failed)
 
 
 def run_notebook(job: Job) -> Outcome:
@@ -100,7 +97,9 @@ def run_notebook(job: Job) -> Outcome:
     executed = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
     status, message = _execute(job, executed)
     if status == "ok":
-        claims = _fresh_claims(job, started)
+        file = job.directory / "run.json"
+        if file.exists() and file.stat().st_mtime >= started - 1:
+            claims = Verdicts(files.load_json(job.directory / "metrics.json")["claims"])
         message = _what_is_missing(job, executed, claims)
         status = "incomplete" if message else "ok"
     _keep(executed, job.directory / ("notebook.ipynb" if status == "ok" else "notebook.failed.ipynb"))
@@ -115,16 +114,9 @@ def _execute(job: Job, copy: Path) -> tuple[str, str]:
     with _kernel() as kernel, _progress(job.notebook.stem):
         try:
             files.make_folder(job.directory)
+            options = {"progress_bar": False, "km": kernel, "extra_arguments": ["--IPKernelApp.log_level=50"]}
             with files.os_errors_as_user_error(copy):
-                papermill.execute_notebook(
-                    job.notebook,
-                    copy,
-                    job.parameters,
-                    cwd=job.notebook.parent,
-                    progress_bar=False,
-                    km=kernel,
-                    extra_arguments=["--IPKernelApp.log_level=50"],
-                )
+                papermill.execute_notebook(job.notebook, copy, job.parameters, cwd=job.notebook.parent, **options)
         except UserError as error:
             return "not written", str(error)
         except papermill.PapermillExecutionError as error:
@@ -132,8 +124,7 @@ def _execute(job: Job, copy: Path) -> tuple[str, str]:
             status = "interrupted" if interrupted else f"failed in cell {error.exec_count}"
             return status, error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
         except DeadKernelError:
-            message = "its process ended in the middle of a cell; most often the memory did not suffice"
-            return "kernel died", message
+            return "kernel died", "its process ended in the middle of a cell; most often the memory did not suffice"
         except KeyboardInterrupt:
             return "interrupted", ""
     return "ok", ""
@@ -280,19 +271,11 @@ def _check_recordable(options: argparse.Namespace) -> None:
         raise UserError("--record needs committed code: commit (or stash) the changes first")
 
 
-def _fresh_claims(job: Job, started: float) -> Verdicts | None:
-    file = job.directory / "run.json"
-    if not file.exists() or file.stat().st_mtime < started - 1:
-        return None
-    return Verdicts(files.load_json(job.directory / "metrics.json")["claims"])
-
-
 def _table(outcomes: list[Outcome]) -> str:
     rows = [("notebook", "status", "seconds", "verdicts", "outputs")]
-    for outcome in outcomes:
-        verdicts = "-" if outcome.claims is None else outcome.claims.summary()
-        job, seconds = outcome.job, f"{outcome.seconds:.0f}"
-        rows.append((job.notebook.stem, outcome.status, seconds, verdicts, _short(job.directory)))
+    for one in outcomes:
+        verdicts = "-" if one.claims is None else one.claims.summary()
+        rows.append((one.job.notebook.stem, one.status, f"{one.seconds:.0f}", verdicts, _short(one.job.directory)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,14 +1,8 @@
 """Presets: one frozen dataclass of settings per experiment, and named instances of it.
 
-An experiment writes
-
-    @dataclass(frozen=True)
-    class Settings:
-        steps: int = option(300, "optimiser steps")
+A preset shows only what differs from the one it derives from:
 
     PRESETS = {"smoke": (smoke := Settings()), "cpu": replace(smoke, steps=20_000)}
-
-so that a preset shows only what differs from the one it derives from.
 """
 
 import dataclasses
