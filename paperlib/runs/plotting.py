@@ -12,11 +12,9 @@ Arrays = Mapping[str, np.ndarray]
 
 WIDTH = 7.0  # inches: one column of a notebook or a paper
 
-STYLE = {
-    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
-    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8),
-    **{"legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 150, "figure.constrained_layout.use": True},
-}
+STYLE = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
+STYLE |= dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
+STYLE |= {"legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 150, "figure.constrained_layout.use": True}
 # seaborn's "colorblind" palette: blue, orange, green, vermilion, purple, brown, pink, grey, yellow, sky blue
 PALETTE = (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc",
