@@ -119,7 +119,7 @@ class PixelCNN(nn.Module):
 
 
 def log_prob(network: nn.Module, x: Tensor, h: Tensor | None = None, seen: Tensor | float = 1.0) -> Tensor:
-    """log p(x | h) in nats, (B,), for images (B, C, H, W) in [-1, 1]; `network` may be compiled, and sees `seen` x."""
+    """log p(x | h) in nats, (B,), for images (B, C, H, W) in [-1, 1]; `network`, perhaps compiled, reads seen * x."""
     return discretized_mix_logistic_log_prob(x, network(seen * x, h), levels=network.settings.levels)
 
 

@@ -1,9 +1,10 @@
 """A PixelVAE on CIFAR-10: what a decoder that can do everything does to z, and sampling by a Markov chain.
 
-With the KL in the objective nothing is gained by using z, without it everything is (claims E5, P1, P2); then q(z) is no
-N(0, I), and decoding draws from the prior fails (P3). In its place is run a chain that rests at p(x) (E6):
+The ELBO against its reconstruction term alone, and sampling by a Markov chain in place of the prior:
 
     (4)  z ~ q(z|x),  x' ~ p(x|z)
+
+It leaves p(x) invariant where p(x|z) = q(x|z) (claim E6).
 """
 
 from collections.abc import Mapping

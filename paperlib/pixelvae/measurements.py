@@ -41,7 +41,9 @@ SETS = (
     "elbo: q(z)", "elbo: prior", "elbo: chain", "elbo: chain from data",
     "mmd: q(z)", "mmd: prior",
 )  # fmt: skip
-TOGETHER = {name: len(LATE) if "chain" in name else 1 for name in SETS}  # images in a row that are of one chain
+GROUP_SIZE = {
+    name: len(LATE) if "chain" in name else 1 for name in SETS
+}  # late states of one chain stand in a row, and are one group of the jackknife
 
 
 # Terms and codes
@@ -54,7 +56,7 @@ def histories(trained: Mapping[str, train.Trained]) -> Arrays:
 
 
 def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """What `evaluate` returns on held-out images, (models, n) each: nan where no code is learned; one noise for all."""
+    """What `evaluate` returns on held-out images, (models, n) each: nan where no code is learned; equal noise for all."""
     n = settings.measured_images
     pictures, labels = images.held_out[:n], images.held_out_labels[:n]
     table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
@@ -161,7 +163,7 @@ def samples(settings: Any, images: Images, models: Models, extract: Extractors, 
                 drawn[f"{name}: {kind}"] = states[list(LATE)].transpose(0, 1).flatten(0, 1)  # chain by chain
             pair = drawn[f"{name}: q(z)"], decode(z, generator)
             arrays |= _chain_arrays(name, from_noise, from_data, pair, extract["classifier"])
-    shown = {f"shown_{name}": drawn[name][TOGETHER[name] - 1 :: TOGETHER[name]][:40] for name in SETS}
+    shown = {f"shown_{name}": drawn[name][GROUP_SIZE[name] - 1 :: GROUP_SIZE[name]][:40] for name in SETS}
     return arrays | _distances(drawn, reference, extract) | shown
 
 
@@ -203,7 +205,7 @@ def _distances(drawn: Mapping[str, Tensor], reference: Tensor, extract: Extracto
     arrays: dict[str, Any] = {}
     for kind, features_of in extract.items():
         points, kept = {name: features_of(drawn[name]) for name in SETS}, features_of(reference)
-        to_kept = (two_sample.kernel_distance(points[name], kept, together=(TOGETHER[name], 1)) for name in SETS)
+        to_kept = (two_sample.kernel_distance(points[name], kept, together=(GROUP_SIZE[name], 1)) for name in SETS)
         arrays[f"kernel_{kind}"] = rows(to_kept)
         ends = points["none: chain"], points["none: chain from data"]
         arrays[f"noise_to_data_{kind}"] = two_sample.kernel_distance(*ends, together=(len(LATE), len(LATE))).row

@@ -101,9 +101,9 @@ def fit_variant(
         measured = evaluate(vae, images, images.held_out[:n], images.held_out_labels[:n])
         return {key: float(value.mean()) for key, value in measured.items()}
 
-    schedule, dropout = ("constant", settings.input_dropout) if name == PRETRAINING else (settings.schedule, 0.0)
+    schedule, input_dropout = ("constant", settings.input_dropout) if name == PRETRAINING else (settings.schedule, 0.0)
     vae, recipe = _initial(settings, images, variant, seed, pretrained), _recipe(settings, steps, schedule)
-    loss = _loss(settings, OBJECTIVES[variant.objective], dropout)
+    loss = _loss(settings, OBJECTIVES[variant.objective], input_dropout)
     options = {"seed": seed, "device": images.device, "provenance": describe_code(), "name": name}
     return train.fit(vae, loss, batch, len(images.train), recipe, directory / name, evaluate=evaluated, **options)
 

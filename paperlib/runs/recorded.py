@@ -26,11 +26,11 @@ def conclude(
     numbers: Mapping[str, Any],
     data: Mapping[str, Any],
     trained: Mapping[str, Trained],
-    headline: torch.nn.Module,
+    kept: torch.nn.Module,
 ) -> Verdicts:
-    """`run.finish` for a run that trains, after writing the weights of `headline`, the model to be recorded."""
+    """`run.finish` for a run that trains, after writing the weights of `kept`, the model to be recorded."""
     if run.weights == "train":
-        save_weights(run, headline.state_dict())
+        save_weights(run, kept.state_dict())
     trainings = {
         name: {"steps": one.steps, "seconds": round(one.seconds, 1), **one.provenance, "resumed": one.resumed}
         for name, one in trained.items()
@@ -74,7 +74,7 @@ def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def load_model(run: Run, model: torch.nn.Module) -> Trained:
-    """`model` with the weights recorded for this notebook and preset, as if trained. Raises `UserError` as above."""
+    """`model` with the weights recorded for this notebook and preset. Raises as `load_recorded_weights` does."""
     model.load_state_dict(load_recorded_weights(run))
     return Trained(model.eval(), [], 0, 0.0, "recorded", {}, [])
 

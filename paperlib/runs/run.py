@@ -9,7 +9,7 @@ A run writes to `runs/<notebook>/<preset>-<hash of settings and seed>/`:
 | `<content-name>.png` | the figures |
 | `metrics.json` | claims with verdicts, and further numbers |
 | `run.json` | provenance; written last, so a run that has one is finished |
-| `weights.safetensors` | the headline model in half precision |
+| `weights.safetensors` | the models to be recorded, in half precision |
 """
 
 import dataclasses
