@@ -41,9 +41,8 @@ SETS = (
     "elbo: q(z)", "elbo: prior", "elbo: chain", "elbo: chain from data",
     "mmd: q(z)", "mmd: prior",
 )  # fmt: skip
-GROUP_SIZE = {
-    name: len(LATE) if "chain" in name else 1 for name in SETS
-}  # late states of one chain stand in a row, and are one group of the jackknife
+# Of the jackknife: the late states of one chain stand in a row and are one group.
+GROUP_SIZE = {name: len(LATE) if "chain" in name else 1 for name in SETS}
 
 
 # Terms and codes
@@ -56,7 +55,7 @@ def histories(trained: Mapping[str, train.Trained]) -> Arrays:
 
 
 def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """What `evaluate` returns on held-out images, (models, n) each: nan where no code is learned; equal noise for all."""
+    """What `evaluate` says of held-out images, (models, n) each; nan where no code is learned. Same noise for all."""
     n = settings.measured_images
     pictures, labels = images.held_out[:n], images.held_out_labels[:n]
     table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
