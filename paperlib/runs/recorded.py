@@ -17,10 +17,10 @@ from paperlib.system.errors import UserError
 
 
 def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
-    """Write `weights.safetensors`: floating-point tensors in half precision, settings and seed in its header."""
+    """Write `weights.safetensors`: float32 in half precision, settings and seed in its header."""
     from safetensors.torch import save_file
 
-    half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+    half = {k: (v.half() if v.dtype == torch.float32 else v).contiguous().cpu() for k, v in state.items()}
     header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True), "seed": str(run.seed)}
     with files.atomic_write(run.directory / "weights.safetensors") as file:
         save_file(half, file, metadata=header)
@@ -36,7 +36,7 @@ def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
 
 
 def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The weights recorded for this notebook and preset, in float32.
+    """The weights recorded for this notebook and preset, half precision widened.
 
     Raises `UserError` where none are recorded, or of other settings or another seed, or the file is damaged.
     """
@@ -48,7 +48,7 @@ def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
 
 
 def _recorded(run: Run, name: str) -> Path:

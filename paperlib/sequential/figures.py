@@ -43,9 +43,9 @@ def samples(arrays: Arrays) -> Any:
     return _chains(arrays, arrays["chain"])
 
 
-def more_samples(arrays: Arrays) -> Any:
-    """Ten more; of the further model for larger images where there is one."""
-    return _chains(arrays, arrays["chain_more"])
+def samples_from_standard(arrays: Arrays) -> Any:
+    """S4: the same noise as codes from N(0, I), not from the priors that fit."""
+    return _chains(arrays, arrays["chain_standard"])
 
 
 def _chains(arrays: Arrays, states: np.ndarray) -> Any:
