@@ -260,13 +260,8 @@ def select(only: list[str]) -> list[Path]:
 
 
 def _plan(notebook: Path, options: argparse.Namespace) -> Job:
-    parameters = {
-        "preset": options.preset,
-        "seed": options.seed,
-        "device": options.device,
-        "weights": options.weights,
-        "overrides": {},
-    }
+    parameters = {name: getattr(options, name) for name in ("preset", "seed", "device", "weights")}
+    parameters["overrides"] = {}
     if (experiment := EXPERIMENTS.get(notebook.stem)) is None:
         return Job(notebook, parameters, files.runs_root() / notebook.stem / options.preset)
     try:

@@ -22,6 +22,13 @@ from pathlib import Path
 
 from paperlib.system import files
 
+
+def settings(chosen):
+    return [word for name, value in chosen.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+
+
+NOTEBOOK = ["paperlib.reproduce", "--only", "02"]  # with models as small as can be
+NOTEBOOK += settings({"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]})
 ROOTS = ("data", "runs", "results", "figures")
 PRELOADED = ["pytest", "commands", "paperlib.experiments", "paperlib.runs.launch", "papermill", "nbclient.exceptions"]
 PRELOADED += ["jupyter_client.manager", "ipykernel.kernelapp", "torch._dynamo", "sklearn.datasets", "scipy.stats"]
@@ -50,7 +57,7 @@ def run(words, home, variables=None, limits=None, forked=True):
         process = start(words, home, Path(folder), variables, limits)
         process.join(280)
         stop(process, Path(folder))
-        return finished(words, Path(folder))
+        return finished(Path(folder))
 
 
 def start(words, home, streams, variables=None, limits=None):
@@ -61,10 +68,10 @@ def start(words, home, streams, variables=None, limits=None):
     return process
 
 
-def finished(words, streams):
+def finished(streams):
     """What a command that has ended left in `streams`; its code is -9 where it was stopped."""
     said = {name: file.read_text() if (file := streams / name).exists() else "" for name in ("out", "err", "code")}
-    return subprocess.CompletedProcess(words, int(said["code"] or -signal.SIGKILL), said["out"], said["err"])
+    return subprocess.CompletedProcess([], int(said["code"] or -signal.SIGKILL), said["out"], said["err"])
 
 
 def stop(process, streams):

@@ -1,5 +1,6 @@
 """What a reader sees in a real browser: the report, and the notebooks in JupyterLab. Run by `make browser-test`."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -36,11 +37,11 @@ def browser():
 
 # All text of a page that a reader sees, but for code.
 TEXT = """() => {
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];
   while (walker.nextNode())
     if (!walker.currentNode.parentElement.closest("code, pre, script, style, annotation"))
-      found.push(walker.currentNode.data);
-  return found.join("\\n");
+      texts.push(walker.currentNode.data);
+  return texts.join("\\n");
 }"""
 # Formulas that the browser did not lay out: those without a size, or that are not of the mathematical kind of box.
 FLAT = """() => [...document.querySelectorAll("math")].filter(one => {
@@ -77,30 +78,18 @@ def test_a_page_of_the_report(browser, report, name, size):
     context.close()
 
 
-def test_the_index_leads_to_the_notebooks(browser, report):
-    opened = browser.new_page()
-    opened.goto((report / "index.html").as_uri())
-    for name in NOTEBOOKS:
-        assert opened.locator(f'a[href="{name}.html"]').count(), name
-    opened.locator(f'a[href="{NOTEBOOKS[0]}.html"]').first.click()
-    assert "ELBO" in opened.title() or opened.locator("h1").first.inner_text()
-    opened.close()
-
-
-def test_failed_claims_come_first(browser, report):
+def test_the_index(browser, report):
+    """Failed claims come first, every recorded preset has its part, and links lead to the notebooks."""
     opened = browser.new_page()
     opened.goto((report / "index.html").as_uri())
     verdicts = opened.locator("table").first.locator("span.fails, span.holds").all_inner_texts()
     assert verdicts == sorted(verdicts) and {"fails", "holds"} <= set(verdicts)
-    opened.close()
-
-
-def test_the_report_names_every_recorded_preset(browser, report):
-    opened = browser.new_page()
-    opened.goto((report / "index.html").as_uri())
-    for metrics in (files.results_root()).glob("*/*/metrics.json"):
+    for metrics in files.results_root().glob("*/*/metrics.json"):
         preset, notebook = metrics.parts[-3:-1]
         assert opened.locator(f'[id="{notebook}-{preset}"]').count() == 1
+    assert all(opened.locator(f'a[href="{name}.html"]').count() for name in NOTEBOOKS)
+    opened.locator(f'a[href="{NOTEBOOKS[0]}.html"]').first.click()
+    assert "ELBO" in opened.title() or opened.locator("h1").first.inner_text()
     opened.close()
 
 
@@ -125,13 +114,13 @@ def lab(tmp_path_factory):
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             address = f"http://127.0.0.1:{port}"
-            for _ in range(120):
-                try:
-                    urllib.request.urlopen(f"{address}/api/status", timeout=1).close()
-                    break
-                except OSError:
-                    assert server.poll() is None, (root / "log").read_text()
-                    time.sleep(0.5)
+
+            def answers():
+                assert server.poll() is None, (root / "log").read_text()
+                with contextlib.suppress(OSError):
+                    return _json(f"{address}/api/status")
+
+            _wait(60, answers)
             yield address, folder
         finally:
             server.terminate()

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import resource
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,25 +21,16 @@ def cut(tmp_path):
     return tmp_path / "cut"
 
 
-def damage(path, how):
-    raw = bytearray(path.read_bytes())
-    if how == "cut":
-        raw = raw[: len(raw) // 2]
-    elif how == "bit":
-        where = raw.find(load(path.parent, path.name)["model"]["4.weight"].numpy().tobytes())
-        assert where > 0
-        raw[where + 5] ^= 1
-    else:
-        raw = bytearray()
-    path.write_bytes(raw)
-
-
 @pytest.mark.parametrize("how", ["cut", "bit", "empty"])
 def test_a_damaged_checkpoint_gives_way_to_the_previous(tmp_path, cut, how, capsys):
-    damage(cut / "last.pt", how)
+    last = cut / "last.pt"
+    raw = bytearray(last.read_bytes())
+    where = raw.index(load(cut)["model"]["4.weight"].numpy().tobytes())
+    raw[where + 5] ^= 1
+    last.write_bytes({"cut": raw[: len(raw) // 2], "bit": raw, "empty": b""}[how])
     run(cut)
-    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
-    assert len(said) == 1 and said[0].endswith("last.pt is damaged: continuing from previous.pt")
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "damaged" in line)
+    assert said.endswith("last.pt is damaged: continuing from previous.pt")
     run(tmp_path / "whole")
     assert_same(load(cut), load(tmp_path / "whole"))
 
@@ -54,19 +44,21 @@ def test_the_previous_checkpoint_serves_where_the_last_is_missing(tmp_path, caps
     assert checkpoints.read(tmp_path / "nowhere") is None
 
 
-@dataclasses.dataclass
 class Code:
-    path: Path
+    """A pickle that would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
 
     def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
+        return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped):
+@pytest.mark.parametrize(("zipped", "message"), [(True, "more than tensors and plain"), (False, "damaged")])
+def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped, message):
     content = {"format": checkpoints.FORMAT, "model": Code(tmp_path / "ran")}
     torch.save(content, tmp_path / "last.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="not loaded" if zipped else "damaged"):
+    with pytest.raises(UserError, match=message):
         run(tmp_path)
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "last.pt", weights_only=False)
@@ -77,7 +69,6 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped):
     ("changes", "message"),
     [
         ({"recipe": dataclasses.replace(BASE, learning_rate=0.02)}, r"learning_rate 0\.01 -> 0\.02"),
-        ({"recipe": dataclasses.replace(BASE, ema=0.0)}, r"ema 0\.9 -> 0\.0"),
         ({"seed": 4}, "seed 3 -> 4"),
         ({"count": 30}, "count 37 -> 30"),
         ({"model": nn.Linear(6, 6)}, r"0\.weight \(9, 6\) -> absent"),
@@ -89,11 +80,7 @@ def test_a_checkpoint_of_another_training_names_what_differs(cut, changes, messa
 
 
 def test_checkpoints_hold_plain_values_whatever_the_provenance(tmp_path):
-    trained = run(
-        tmp_path,
-        provenance={"path": tmp_path, "count": 3},
-        evaluate=lambda m: {"x": torch.ones(())},
-    )
+    trained = run(tmp_path, provenance={"path": tmp_path, "count": 3}, evaluate=lambda model: {"x": torch.ones(())})
     assert trained.provenance == {"path": str(tmp_path), "count": 3}
     kinds = {type(value) for value in leaves(load(tmp_path)).values()}
     assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}

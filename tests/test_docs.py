@@ -9,13 +9,13 @@ from paperlib.system import files
 TEXT = (files.ROOT / "docs" / "library.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
-each_example = pytest.mark.parametrize("code", EXAMPLES, ids=["sampler", "aggregate posterior"])
+TREE = TEXT.split("```\n")[1].splitlines()[1:]
 
 
 def listed():
     """The modules of the tree, as paths below paperlib/."""
-    tree, folder = TEXT.split("```\n")[1], ""
-    for line in tree.splitlines()[1:]:
+    folder = ""
+    for line in TREE:
         name, depth = line.split()[0], len(line) - len(line.lstrip())
         if name.endswith("/"):
             folder = name
@@ -23,23 +23,15 @@ def listed():
             yield name if depth == 2 else folder + name
 
 
-def test_the_tree_lists_exactly_the_modules_that_exist():
+def test_the_tree_says_something_of_exactly_the_modules_that_exist():
     home = files.ROOT / "paperlib"
     modules = [path.relative_to(home).as_posix() for path in home.rglob("*.py") if not path.stem.startswith("__")]
     assert sorted(listed()) == sorted(modules)
+    assert all(len(line.split()) > 1 and len(line) <= 120 for line in TREE)
 
 
-def test_the_tree_says_something_of_each_in_one_short_line():
-    lines = TEXT.split("```\n")[1].splitlines()[1:]
-    assert all(len(line.split()) > 1 and len(line) <= 120 for line in lines)
-
-
-@each_example
-def test_an_example_is_short(code):
+@pytest.mark.parametrize("code", EXAMPLES, ids=["sampler", "aggregate posterior"])
+def test_an_example_is_short_and_runs(code, capsys):
     assert len([line for line in code.splitlines() if line]) <= 8
-
-
-@each_example
-def test_an_example_runs(code, capsys):
     exec(compile(code, "docs/library.md", "exec"), {})  # noqa: S102
     assert capsys.readouterr().out

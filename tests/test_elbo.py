@@ -8,22 +8,14 @@ import pytest
 import torch
 
 from paperlib import elbo
-from paperlib.elbo import chain, examples, finite, measurements
+from paperlib.elbo import examples, finite
 from paperlib.elbo.experiment import CLAIMS, HEADLINE
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.run import load_arrays
 from paperlib.system.errors import UserError
 
-SMALL = {
-    "models": 100,
-    "gaussian_models": 20,
-    "estimated_models": 2,
-    "samples": 4000,
-    "starts": 12,
-    "flow_steps": 1500,
-    "chains": 5,
-    "wrong_decoders": 2,
-}
+SMALL = {"models": 100, "gaussian_models": 20, "estimated_models": 2, "samples": 4000}
+SMALL |= {"starts": 12, "flow_steps": 1500, "chains": 20, "wrong_decoders": 2}
 
 
 @pytest.fixture(scope="module")
@@ -66,27 +58,19 @@ def test_flows_end_where_the_theory_says(sections):
     arrays = sections["E5"].arrays
     entropy, most = float(arrays["flow_entropy"]), float(arrays["flow_most"])
     assert f"{most:.2f} nats" in HEADLINE[1] and f"H(p) is {entropy:.2f}" in HEADLINE[1]
-    end_rate, end_distortion = arrays["flow_elbo_rate"][-1], arrays["flow_elbo_distortion"][-1]
-    np.testing.assert_allclose(end_rate + end_distortion, entropy, atol=2e-3)
-    assert 0 < end_rate.min() < end_rate.max() < most < entropy, "the line ends where q(z) = p(z) ends"
+    on_the_line = finite.mutual_information(examples.best_elbos(101))
+    assert float(on_the_line[0]) == pytest.approx(0, abs=1e-15)
+    assert 0 < on_the_line.diff().min() < on_the_line.diff().max() < 0.05
+    rate = arrays["flow_elbo_rate"][-1]
+    np.testing.assert_allclose(rate + arrays["flow_elbo_distortion"][-1], entropy, atol=2e-3)
+    assert 0 < rate.min() < rate.max() < most < entropy, "the line ends where q(z) = p(z) ends"
     for name in ("elbo", "none"):
         assert (arrays[f"flow_{name}_rate"] + arrays[f"flow_{name}_distortion"] > entropy - 1e-12).all()
-    stopped = arrays["flow_none_distortion"][-1] > 0.01
-    assert 50 < sections["E5"].measured["stop_short_without_kl"].value == pytest.approx(100 * stopped.mean())
     weak, speeds = np.median(arrays["survival_shares"][0], axis=1), arrays["survival_speeds"]
     np.testing.assert_allclose(weak, (speeds / (1 + speeds)) ** 2, atol=0.01)
 
 
-def test_the_best_elbos_reach_every_information_up_to_the_most():
-    models = examples.best_elbos(101)
-    torch.testing.assert_close(models.q_z, examples.FLOW_P_Z.expand(101, -1), rtol=0, atol=1e-15)
-    information = finite.mutual_information(models)
-    assert float(information[0]) == pytest.approx(0, abs=1e-15)
-    assert (information.diff() > 0).all() and information.diff().max() < 0.05
-    torch.testing.assert_close(finite.rate(models), information, rtol=0, atol=1e-12)
-
-
-def test_flows_that_stop_short_let_several_x_share_a_code():
+def test_flows_that_stop_short_let_several_x_share_a_code(sections):
     """The ends of the flows without the KL: each is the entropy left by a hard code, one of 52 partitions of five x."""
     start = examples.flow_starts(12, torch.Generator().manual_seed(7))
     flow = finite.ascend(start, 3000, 0, encoder_step=4.0, decoder_step=4.0)
@@ -96,48 +80,30 @@ def test_flows_that_stop_short_let_several_x_share_a_code():
     torch.testing.assert_close(flow.distortion[-1], left, rtol=0, atol=5e-3)
     short = flow.distortion[-1] > 0.01
     assert ((mass == 0).any(-1) == short).all(), "a code is idle exactly where a flow stops short"
-    assert short.double().mean() > 0.5
+    assert short.double().mean() > 0.5 < sections["E5"].measured["stop_short_without_kl"].value / 100
 
 
 def test_chains_of_the_grey_levels_approach_p_as_predicted(sections):
-    arrays = sections["E6"].arrays
-    side = float(examples.LEVELS[:12].sum())
-    np.testing.assert_allclose(arrays["chain_hard bit"][1:], max(side, 1 - side), atol=1e-12)
-    np.testing.assert_allclose(arrays["chain_injective"], 1 - float(examples.LEVELS.min()), atol=1e-12)
+    arrays, left = sections["E6"].arrays, float(examples.LEVELS[:12].sum())
+    for name, stays in (("hard bit", max(left, 1 - left)), ("injective", 1 - float(examples.LEVELS.min()))):
+        for suffix in ("", "_predicted"):
+            np.testing.assert_allclose(arrays[f"chain_{name}{suffix}"][1:], stays, atol=1e-12)
     for name in ("blur 1", "blur 2", "blur 4", "soft bit"):
         distance, predicted = arrays[f"chain_{name}"], arrays[f"chain_{name}_predicted"]
         late = (distance < 0.1) & (distance > 1e-9)
         np.testing.assert_allclose(distance[late], predicted[late], rtol=0.05)
-
-
-def test_wrong_decoders_cost_the_same_and_slow_chains_amplify(sections):
-    arrays = sections["E6"].arrays
-    slowness, apart, along = (arrays[f"wrong_{name}"] for name in ("slowness", "apart", "along_slowest"))
-    first_order = arrays["wrong_first_order"]
-    assert (apart < first_order).all() and (first_order < arrays["wrong_bound"]).all()
-    assert (apart > 0.9 * first_order)[along == 1].all()
-    amplified = apart[along == 1][np.argsort(slowness[along == 1])]
-    assert (np.diff(amplified) > 0).all() and amplified[-1] > 5 * amplified[0]
-    model = examples.with_best_decoder(examples.LEVELS, examples.LEVEL_CODES["blur 2"])
-    tilt = torch.randn(24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert float(finite.decoder_kl(examples.tilted(model, tilt, 1e-3))) == pytest.approx(1e-3, rel=1e-6)
-
-
-def test_a_leak_of_any_size_moves_the_stationary_distribution_equally_far():
-    """Detailed balance between the sides: a leak of e to the right and 3 e back rests at 3 : 1."""
-    left = float(examples.LEVELS[:12].sum())
-    for _, _, apart in elbo.leaking_bit().rows:
+    for _, _, apart in elbo.leaking_bit().rows:  # detailed balance: e to the right and 3 e back rests at 3 : 1
         assert float(apart) == pytest.approx(abs(0.75 - left), abs=1e-6)
 
 
-def test_the_scalar_gaussian_by_its_autoregression():
-    """x' = rho^2 x + noise: the enumerated chain's autocorrelation is 1 - gap, without a spectrum."""
-    rho, x = 0.7, torch.linspace(-8.5, 8.5, 300, dtype=torch.float64)
-    p = torch.softmax(-0.5 * x**2, dim=0)
-    q = torch.softmax(-0.5 * (x - rho * x[:, None]) ** 2 / (1 - rho**2), dim=-1)
-    kernel = chain.transition(q, finite.matched(p, q, p).p_x_given_z)
-    assert float(p * x @ kernel @ x) == pytest.approx(rho**2, abs=1e-10)
-    assert float(measurements.scalar_gaussian(rho)) < 1e-9
+def test_wrong_decoders_cost_the_same_and_slow_chains_amplify(sections):
+    names = ("slowness", "apart", "bound", "first_order", "along_slowest")
+    slowness, apart, bound, first_order, along = (sections["E6"].arrays[f"wrong_{name}"] for name in names)
+    np.testing.assert_allclose(2 * (bound / slowness) ** 2, 1e-5, rtol=1e-6)  # E KL, by (10)
+    assert (apart < first_order).all() and (first_order < bound).all()
+    assert (apart > 0.9 * first_order)[along == 1].all()
+    amplified = apart[along == 1][np.argsort(slowness[along == 1])]
+    assert (np.diff(amplified) > 0).all() and amplified[-1] > 5 * amplified[0]
 
 
 def test_the_seed_decides_the_random_models(run):

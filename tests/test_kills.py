@@ -1,5 +1,6 @@
 """SIGKILL at random moments: every file is whole at every moment, and the end is that of an undisturbed run."""
 
+import contextlib
 import json
 import random
 import time
@@ -11,62 +12,49 @@ from PIL import Image
 from safetensors import safe_open
 
 from paperlib.runs import checkpoints
-
-SMALL = {"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]}  # notebook 02
-ONE = ["--only", "02", *(word for name, value in SMALL.items() for word in ("--set", f"{name}={json.dumps(value)}"))]
+from paperlib.runs.run import load_arrays
 
 
-def run(home, arguments, most=float("inf")):
+def run(home, words, most=float("inf")):
     """Run the notebooks until about `most` files were written, then kill. How many were, and what it said."""
-    home.mkdir(exist_ok=True)
     streams = home / f"streams {time.monotonic_ns()}"
-    streams.mkdir()
+    streams.mkdir(parents=True)
     began, written = time.time(), set()
-    words = ["paperlib.reproduce", "--preset", "smoke", *arguments]
     process = commands.start(words, home, streams)
     while process.is_alive() and len(written) < most:
         time.sleep(0.01)
-        written |= {change for change in changes(home / "runs") if change[1] > began}
+        for path in (home / "runs").rglob("*.*"):
+            with contextlib.suppress(FileNotFoundError):  # it took its place meanwhile
+                if (changed := path.stat().st_mtime) > began and path.is_file():
+                    written.add((path, changed))
         assert time.time() - began < 1800
     time.sleep(random.uniform(0, 0.1))
     commands.stop(process, streams)
-    return len(written), commands.finished(words, streams)
+    return len(written), commands.finished(streams)
 
 
-def changes(folder):
-    """The files below it, each with the time of its last change."""
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                yield path, path.stat().st_mtime
-        except FileNotFoundError:  # it took its place meanwhile
-            pass
+def read_weights(path):
+    with safe_open(path, framework="pt") as file:
+        return all(file.get_tensor(name) is not None for name in file.keys())
+
+
+READERS = {
+    ".json": lambda path: json.loads(path.read_text()),
+    ".ipynb": lambda path: json.loads(path.read_text()),
+    ".npz": lambda path: load_arrays(path.parent),
+    ".npy": lambda path: np.load(path, mmap_mode="r") is not None,
+    ".png": lambda path: Image.open(path).load(),
+    ".safetensors": read_weights,
+    ".pt": checkpoints._load,
+}
 
 
 def opened(home):
     """Open every file below the roots as its reader would; how many there are."""
-    count = 0
-    for path in home.rglob("*"):
-        if ".partial" in path.name or not path.is_file():
-            continue  # beside its place, not in it
-        if path.suffix in (".json", ".ipynb"):
-            json.loads(path.read_text())
-        elif path.suffix == ".npz":
-            with np.load(path) as archive:
-                assert all(archive[name] is not None for name in archive.files)
-        elif path.suffix == ".npy":
-            np.load(path, mmap_mode="r")
-        elif path.suffix == ".png":
-            Image.open(path).load()
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                assert all(file.get_tensor(name) is not None for name in file.keys())
-        elif path.name in ("last.pt", "previous.pt"):
-            assert checkpoints._load(path) is not None, path
-        else:
-            continue
-        count += 1
-    return count
+    # A partial file is beside its place, not in it.
+    paths = [path for path in home.rglob("*") if path.suffix in READERS and ".partial" not in path.name]
+    assert all(READERS[path.suffix](path) for path in paths)
+    return len(paths)
 
 
 def kept(home, ending):
@@ -76,24 +64,24 @@ def kept(home, ending):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kills"),
+    ("words", "kills"),
     [
-        pytest.param(ONE, 3, id="a notebook, 3 times"),
-        pytest.param([], 20, id="all notebooks, 20 times", marks=pytest.mark.slow),
+        pytest.param(commands.NOTEBOOK, 3, id="a notebook, 3 times"),
+        pytest.param(["paperlib.reproduce"], 20, id="all notebooks, 20 times", marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_random_moments_and_started_again_it_ends_as_if_undisturbed(arguments, kills, tmp_path):
+def test_killed_at_random_moments_and_started_again_it_ends_as_if_undisturbed(words, kills, tmp_path):
     whole, home = tmp_path / "whole", tmp_path / "killed"
     random.seed(0)
-    files, done = run(whole, arguments)
+    files, done = run(whole, words)
     assert done.returncode == 0, done.stdout[-3000:]
     seen = 0
     for _ in range(kills):
-        _, done = run(home, arguments, most=random.randint(1, int(0.6 * files)))
+        _, done = run(home, words, most=random.randint(1, int(0.6 * files)))
         seen += done.returncode == -9
         opened(home)
     assert seen >= 0.6 * kills, "most were killed before they were done"
-    _, done = run(home, arguments)
+    _, done = run(home, words)
     assert done.returncode == 0, done.stdout[-3000:]
     assert opened(home) > 5
     for ending in ("metrics.json", ".png"):

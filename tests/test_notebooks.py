@@ -26,8 +26,8 @@ def tags(cell):
 
 def test_parameters_are_the_defaults_as_literals_with_help(path):
     (cell,) = (cell for cell in code_cells(path) if "parameters" in tags(cell))
-    found = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
-    assert found == DEFAULTS
+    defaults = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    assert defaults == DEFAULTS
     assert all("  # " in line for line in cell.source.split("\n")), "papermill shows the comments as help"
 
 
@@ -54,19 +54,12 @@ def test_few_cells_are_exempt_from_comparison_and_a_compared_one_follows_each(pa
     cells = code_cells(path)
     exempt = [k for k, cell in enumerate(cells) if EXEMPT in tags(cell)]
     assert len(exempt) <= (0 if path.stem.startswith("01") else 4)
-    for k in exempt:
-        assert EXEMPT not in tags(cells[k + 1])
-        assert cells[k + 1].outputs, "the compared cell shows nothing"
+    assert all(EXEMPT not in tags(cells[k + 1]) and cells[k + 1].outputs for k in exempt)
 
 
-def test_the_file_is_clean(path):
+def test_the_file_is_clean_and_an_experiment_is_behind_it(path):
     notebook = json.loads(path.read_text())
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    assert "papermill" not in notebook["metadata"]
-    for cell in notebook["cells"]:
-        assert not set(cell["metadata"]) - {"tags"}
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3" and "papermill" not in notebook["metadata"]
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in notebook["cells"])
     assert str(files.ROOT) not in path.read_text()
-
-
-def test_an_experiment_is_behind_it(path):
     assert set(EXPERIMENTS[path.stem].presets) == {"smoke", "cpu", "gpu", "paper"}

@@ -28,8 +28,7 @@ def test_choose_returns_the_preset_with_overrides_in_it():
     assert presets.choose(PRESETS, "cpu") == PRESETS["cpu"]
     chosen = presets.choose(PRESETS, "cpu", {"rate": 1, "hidden": [8], "limit": 2.0})
     assert chosen == Settings(steps=100, rate=1.0, hidden=(8,), limit=2.0)
-    assert type(chosen.rate) is float
-    assert type(chosen.hidden) is tuple
+    assert type(chosen.rate) is float and type(chosen.hidden) is tuple
 
 
 def test_an_unknown_preset_or_setting_names_the_valid_ones():
@@ -37,50 +36,28 @@ def test_an_unknown_preset_or_setting_names_the_valid_ones():
         presets.choose(PRESETS, "smokee")
     with pytest.raises(UserError, match="unknown setting 'step': choose from steps, rate, name"):
         presets.choose(PRESETS, "smoke", {"step": 1})
-    with pytest.raises(UserError, match="unknown setting 'step'"):
-        presets.parse(PRESETS["smoke"], ["step=1"])
+    with pytest.raises(UserError, match="unknown setting 'step': choose from steps, rate, name"):
+        presets.parse(smoke, ["step=1"])
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("steps", 1.5),
-        ("steps", True),
-        ("steps", "10"),
-        ("rate", "fast"),
-        ("rate", None),
-        ("name", 3),
-        ("wide", "false"),
-        ("wide", 0),
-        ("hidden", 8),
-        ("hidden", [8, "8"]),
-        ("limit", "none"),
-    ],
-)
-def test_a_value_of_another_type_is_refused(field, value):
-    with pytest.raises(UserError, match=f"setting '{field}' is"):
+WRONG = {"steps": [1.5, True, "10", 0], "rate": ["fast", None], "name": [3], "wide": ["false", 0]}
+WRONG |= {"hidden": [8, [8, "8"]], "limit": ["none"]}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in WRONG for value in WRONG[field]])
+def test_a_value_of_another_type_or_out_of_range_is_refused(field, value):
+    with pytest.raises(UserError, match=f"{field}'? is .*, but "):
         presets.choose(PRESETS, "smoke", {field: value})
-
-
-def test_a_value_out_of_range_is_a_user_error():
-    with pytest.raises(UserError, match="steps is 0, but must be above 0"):
-        presets.choose(PRESETS, "smoke", {"steps": 0})
 
 
 def test_parse_reads_each_type_from_words():
     words = ["steps=5", "rate=2e-3", "name=mnist", "wide=true", "hidden=[8, 8]", "limit=null"]
-    assert presets.parse(PRESETS["smoke"], words) == {
-        "steps": 5,
-        "rate": 0.002,
-        "name": "mnist",
-        "wide": True,
-        "hidden": (8, 8),
-        "limit": None,
-    }
-    assert presets.parse(PRESETS["smoke"], ["name=7"]) == {"name": "7"}, "text stays text"
+    values = {"steps": 5, "rate": 0.002, "name": "mnist", "wide": True, "hidden": (8, 8), "limit": None}
+    assert presets.parse(smoke, words) == values
+    assert presets.parse(smoke, ["name=7"]) == {"name": "7"}, "text stays text"
 
 
 @pytest.mark.parametrize("word", ["steps", "steps=", "steps=ten", "wide=False", "hidden=8"])
 def test_words_that_cannot_be_read_are_refused(word):
-    with pytest.raises(UserError, match=r"steps|wide|hidden"):
-        presets.parse(PRESETS["smoke"], [word])
+    with pytest.raises(UserError, match=r"cannot read 'steps': write name=value|setting '(steps|wide|hidden)' is"):
+        presets.parse(smoke, [word])

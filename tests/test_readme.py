@@ -1,5 +1,6 @@
 """What README and docs tell people to type: commands and settings are known, files exist, recipes run."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -33,14 +34,13 @@ def typed(*programs):
 @pytest.fixture(scope="module")
 def help_of(tmp_path_factory):
     """What `python -m` with these words and `--help` says."""
-    home, known = tmp_path_factory.mktemp("help"), {}
+    home = tmp_path_factory.mktemp("help")
 
+    @functools.cache
     def ask(*called):
-        if called not in known:
-            done = commands.run([*called, "--help"], home)
-            assert done.returncode == 0, done.stderr
-            known[called] = done.stdout
-        return known[called]
+        done = commands.run([*called, "--help"], home)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     return ask
 
@@ -50,9 +50,14 @@ def test_every_program_is_tried_here():
 
 
 @typed("make")
-def test_make_has_the_target(words, tmp_path):
+def test_make_has_the_target_and_the_settings(words, tmp_path):
     done = subprocess.run([*words, "-n", f"VENV={tmp_path}"], cwd=files.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    for notebook in select([given["ONLY"]] if "ONLY" in given else []):
+        settings = EXPERIMENTS[notebook.stem].settings
+        preset = given.get("PRESET", "smoke")
+        settings(preset, presets.parse(settings(preset), given.get("SET", "").split()))
 
 
 @typed("python", "torchrun")
@@ -69,15 +74,6 @@ def test_a_notebook_has_the_parameters(words):
     parameters = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
     named = [words[k + 1] for k, word in enumerate(words) if word == "-p"]
     assert named and all(f"{name}:" in parameters for name in named)
-
-
-@typed("make")
-def test_settings_exist(words):
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    for notebook in select([given["ONLY"]] if "ONLY" in given else []):
-        settings = EXPERIMENTS[notebook.stem].settings
-        preset = given.get("PRESET", "smoke")
-        settings(preset, presets.parse(settings(preset), given.get("SET", "").split()))
 
 
 def test_flags_and_settings_named_in_prose_exist(help_of):
@@ -106,33 +102,24 @@ def test_the_recipe_of_a_new_objective(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "runs").rglob("free bits/last.pt"))
 
 
-@pytest.fixture(scope="module")
-def recipes_of_notebook_03(tmp_path_factory):
-    """Settings that the recipes give, and the chain that a run with all of them draws; trainings of a few steps."""
-    home = tmp_path_factory.mktemp("recipes")
-    (home / "images").mkdir()
+def test_the_recipes_of_another_data_set_and_number_of_steps(tmp_path):
+    """One run with all settings that they give, in trainings of a few steps."""
+    (tmp_path / "images").mkdir()
     noise = np.random.default_rng(0).integers(256, size=(1400, 40, 48, 3), dtype=np.uint8)
     for k, pixels in enumerate(noise):
-        Image.fromarray(pixels).save(home / "images" / f"{k}.png", compress_level=0)
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", RECIPES, re.DOTALL)).replace("FOLDER", str(home / "images"))
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{k}.png", compress_level=0)
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", RECIPES, re.DOTALL)).replace("FOLDER", str(tmp_path / "images"))
     prepare, *runs = [shlex.split(line) for line in lines.splitlines() if line]
     assert all(words[:3] == ["make", "reproduce", "ONLY=03"] for words in runs)
     asked = [pair for words in runs for word in words if word.startswith("SET=") for pair in word[4:].split()]
-    few = ["train_steps=4", "one_step_train_steps=4", "infusion_train_steps=4", "ablation_train_steps=4"]
+    few = [f"{kind}train_steps=4" for kind in ("", "one_step_", "infusion_", "ablation_")]
     options = [word for pair in [*asked, *few] for word in ("--set", pair)]
     for words in (prepare[2:], ["paperlib.reproduce", "--only", "03", *options]):
-        done = commands.run(words, home)
+        done = commands.run(words, tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = (home / "runs").rglob("run.json")
-    return dict(pair.split("=") for pair in asked), run, np.load(run.with_name("arrays.npz"))["chain"]
-
-
-def test_the_recipe_of_another_data_set(recipes_of_notebook_03):
-    asked, run, chain = recipes_of_notebook_03
+    (run,) = (tmp_path / "runs").rglob("run.json")
+    asked = dict(pair.split("=") for pair in asked)
     assert asked["dataset"] == "own_images" == files.load_json(run)["settings"]["dataset"]
+    chain = np.load(run.with_name("arrays.npz"))["chain"]
     assert chain.shape[2:] == (int(asked["side"]), int(asked["side"]), 3)
-
-
-def test_the_recipe_of_another_number_of_steps(recipes_of_notebook_03):
-    asked, _, chain = recipes_of_notebook_03
     assert len(chain) == int(asked["chain_steps"]) + 1  # noise, then a mean for every step

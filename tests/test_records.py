@@ -1,6 +1,7 @@
 """What is recorded belongs to the code as it is: settings, criteria, and every number by the recorded arrays."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -18,26 +19,27 @@ def name(one):
     return f"{one.preset}-{one.notebook}"
 
 
+def measured(one):
+    return {key: {n: Estimate(**q) for n, q in entry["measured"].items()} for key, entry in one.claims.items()}
+
+
 def test_something_is_recorded_for_every_notebook():
     assert {one.notebook for one in RECORDED} == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("one", RECORDED, ids=name)
-def test_a_record_is_of_committed_code_and_of_the_settings_that_the_library_has_now(one):
+def test_a_record_is_of_committed_code_and_of_the_settings_and_criteria_that_the_library_has_now(one):
     run, settings = one.provenance, one.experiment.settings(one.preset)
     assert (run["notebook"], run["preset"], run["modified"]) == (one.notebook, one.preset, False)
     assert run["settings"] == files.plain(dataclasses.asdict(settings)), f"{one.command()} FLAGS=--record"
     assert (files.figures_root() / one.preset / f"{one.experiment.headline[0]}.png").exists()
-
-
-@pytest.mark.parametrize("one", RECORDED, ids=name)
-def test_verdicts_follow_from_the_recorded_numbers_by_the_criteria_in_the_code(one):
+    assert one.command() == f"make reproduce PRESET={one.preset} ONLY={one.notebook[:2]}"
+    assert one.minutes > 0 and run["revision"][:10] in one.origin()
     assert list(one.claims) == list(one.experiment.claims)
     for key, entry in one.claims.items():
         claim = one.experiment.claims[key]
-        measured = {name: Estimate(**quantity) for name, quantity in entry["measured"].items()}
         assert (entry["statement"], entry["expected"]) == (claim.statement, claim.expected)
-        assert entry["holds"] == judge(one.preset, claim, measured), key
+        assert entry["holds"] == judge(one.preset, claim, measured(one)[key]), key
 
 
 @pytest.mark.parametrize("one", TRAINED, ids=name)
@@ -49,11 +51,7 @@ def test_another_number_or_verdict_is_noticed(monkeypatch):
     one = TRAINED[0]
     key, entry = next(iter(one.claims.items()))
     name, quantity = next(iter(entry["measured"].items()))
-    again = {
-        claim: {name: Estimate(**numbers) for name, numbers in entry["measured"].items()}
-        for claim, entry in one.claims.items()
-    }
-    monkeypatch.setattr(records.Recorded, "recomputed", lambda self: again)
+    monkeypatch.setattr(records.Recorded, "recomputed", lambda self: measured(one))
     assert not records.differences(one)
     for changed in (
         entry | {"measured": entry["measured"] | {name: quantity | {"value": quantity["value"] * 1.01}}},
@@ -65,27 +63,17 @@ def test_another_number_or_verdict_is_noticed(monkeypatch):
 
 
 def test_numbers_that_could_not_be_measured_agree_with_themselves():
-    assert records.agree(Estimate(None), Estimate(float("nan")))
-    assert not records.agree(Estimate(1.0), Estimate(float("nan")))
+    assert records.agree(Estimate(None), Estimate(math.nan))
+    assert not records.agree(Estimate(1.0), Estimate(math.nan))
     assert not records.agree(Estimate(1.0, 0.5, 2.0), Estimate(1.0, 0.5, 2.1))
 
 
-def test_failed_claims_come_first():
-    holds = [entry["holds"] for *_, entry in records.rows(RECORDED)]
-    assert holds == sorted(holds, key=lambda held: held is not False) and False in holds
-
-
-@pytest.mark.parametrize("one", RECORDED, ids=name)
-def test_a_record_says_how_to_make_it_again(one):
-    assert one.command() == f"make reproduce PRESET={one.preset} ONLY={one.notebook[:2]}"
-    assert one.minutes > 0 and one.provenance["revision"][:10] in one.origin()
-
-
 @pytest.mark.parametrize(("differing", "code"), [([], 0), (["F1: another verdict"], 1)])
-def test_claims_are_listed_and_a_difference_is_the_exit_code(differing, code, monkeypatch, capsys):
+def test_claims_are_listed_failed_ones_first_and_a_difference_is_the_exit_code(differing, code, monkeypatch, capsys):
     monkeypatch.setattr(records, "differences", lambda one: differing)
     assert records.show() == code
     said = capsys.readouterr().out
     assert all(f"{claim} " in said for one in RECORDED for claim in one.claims)
+    assert 0 < said.rindex(" fails (") < said.index(" holds (")
     assert all(said.count(f"{line}\n") == len(RECORDED) for line in differing)
     assert said.endswith("records: none differ\n") == (code == 0)

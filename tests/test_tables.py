@@ -1,8 +1,8 @@
 """Every text that quotes what is recorded says the same."""
 
-import json
 import re
 
+import nbformat
 import pytest
 
 from paperlib.experiments import EXPERIMENTS
@@ -10,12 +10,6 @@ from paperlib.report import tables
 from paperlib.runs.claims import verdict_text
 from paperlib.system import files
 from paperlib.system.errors import UserError
-
-
-def cells(notebook):
-    """Of a committed notebook: (type, text) of each cell."""
-    found = json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in found]
 
 
 def test_readme_and_notebooks_quote_what_is_recorded():
@@ -40,8 +34,9 @@ def test_the_blocks_hold_the_recorded_numbers(notebook):
 
 @pytest.mark.parametrize("notebook", EXPERIMENTS)
 def test_every_recorded_figure_stands_below_that_of_the_committed_outputs(notebook):
-    text = "".join(source for kind, source in cells(notebook) if kind == "markdown")
-    names = [name for kind, source in cells(notebook) if kind == "code" for name in tables.FIGURE.findall(source)]
+    cells = nbformat.read(files.NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    text = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    names = [name for cell in cells if cell.cell_type == "code" for name in tables.FIGURE.findall(cell.source)]
     assert len(names) >= 3
     for name in names:
         assert text.count(f"/{tables.best(notebook).preset}/{name}.png)") == 1, name

@@ -1,33 +1,16 @@
-"""Prepare and list data sets.
-
-    python -m paperlib.data prepare lsun_bedroom --source FOLDER
-    python -m paperlib.data prepare lsun_bedroom --source bedroom_train_lmdb --subset
-    python -m paperlib.data list
-
-The first writes all images of a folder, of LSUN's LMDB or of an .npy file, the second those 10,000 of LSUN on which
-recorded runs trained. These runs had re-encodings of them at 256 pixels, so the pixels may differ from theirs a little.
-"""
+"""Prepare and list data sets; docs/running.md says from what."""
 
 import argparse
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from paperlib.data import datasets
 from paperlib.system.errors import run_command
 
 
 def main() -> None:
-    options = _parser().parse_args()
-    if options.command == "prepare":
-        folder = datasets.prepare(options.name, options.source, options.side, options.subset)
-        print(f"{datasets.count_prepared(options.name):,} images to train with", file=sys.stderr)
-        print(folder)
-        return
-    for name, source in datasets.SETS.items():
-        print(f"{name}: {datasets.whereabouts(name)}; {source}")
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paperlib.data", description="Prepare and list data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the data sets, and which of them are there")
@@ -39,7 +22,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--side", type=int, default=64, metavar="N", help=side)
     subset = "lsun_bedroom from bedroom_train_lmdb: only the 10,000 images of recorded runs"
     command.add_argument("--subset", action="store_true", help=subset)
-    return parser
+    options = parser.parse_args()
+    if options.command == "prepare":
+        folder = datasets.prepare(options.name, options.source, options.side, options.subset)
+        count = len(np.load(folder / "train-images.npy", mmap_mode="r"))
+        print(f"{count:,} images to train with", file=sys.stderr)
+        print(folder)
+    else:
+        for name, source in datasets.SETS.items():
+            print(f"{name}: {datasets.whereabouts(name)}; {source}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
 | `lsun_bedroom` | 64 x 64, colour | all but the last 500 | the last 500, less near-copies |
 | `own_images` | a side of choice, colour | all but the last tenth, 500 at most | the last, less near-copies |
 
-`load` gives a data set by name. The first two come with scikit-learn. The others are read, memory-mapped, from
-`prepared/<name>/{train,test}-{images,labels}.npy` below `data_root()`, which `prepare` writes once.
+The first two come with scikit-learn. The others are memory-mapped from `prepared/<name>/` below `data_root()`, where
+`prepare` writes them once.
 """
 
 import contextlib
@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 
 from paperlib.data import downloads, image_arrays
 from paperlib.system.errors import UserError
-from paperlib.system.files import atomic_write, data_root, locked, make_folder
+from paperlib.system.files import atomic_write, data_root, locked
 
 SETS = {
     "digits": "UCI handwritten digits (Alpaydin and Kaynak 1998), from scikit-learn",
@@ -38,14 +39,10 @@ SETS = {
     "lsun_bedroom": "LSUN bedroom (Yu et al. 2015), central squares",
     "own_images": "a reader's own images, central squares",
 }
-PREPARED = {  # sides and channels, where they are given
-    "mnist": (28, 28, 1),
-    "cifar10": (32, 32, 3),
-    "lsun_bedroom": (None, None, 3),
-    "own_images": (None, None, 3),
-}
+PREPARED = {"mnist": (28, 1), "cifar10": (32, 3), "lsun_bedroom": (None, 3), "own_images": (None, 3)}  # side, channels
 _HASH_WHOLE = 2**30  # bytes
 _HASH_SAMPLE = 4096  # images
+_Images = np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +51,27 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray | None = None
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Split":
+        return Split(self.images[rows], None if self.labels is None else self.labels[rows])
+
+    def describe(self) -> dict:
+        """Count, shape, and the SHA-256 of the bytes of `images` in C order.
+
+        Above 1 GiB only 4,096 evenly spaced images are hashed, the first and the last among them; `hashed` says which.
+        """
+        images, rows, hashed = self.images, np.arange(len(self.images)), "all images"
+        if images.nbytes > _HASH_WHOLE:
+            rows = np.linspace(0, len(images) - 1, _HASH_SAMPLE).round().astype(np.int64)
+            hashed = f"{_HASH_SAMPLE} evenly spaced images"
+        digest = hashlib.sha256()
+        for chunk in np.array_split(rows, len(rows) // 1024 + 1):
+            digest.update(np.ascontiguousarray(images[chunk]))
+        description = {"count": len(images), "shape": list(images.shape[1:])}
+        description |= {"sha256": digest.hexdigest(), "hashed": hashed}
+        if self.labels is not None:
+            description["labels_sha256"] = hashlib.sha256(self.labels.astype(np.uint8)).hexdigest()
+        return description
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +89,13 @@ class Dataset:
     test: Split | None = None
 
     def describe(self) -> dict:
-        """What a run records of its data: name, source, levels; per part count, shape, SHA-256.
-
-        The checksum is that of the bytes of `images` in C order. Of a part above 1 GiB only 4,096 evenly spaced images
-        are hashed, the first and the last among them; `hashed` says which.
-        """
+        """What a run records of its data."""
         parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
         return {
             "name": self.name,
             "source": self.source,
             "levels": self.levels,
-            "parts": {key: _describe(part) for key, part in parts.items() if part is not None},
+            "parts": {key: part.describe() for key, part in parts.items() if part is not None},
         }
 
 
@@ -89,24 +103,20 @@ def load(name: str, side: int | None = None) -> Dataset:
     """The data set called `name`, one of `SETS`.
 
     `side` is the patch size of `photos`, from 4 to 128 pixels (default 32); their patches lie half a side apart. For
-    another set `side` only demands images of that size. MNIST and CIFAR-10 are prepared on first use, from the archives
-    below `data_root()` or by download.
-
+    another set `side` only demands images of that size. MNIST and CIFAR-10 are prepared on first use.
     Raises `UserError` for an unknown name, data that is missing and cannot be had, and unfit files.
     """
     _check_name(name)
     if name == "photos":
         return _photos(32 if side is None else side)
-    dataset = _digits() if name == "digits" else _load_prepared(name)
+    dataset = _digits() if name == "digits" else _read_prepared(name)
     own_side = dataset.train.images.shape[1]
     if side not in (None, own_side):
         raise UserError(f"images of {name!r} are {own_side} pixels a side, not {side}: leave out side")
     return dataset
 
 
-def to_unit(
-    images: np.ndarray | torch.Tensor, levels: int = 256, device: torch.device | str | None = None
-) -> torch.Tensor:
+def to_unit(images: _Images, levels: int = 256, device: torch.device | str | None = None) -> torch.Tensor:
     """uint8 (N, H, W, C) to float32 (N, C, H, W) in [0, 1]: grey level k is k / (levels - 1).
 
     The bytes move to `device` before they are widened. Raises `TypeError` for another type, `ValueError` for another
@@ -125,9 +135,7 @@ def to_unit(
     return images.to(torch.float32).div_(levels - 1)
 
 
-def to_float(
-    images: np.ndarray | torch.Tensor, levels: int = 256, device: torch.device | str | None = None
-) -> torch.Tensor:
+def to_float(images: _Images, levels: int = 256, device: torch.device | str | None = None) -> torch.Tensor:
     """As `to_unit`, but in [-1, 1]."""
     return to_unit(images, levels, device).mul_(2).sub_(1)
 
@@ -152,13 +160,11 @@ def to_uint8(images: torch.Tensor, levels: int = 256) -> np.ndarray:
 
 
 def prepare(name: str, source: str | Path | None = None, side: int = 64, subset: bool = False) -> Path:
-    """Write the arrays of `name` into `data_root()/prepared/<name>` and return that folder.
+    """Write the arrays of `name` into `data_root()/prepared/<name>`, each whole or not at all, and return that folder.
 
     `mnist` and `cifar10` come from the original archives below `data_root()`, or by download; `lsun_bedroom` and
-    `own_images` from `source`, a folder of images, an LMDB or an .npy file, see `image_arrays.write`. `subset` takes
-    from LSUN's `bedroom_train_lmdb` the images of `lsun.subset_keys` only.
-
-    Arrays that are there already are replaced, each whole or not at all. Raises `UserError`.
+    `own_images` from `source`, see `image_arrays.write`. `subset` takes from LSUN's `bedroom_train_lmdb` the images of
+    `lsun.subset_keys` only. Raises `UserError`.
     """
     _check_name(name)
     if name not in PREPARED:
@@ -167,20 +173,13 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
         raise UserError(f"{name!r} takes no --source: its archives belong below {data_root()}")
     if name != "lsun_bedroom" and subset:
         raise UserError(f"{name!r} takes no --subset: it is for lsun_bedroom")
-    if name not in downloads.NAMES and source is None:
+    if name in downloads.NAMES:
+        _prepare_original(name, again=True)
+    elif source is None:
         raise UserError(f"say where the images are: {_command(name)}")
-    folder = make_folder(_folder(name))
-    if source is not None:
-        image_arrays.write(Path(source).expanduser(), folder / "train-images.npy", side, subset)
     else:
-        with locked(folder, "preparing data", patience=math.inf):
-            _prepare_original(name, folder)
-    return folder
-
-
-def count_prepared(name: str) -> int:
-    """The number of images that `prepare` wrote to train with."""
-    return len(_read_array(name, _folder(name) / "train-images.npy"))
+        image_arrays.write(Path(source).expanduser(), _folder(name) / "train-images.npy", side, subset)
+    return _folder(name)
 
 
 def whereabouts(name: str) -> str:
@@ -203,11 +202,9 @@ def _digits() -> Dataset:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images, labels = digits.images.astype(np.uint8)[..., None], digits.target.astype(np.int64)
-    rows = np.arange(len(labels))
-    parts = train_test_split(rows, test_size=297, stratify=labels, random_state=0)
-    parts = [Split(images[rows], labels[rows]) for rows in map(np.sort, parts)]
-    return Dataset("digits", *parts, levels=17, source=SETS["digits"])
+    full = Split(digits.images.astype(np.uint8)[..., None], digits.target.astype(np.int64))
+    parts = train_test_split(np.arange(len(full.labels)), test_size=297, stratify=full.labels, random_state=0)
+    return Dataset("digits", *(full[np.sort(rows)] for rows in parts), levels=17, source=SETS["digits"])
 
 
 def _photos(side: int) -> Dataset:
@@ -217,9 +214,11 @@ def _photos(side: int) -> Dataset:
         raise UserError(f"photos come in patches of 4 to 128 pixels a side, not {side}")
     photographs = load_sample_images().images
     cut = photographs[0].shape[1] * 4 // 5
-    train = np.concatenate([_patches(photograph[:, :cut], side) for photograph in photographs])
-    held = np.concatenate([_patches(photograph[:, cut:], side) for photograph in photographs])
-    return Dataset("photos", Split(train), Split(held), levels=256, source=SETS["photos"])
+    train, held_out = (
+        Split(np.concatenate([_patches(photograph[:, part], side) for photograph in photographs]))
+        for part in (slice(cut), slice(cut, None))
+    )
+    return Dataset("photos", train, held_out, levels=256, source=SETS["photos"])
 
 
 def _patches(image: np.ndarray, side: int) -> np.ndarray:
@@ -247,44 +246,46 @@ def _missing(name: str) -> list[str]:
     return [file for file in files if not (_folder(name) / file).is_file()]
 
 
-def _load_prepared(name: str) -> Dataset:
-    folder = _folder(name)
+def _read_prepared(name: str) -> Dataset:
     if missing := _missing(name):
         if name not in downloads.NAMES:
-            raise UserError(f"{folder} has no {', '.join(missing)}; write it with {_command(name)}")
-        with locked(folder, "preparing data", patience=math.inf):  # processes that train together ask at once
-            if _missing(name):
-                _prepare_original(name, folder)
+            raise UserError(f"{_folder(name)} has no {', '.join(missing)}; write it with {_command(name)}")
+        _prepare_original(name)
     if name == "mnist":
-        parts = [_read_split(name, "train"), _read_split(name, "test")]
-        return Dataset(name, *parts, levels=256, source=SETS[name])
+        return Dataset(name, _read_split(name, "train"), _read_split(name, "test"), levels=256, source=SETS[name])
     return _cifar10() if name == "cifar10" else _prepared_here(name)
 
 
+def _prepare_original(name: str, again: bool = False) -> None:
+    with locked(_folder(name), "preparing data", patience=math.inf):  # processes that train together ask at once
+        if not again and not _missing(name):
+            return
+        print(f"preparing {name} in {_folder(name)}", file=sys.stderr)
+        for part, arrays in downloads.read(name, _command(name)).items():
+            for kind, array in zip(("images", "labels"), arrays, strict=True):
+                image_arrays.save(_folder(name) / f"{part}-{kind}.npy", array)
+
+
 def _cifar10() -> Dataset:
-    name = "cifar10"
-    full, test, source = _read_split(name, "train"), _read_split(name, "test"), SETS[name]
-    first = _first_held_out(name, len(full.images), most=5000)
-    parts = [Split(full.images[:first], full.labels[:first])]
-    parts += [Split(full.images[first:], full.labels[first:])]
+    full, test, source = _read_split("cifar10", "train"), _read_split("cifar10", "test"), SETS["cifar10"]
+    first = _first_held_out("cifar10", len(full.images), most=5000)
     if len(test.images) < 10_000:
         source += f"; test: only the first {len(test.images):,} of the 10,000 test images"
-    return Dataset(name, *parts, levels=256, source=source, test=test)
+    return Dataset("cifar10", full[:first], full[first:], levels=256, source=source, test=test)
 
 
 def _prepared_here(name: str) -> Dataset:
-    full = _read_split(name, "train").images
-    first = _first_held_out(name, len(full), most=500)
+    full = _read_split(name, "train")
+    first = _first_held_out(name, len(full.images), most=500)
     train, last = full[:first], full[first:]
-    copies = _near_copies(_folder(name) / "train-images.npy", train, last)
+    copies = _near_copies(_folder(name) / "train-images.npy", train.images, last.images)
     if copies.all():
         raise UserError(
-            f"{_folder(name)} holds nothing to hold out: its last {len(last)} images are "
-            f"near-copies of others; write other images with {_command(name)}"
+            f"{_folder(name)} holds nothing to hold out: its last {len(copies)} images are near-copies of others; "
+            f"write other images with {_command(name)}"
         )
-    left_out = f"{copies.sum()} near-copies of training images"
-    source = f"{SETS[name]}; held out: the last {len(last)}, less {left_out}"
-    return Dataset(name, Split(train), Split(last[~copies]), levels=256, source=source)
+    source = f"{SETS[name]}; held out: the last {len(copies)}, less {copies.sum()} near-copies of training images"
+    return Dataset(name, train, last[~copies], levels=256, source=source)
 
 
 def _first_held_out(name: str, count: int, most: int) -> int:
@@ -311,55 +312,31 @@ def _near_copies(path: Path, train: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 
 def _read_split(name: str, part: str) -> Split:
-    path, shape = _folder(name) / f"{part}-images.npy", PREPARED[name]
-    images = _read_array(name, path)
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == images.shape[2]
-    if not fits or not len(images) or any(shape[k] not in (None, images.shape[k + 1]) for k in range(3)):
-        wanted = " x ".join("side" if size is None else str(size) for size in shape)
-        raise _unfit(name, path, f"is {images.dtype} {images.shape}, not uint8 images {wanted}")
+    file, (side, channels) = f"{part}-images.npy", PREPARED[name]
+    images = _read_array(name, file)
+    sides = (side, side) if side else images.shape[1:2] * 2
+    if images.dtype != np.uint8 or images.shape[1:] != (*sides, channels) or not len(images):
+        wanted = f"{side or 'side'} x {side or 'side'} x {channels}"
+        raise _unfit(name, file, f"is {images.dtype} {images.shape}, not uint8 images {wanted}")
     if name not in downloads.NAMES:
         return Split(images)
-    path = _folder(name) / f"{part}-labels.npy"
-    labels = _read_array(name, path)
+    file = f"{part}-labels.npy"
+    labels = _read_array(name, file)
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        wanted = f"the labels of {len(images)} images"
-        raise _unfit(name, path, f"is {labels.dtype} {labels.shape}, not {wanted}")
+        raise _unfit(name, file, f"is {labels.dtype} {labels.shape}, not the labels of {len(images)} images")
     if labels.min() < 0 or labels.max() > 9:
-        raise _unfit(name, path, f"holds labels from {labels.min()} to {labels.max()}, not 0 to 9")
+        raise _unfit(name, file, f"holds labels from {labels.min()} to {labels.max()}, not 0 to 9")
     return Split(images, np.array(labels, dtype=np.int64))
 
 
-def _read_array(name: str, path: Path) -> np.ndarray:
+def _read_array(name: str, file: str) -> np.ndarray:
     try:
-        return image_arrays.open_array(path)
+        return npy.open_memmap(_folder(name) / file, mode="r")
     except ValueError as error:
-        raise _unfit(name, path, f"is damaged ({error})") from error
+        raise _unfit(name, file, f"is damaged ({error})") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; allow reading it") from error
+        raise UserError(f"cannot read {_folder(name) / file}: {error.strerror}; allow reading it") from error
 
 
-def _unfit(name: str, path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}: write it again with {_command(name)}")
-
-
-def _prepare_original(name: str, folder: Path) -> None:
-    print(f"preparing {name} in {folder}", file=sys.stderr)
-    for part, (images, labels) in downloads.read(name, _command(name)).items():
-        for file, array in ((f"{part}-images.npy", images), (f"{part}-labels.npy", labels)):
-            with atomic_write(folder / file) as partial:
-                np.save(partial, np.ascontiguousarray(array))
-
-
-def _describe(part: Split) -> dict:
-    images, rows, hashed = part.images, np.arange(len(part.images)), "all images"
-    if images.nbytes > _HASH_WHOLE:
-        rows = np.linspace(0, len(images) - 1, _HASH_SAMPLE).round().astype(np.int64)
-        hashed = f"{_HASH_SAMPLE} evenly spaced images"
-    digest = hashlib.sha256()
-    for chunk in np.array_split(rows, len(rows) // 1024 + 1):
-        digest.update(np.ascontiguousarray(images[chunk]))
-    description = {"count": len(images), "shape": list(images.shape[1:])}
-    description |= {"sha256": digest.hexdigest(), "hashed": hashed}
-    if part.labels is not None:
-        description["labels_sha256"] = hashlib.sha256(part.labels.astype(np.uint8)).hexdigest()
-    return description
+def _unfit(name: str, file: str, what: str) -> UserError:
+    return UserError(f"{_folder(name) / file} {what}: write it again with {_command(name)}")

@@ -22,14 +22,15 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     files, their folder and the `command` to run when they are there.
     """
     datasets = _torchvision().datasets
-    kind = datasets.MNIST if name == "mnist" else datasets.CIFAR10
-    folder, sums = _archives(name, kind)
-    states = {file: _state(folder / file, md5, datasets.utils) for file, md5 in sums.items()}
     if name == "mnist":
-        # torchvision trusts an unpacked copy unseen, and a killed run may have left half of one.
-        for file, state in states.items():
-            if state == "sound":
-                (folder / file).with_suffix("").unlink(missing_ok=True)
+        kind, folder, sums = datasets.MNIST, data_root() / "MNIST" / "raw", dict(datasets.MNIST.resources)
+    else:
+        kind, folder, sums = datasets.CIFAR10, data_root(), {datasets.CIFAR10.filename: datasets.CIFAR10.tgz_md5}
+    states = {file: _state(folder / file, md5, datasets.utils) for file, md5 in sums.items()}
+    for file in sums:
+        if name == "mnist" and states[file] == "sound":
+            # torchvision trusts an unpacked copy unseen, and a killed run may have left half of one.
+            (folder / file).with_suffix("").unlink(missing_ok=True)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none
     try:
@@ -49,14 +50,17 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
-    return {"train": _arrays(train), "test": _arrays(test)}
+    arrays = {}
+    for part, images in (("train", train), ("test", test)):
+        pixels = np.asarray(images.data)
+        arrays[part] = pixels.reshape(*pixels.shape[:3], -1), np.asarray(images.targets, dtype=np.uint8)
+    return arrays
 
 
 def _torchvision() -> ModuleType:
-    """The package, imported in spite of missing operators.
+    """The package, imported even where its compiled part does not load, as beside a torch from another source.
 
-    Beside a CPU build of torch from another source its compiled part does not load, and the import stops at the first
-    operator that its Python part describes. Data sets and transforms need none.
+    The import then stops at the first operator that its Python part describes. Data sets and transforms need none.
     """
     try:
         import torchvision
@@ -72,13 +76,6 @@ def _torchvision() -> ModuleType:
     return torchvision
 
 
-def _archives(name: str, kind: type) -> tuple[Path, dict[str, str]]:
-    """The folder of the archives, and the MD5 of each."""
-    if name == "mnist":
-        return data_root() / "MNIST" / "raw", dict(kind.resources)
-    return data_root(), {kind.filename: kind.tgz_md5}
-
-
 def _state(path: Path, md5: str, utils: ModuleType) -> str:
     if not path.is_file():
         return "missing"
@@ -86,9 +83,3 @@ def _state(path: Path, md5: str, utils: ModuleType) -> str:
         return "sound" if utils.check_integrity(path, md5) else "damaged (wrong checksum)"
     except OSError as error:
         return f"unreadable ({error.strerror})"
-
-
-def _arrays(dataset) -> tuple[np.ndarray, np.ndarray]:
-    images = np.asarray(dataset.data)
-    images = images[..., None] if images.ndim == 3 else images
-    return images, np.asarray(dataset.targets).astype(np.uint8)

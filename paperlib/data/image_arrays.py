@@ -6,6 +6,7 @@ All works through memory maps and in chunks, so that three million images need l
 import collections
 import contextlib
 import io
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ from paperlib.system.files import atomic_write
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NEAR = 0.9
 _CHUNK = 2048
+_THREADS = min(8, os.cpu_count() or 1)
+_Encoded = Path | io.BytesIO
 
 
 def write(source: Path, path: Path, side: int, subset: bool = False) -> None:
@@ -54,26 +57,27 @@ def write(source: Path, path: Path, side: int, subset: bool = False) -> None:
     if subset and not folder:
         raise UserError(f"{source} is no LMDB: --subset takes LSUN's bedroom_train_lmdb as --source")
     if array:
-        _copy(source, path, side)
-    elif not folder:
-        _write_folder(source, path, side)
-    elif folder != source and _image_files(source):
+        return _copy(source, path, side)
+    files = [] if folder == source else _image_files(source)
+    if not folder:
+        if not files:
+            raise UserError(f"{source} holds no images ({' '.join(ENDINGS)}): name a folder that does")
+        return _write_squares(((file, source / file) for file in files), len(files), source, path, side)
+    if files:
         raise UserError(f"{source} holds images and an LMDB: name {folder}, or a folder of images alone")
-    else:
-        total, images = lsun.read(folder, lsun.subset_keys() if subset else ())
-        with contextlib.closing(images):
-            encoded = ((key, io.BytesIO(value)) for key, value in images)
-            _write_squares(
-                encoded, total, folder, path, side, all_of_them=subset, advice=f"; {lsun.AGAIN} to have them"
-            )
+    total, images = lsun.read(folder, lsun.subset_keys() if subset else ())
+    with contextlib.closing(images):
+        encoded = ((key, io.BytesIO(value)) for key, value in images)
+        _write_squares(encoded, total, folder, path, side, lsun.AGAIN, all_of_them=subset)
 
 
-def open_array(path: Path) -> np.memmap:
-    """The array in the .npy file `path`, memory-mapped for reading.
-
-    Raises `ValueError` for a file of another format, cut short or of Python objects; `OSError`.
-    """
-    return npy.open_memmap(path, mode="r")
+def save(path: Path, array: np.ndarray) -> None:
+    """Write a uint8 array to the .npy file `path`, whole or not at all. Raises `UserError`."""
+    with atomic_write(path) as partial:
+        copy = _new_array(partial, array.shape)
+        for part in _slices(len(array), "copying"):
+            copy[part] = array[part]
+        copy.flush()
 
 
 def near_copies(images: np.ndarray, among: np.ndarray) -> np.ndarray:
@@ -85,8 +89,8 @@ def near_copies(images: np.ndarray, among: np.ndarray) -> np.ndarray:
     """
     wanted = torch.cat([_thumbnails(images), _thumbnails(images[:, :, ::-1])])
     best = torch.full((len(wanted),), -1.0)
-    for chunk in _chunks(among, "looking for near-copies"):
-        best = torch.maximum(best, (wanted @ _thumbnails(chunk).T).amax(1))
+    for part in _slices(len(among), "looking for near-copies"):
+        best = torch.maximum(best, (wanted @ _thumbnails(among[part]).T).amax(1))
     return (best.reshape(2, len(images)).amax(0) > NEAR).numpy()
 
 
@@ -97,49 +101,30 @@ def _thumbnails(images: np.ndarray) -> torch.Tensor:
     return normalize(thumbnails - thumbnails.mean(1, keepdim=True), dim=1)
 
 
-def _chunks(images: np.ndarray, label: str) -> Iterator[np.ndarray]:
-    with tqdm(total=len(images), desc=label, unit="image", delay=2) as bar:
-        for first in range(0, len(images), _CHUNK):
-            chunk = images[first : first + _CHUNK]
-            yield chunk
-            bar.update(len(chunk))
+def _slices(count: int, label: str) -> Iterator[slice]:
+    with tqdm(range(0, count, _CHUNK), desc=label, unit="image", unit_scale=_CHUNK, delay=2) as firsts:
+        yield from (slice(first, first + _CHUNK) for first in firsts)
 
 
 def _copy(source: Path, path: Path, side: int) -> None:
     try:
-        images = open_array(source)
+        images = npy.open_memmap(source, mode="r")
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read {source} ({error}): name a sound .npy file") from error
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (side, side, 3)
-    if not fits or not len(images):
-        raise UserError(
-            f"{source} is {images.dtype} {images.shape}, not uint8 (N, {side}, {side}, 3): "
-            f"name another file, or its --side"
-        )
-    with atomic_write(path) as partial:
-        copy = _new_array(partial, images.shape)
-        first = 0
-        for chunk in _chunks(images, "copying"):
-            copy[first : first + len(chunk)] = chunk
-            first += len(chunk)
-        copy.flush()
-
-
-def _write_folder(source: Path, path: Path, side: int) -> None:
-    files = _image_files(source)
-    if not files:
-        raise UserError(f"{source} holds no images ({' '.join(ENDINGS)}): name a folder that does")
-    _write_squares(((file, source / file) for file in files), len(files), source, path, side)
+    if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3) or not len(images):
+        wanted = f"uint8 (N, {side}, {side}, 3)"
+        raise UserError(f"{source} is {images.dtype} {images.shape}, not {wanted}: name another file, or its --side")
+    save(path, images)
 
 
 def _write_squares(
-    images: Iterable[tuple[str, Path | io.BytesIO]],
+    images: Iterable[tuple[str, _Encoded]],
     total: int,
     source: Path,
     path: Path,
     side: int,
-    all_of_them: bool = False,
     advice: str = "",
+    all_of_them: bool = False,
 ) -> None:
     """Write the squares of `total` images, which come with their names, to `path`.
 
@@ -156,38 +141,42 @@ def _write_squares(
                 continue
             bad.append(f"{name} ({type(square).__name__})")
             if all_of_them:
-                raise UserError(f"the image {bad[0]} in {source} cannot be read: {lsun.AGAIN}")
+                raise UserError(f"the image {bad[0]} in {source} cannot be read: {advice}")
         array.flush()
         if not count:
             raise UserError(
                 f"none of the {total} images in {source} can be read, {bad[0]} the first: name another folder"
             )
         if bad:
-            _shorten(partial, count)
+            _shorten(partial, array, count)
     if bad:
-        more = "" if len(bad) <= 3 else f" and {len(bad) - 3} more"
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        advice = advice and f"; {advice} to have them"
         print(f"left out {len(bad)} of {total} images: {', '.join(bad[:3])}{more}{advice}", file=sys.stderr)
 
 
-def _squares(
-    images: Iterable[tuple[str, Path | io.BytesIO]], side: int, threads: int = min(8, os.cpu_count() or 1)
-) -> Iterator[tuple[str, np.ndarray | Exception]]:
+def _squares(images: Iterable[tuple[str, _Encoded]], side: int) -> Iterator[tuple[str, np.ndarray | Exception]]:
     """The square of each image in turn, or why it cannot be read. Pillow works in several threads at once."""
     Image.init()  # where two threads open a first image together, one may not find its format
     waiting = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for name, image in images:
-            waiting.append((name, pool.submit(_square_or_error, image, side)))
-            if len(waiting) > 4 * threads:
+            waiting.append((name, pool.submit(_central_square, image, side)))
+            if len(waiting) > 4 * _THREADS:
                 name, square = waiting.popleft()
                 yield name, square.result()
         for name, square in waiting:
             yield name, square.result()
 
 
-def _square_or_error(image: Path | io.BytesIO, side: int) -> np.ndarray | Exception:
+def _central_square(file: _Encoded, side: int) -> np.ndarray | Exception:
     try:
-        return _central_square(image, side)
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        square = min(image.size)
+        left, top = (image.width - square) // 2, (image.height - square) // 2
+        image = image.crop((left, top, left + square, top + square))
+        return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
         return error
 
@@ -202,15 +191,6 @@ def _image_files(folder: Path) -> list[str]:
     return paths
 
 
-def _central_square(file: Path | io.BytesIO, side: int) -> np.ndarray:
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-    square = min(image.size)
-    left, top = (image.width - square) // 2, (image.height - square) // 2
-    image = image.crop((left, top, left + square, top + square))
-    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
-
-
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """A writable memory map that takes its room at once: a full disk is an error, not a crash."""
     array = npy.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
@@ -220,15 +200,11 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
-def _shorten(path: Path, count: int) -> None:
+def _shorten(path: Path, array: np.memmap, count: int) -> None:
     """Keep the first `count` images: numpy pads the header, so the count can change in place."""
+    shape = (count, *array.shape[1:])
     with path.open("rb+") as file:
-        npy.read_magic(file)
-        shape, _, _ = npy.read_array_header_1_0(file)
-        start = file.tell()
-        file.seek(0)
-        shape = (count, *shape[1:])
         npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        if file.tell() != start:
+        if file.tell() != array.offset:
             raise RuntimeError(f"the header of {path} changed its length")
-        file.truncate(start + int(np.prod(shape, dtype=np.int64)))
+        file.truncate(array.offset + math.prod(shape))

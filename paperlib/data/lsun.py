@@ -1,9 +1,6 @@
-"""LSUN's own files: LMDBs of encoded images, one for each category and part, and the keys of a subset.
+"""LSUN's LMDBs: folders that hold `data.mdb`, from keys (40 hexadecimal digits) to images as WebP or JPEG.
 
-An LMDB is a folder that holds `data.mdb`, and maps keys (40 hexadecimal digits) to images as WebP or JPEG.
-
-The subset is 10,000 of the 3,033,042 images of `bedroom_train`, in the order of their keys. Recorded runs used
-re-encodings of them at 256 pixels, so arrays made from LSUN's own files may differ from those a little.
+The subset is 10,000 of the 3,033,042 images of `bedroom_train`, in the order of their keys; see docs/running.md.
 """
 
 import contextlib
@@ -54,13 +51,20 @@ def read(folder: Path, keys: Sequence[bytes] = ()) -> tuple[int, Iterator[tuple[
     With `keys`, only those, in their order. Raises `UserError` where `folder` holds no LMDB or one without images, and
     while the images are drawn where some of `keys` are missing, before the first, or the LMDB is damaged.
     """
-    with _opened(folder) as opened:
-        stat, size = opened.stat(), (folder / "data.mdb").stat().st_size
-        full = stat["psize"] * (opened.info()["last_pgno"] + 1)
-        if size < 0.99 * full:  # of a sound one a few pages may be missing, which were freed before they were written
-            raise UserError(f"{folder / 'data.mdb'} is cut short ({size:,} of {full:,} bytes): {AGAIN}")
-        if not stat["entries"]:
-            raise UserError(f"{folder} is an LMDB without images: name another folder")
+    import lmdb
+
+    file = folder / "data.mdb"
+    try:
+        with lmdb.open(str(folder), **_OPTIONS) as opened:
+            stat, pages = opened.stat(), opened.info()["last_pgno"] + 1
+    except lmdb.Error as error:
+        reason = str(error).removeprefix(f"{folder}: ")
+        raise UserError(f"cannot read {file} ({reason}): {AGAIN}") from error
+    size, full = file.stat().st_size, stat["psize"] * pages
+    if size < 0.99 * full:  # of a sound one a few pages may be missing, which were freed before they were written
+        raise UserError(f"{file} is cut short ({size:,} of {full:,} bytes): {AGAIN}")
+    if not stat["entries"]:
+        raise UserError(f"{folder} is an LMDB without images: name another folder")
     total = len(keys) or stat["entries"]
     return total, _stream(folder, keys, total)
 
@@ -73,10 +77,8 @@ def _stream(folder: Path, keys: Sequence[bytes], total: int) -> Iterator[tuple[s
         count = 0
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
             if missing := pickle.load(reader.stdout):  # noqa: S301 - the reader is our own
-                raise UserError(
-                    f"{folder} lacks {missing:,} of the {total:,} images of the subset: "
-                    f"name the whole bedroom_train_lmdb"
-                )
+                lacks = f"{folder} lacks {missing:,} of the {total:,} images of the subset"
+                raise UserError(f"{lacks}: name the whole bedroom_train_lmdb")
             while True:
                 key, value = pickle.load(reader.stdout)  # noqa: S301
                 yield key.decode("ascii", "backslashreplace"), value
@@ -86,19 +88,3 @@ def _stream(folder: Path, keys: Sequence[bytes], total: int) -> Iterator[tuple[s
                 f"{folder / 'data.mdb'} is damaged: reading it ended after {count:,} of {total:,} images "
                 f"(exit code {reader.returncode}); {AGAIN}"
             )
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator:
-    try:
-        import lmdb
-    except ImportError as error:
-        raise UserError(
-            f"{folder} is an LMDB, and the package lmdb is missing: run pip install -r requirements.txt"
-        ) from error
-    try:
-        with lmdb.open(str(folder), **_OPTIONS) as opened:
-            yield opened
-    except lmdb.Error as error:
-        reason = str(error).removeprefix(f"{folder}: ")
-        raise UserError(f"cannot read {folder / 'data.mdb'} ({reason}): {AGAIN}") from error

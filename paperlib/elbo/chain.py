@@ -1,8 +1,7 @@
-"""The Markov chain z ~ q(z|x), x' ~ p(x|z) on a finite set: its stationary distribution, its speed, and what a wrong
-decoder does to both.
+"""The Markov chain z ~ q(z|x), x' ~ p(x|z) on a finite set: where it rests, how fast, and with a wrong decoder.
 
-The equation numbers are those of notebook 01. Tables are float64; p_x is (X,), q_z_given_x (X, Z), p_x_given_z (Z, X)
-as in `finite.Finite`, a kernel is (X, X) with rows that sum to one, and distances are total variation, in [0, 1].
+Tables are float64, as in `finite.Finite` without a batch; a kernel is (X, X) with rows that sum to one, and distances
+are total variation, in [0, 1]. As in notebook 01:
 
     (7)  K(x, x') = sum_z q(z|x) p(x'|z)
     (8)  eigenvalues of K = squared singular values of M(x, z) = q(x,z) / sqrt(p(x) q(z)),  where p(x|z) = q(x|z)
@@ -38,12 +37,12 @@ def stationary(kernel: Tensor) -> Tensor:
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
-    """Half the sum of |p - q| over the last dimension, (...)."""
+    """Between distributions over the last dimension, (...)."""
     return 0.5 * (p - q).abs().sum(-1)
 
 
 def dobrushin(kernel: Tensor) -> Tensor:
-    """The greatest total variation between two rows of a kernel: one step shrinks any difference at least to that."""
+    """The greatest total variation between two rows of a kernel."""
     return total_variation(kernel[:, None], kernel[None]).max()
 
 
@@ -56,7 +55,6 @@ class Spectrum:
 
     @property
     def gap(self) -> Tensor:
-        """1 minus the second eigenvalue."""
         return 1 - self.eigenvalues[1]
 
 
@@ -82,8 +80,7 @@ def maximal_correlation(q_xz: Tensor) -> Tensor:
         f = f - weights @ f
         return f / torch.sqrt(weights @ f**2)
 
-    generator = torch.Generator().manual_seed(0)
-    f = standard(torch.randn(len(p_x), generator=generator, dtype=q_xz.dtype), p_x)
+    f = torch.randn(len(p_x), generator=torch.Generator().manual_seed(0), dtype=q_xz.dtype)
     correlation = torch.tensor(-1.0, dtype=q_xz.dtype)
     for _ in range(20_000):
         g = standard((f @ q_xz) / q_z, q_z)

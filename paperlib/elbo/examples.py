@@ -43,27 +43,23 @@ def best_elbos(count: int) -> Finite:
     most = finite.most_informative_coupling(FLOW_X_PERCENT, FLOW_Z_PERCENT)
     share = torch.linspace(0, 1, count, **F64)[:, None, None]
     joint = (1 - share) * FLOW_P_X[:, None] * FLOW_P_Z + share * most
-    p_x, p_z = FLOW_P_X.expand(count, -1), FLOW_P_Z.expand(count, -1)
-    return finite.matched(p_x, joint / FLOW_P_X[:, None], p_z)
+    return finite.matched(FLOW_P_X.expand(count, -1), joint / FLOW_P_X[:, None], FLOW_P_Z.expand(count, -1))
 
 
 def flow_starts(count: int, generator: torch.Generator) -> Finite:
     """`count` random pairs of encoder and decoder, each from nearly flat to sharp, independently of the other."""
-    p_x, p_z = FLOW_P_X.expand(count, -1), FLOW_P_Z.expand(count, -1)
-    scale = torch.linspace(0.1, 3, count, **F64)
+    scale = torch.linspace(0.1, 3, count, **F64)[:, None, None]
     shuffled = scale[torch.randperm(count, generator=generator)]
     encoder, decoder = (
-        (sharpness[:, None, None] * torch.randn(count, 5, 5, generator=generator, **F64)).softmax(-1)
+        (sharpness * torch.randn(count, 5, 5, generator=generator, **F64)).softmax(-1)
         for sharpness in (scale, shuffled)
     )
-    return Finite(p_x, encoder, p_z, decoder)
+    return Finite(FLOW_P_X.expand(count, -1), encoder, FLOW_P_Z.expand(count, -1), decoder)
 
 
 def decoders_that_ignore_z(scales: Tensor, speeds: int, generator: torch.Generator) -> Finite:
-    """Models (scales, `speeds`, 12) of uniform p(x), p(z) and p(x|z) = p(x); encoder logits of std `scales`.
-
-    The same twelve encoders for each of the `speeds`.
-    """
+    """Models (scales, `speeds`, 12) of uniform p(x), p(z) and p(x|z) = p(x); encoder logits of std `scales`, the same
+    twelve for each of the `speeds`."""
     uniform, shape = torch.full((5,), 0.2, **F64), (len(scales), speeds, 12)
     noise = torch.randn(len(scales), 1, 12, 5, 5, generator=generator, **F64)
     encoder = (uniform.log() + scales[:, None, None, None, None] * noise).softmax(-1).expand(*shape, -1, -1)
@@ -92,10 +88,8 @@ def with_best_decoder(p_x: Tensor, q: Tensor) -> Finite:
 
 
 def erased_bit(erased: float) -> Tensor:
-    """A code (24, 3): the side of a grey level, wrong once in 1000, or with probability `erased` a third value for all.
-
-    Erasing shrinks every eigenvalue and tau by 1 - `erased`.
-    """
+    """A code (24, 3): the side of a grey level, wrong once in 1000, or with probability `erased` a third value for all,
+    which shrinks every eigenvalue and tau by 1 - `erased`."""
     bit = torch.tensor([[1 - 1e-3, 1e-3], [1e-3, 1 - 1e-3]], **F64)[(torch.arange(24) > 11.5).long()]
     return torch.cat([(1 - erased) * bit, torch.full((24, 1), erased, **F64)], dim=1)
 

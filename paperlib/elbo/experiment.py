@@ -1,7 +1,7 @@
 """The ELBO seen from the encoder's side, on models where every statement can be computed without sampling."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from paperlib.elbo import measurements
@@ -40,19 +40,9 @@ class Settings:
         check_numbers(self, may_be_zero=())
 
 
-_cpu = replace(
-    Settings(),
-    models=20_000,
-    gaussian_models=1000,
-    estimated_models=40,
-    samples=200_000,
-    starts=256,
-    flow_steps=20_000,
-    chains=400,
-    wrong_decoders=100,
-)
+_random = {"models": 20_000, "gaussian_models": 1000, "estimated_models": 40, "samples": 200_000}
+_cpu = Settings(**_random, starts=256, flow_steps=20_000, chains=400, wrong_decoders=100)
 PRESETS = {"smoke": Settings(), "cpu": _cpu, "gpu": _cpu, "paper": _cpu}
-
 
 SECTIONS = {
     "E1": lambda s, stream: measurements.two_views(s.models, stream(1), stream(2)),
@@ -81,17 +71,11 @@ def conclude(run: Run, *sections: Section) -> Verdicts:
 
 
 def recompute(run: Run) -> dict[str, Mapping[str, Estimate]]:
-    """The quantities of each claim, all of them computed again, which takes a minute."""
+    """The quantities of each claim, computed again, which takes a minute."""
     return {claim: measure(run, claim).measured for claim in CLAIMS}
 
 
-EXPERIMENT = Experiment(
-    notebook="01_elbo_derivation",
-    headline=HEADLINE,
-    presets=PRESETS,
-    claims=CLAIMS,
-    recompute=recompute,
-)
+EXPERIMENT = Experiment("01_elbo_derivation", HEADLINE, PRESETS, CLAIMS, recompute)
 
 
 def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> Run:

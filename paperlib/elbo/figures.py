@@ -7,8 +7,6 @@ import numpy as np
 
 from paperlib.runs.plotting import PALETTE, new
 
-GREY = "0.45"
-
 
 def flows(arrays: Mapping[str, np.ndarray]) -> Any:
     """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `measurements`."""
@@ -26,7 +24,7 @@ def flows(arrays: Mapping[str, np.ndarray]) -> Any:
         axis.plot(rate[-1], distortion[-1], "o", color=PALETTE[3], ms=3.5, label="end", clip_on=False, zorder=4)
         axis.set(title=title, xlabel="rate  E KL(q(z|x) ‖ p(z)), nats", xlim=(0, reach), ylim=(0, top))
     axes[0].set_ylabel("distortion  −E log p(x|z), nats")
-    axes[0].text(0.17, 0.17, "impossible", color=GREY, fontsize=8)
+    axes[0].text(0.17, 0.17, "impossible", color="0.45", fontsize=8)
     axes[0].annotate(
         "rate + distortion = H(p):\nthe ELBO is the same all along\n(up to the bar)",
         (0.62 * entropy, 0.38 * entropy),

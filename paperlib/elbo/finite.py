@@ -1,15 +1,11 @@
 """Models small enough to write down: every distribution is a table, every expectation a finite sum.
 
-The equation numbers are those of notebook 01. All values are in nats, all tables float64, and every function accepts
-leading batch dimensions `...`, so a thousand random models are one call.
+Values are in nats, tables float64, and every function accepts leading batch dimensions `...`. As in notebook 01:
 
     (1)  L = E_q(x,z) log p(x|z) - E_p(x) KL(q(z|x) || p(z))
     (2)  L = -KL(p(x) || p_theta(x)) - E_p(x) KL(q(z|x) || p_theta(z|x)) - H(p)
     (3)  L = -KL(q(z) || p(z))       - E_q(z) KL(q(x|z) || p(x|z))       - H(p)
     (4)  E_q(x,z) log p(x|z) = I_q(x;z) - H(p) - E_q(z) KL(q(x|z) || p(x|z))
-
-(1) is the definition, (2) the usual view of it and (3) the view of the blog post, from the side of the encoder; the
-post writes (2) without H(p).
 """
 
 import functools
@@ -42,6 +38,10 @@ class Finite:
         for name, table in vars(self).items():
             if bool((table < 0).any()) or bool(((table.sum(-1) - 1).abs() > 1e-9).any()):
                 raise ValueError(f"{name} is not a table of probabilities: its rows must be >= 0 and sum to one")
+
+    def __getitem__(self, part: int | slice) -> "Finite":
+        """One model of a batch, or some."""
+        return Finite(*(table[part] for table in vars(self).values()))
 
     @property
     def q_xz(self) -> Tensor:
@@ -125,8 +125,7 @@ def decoder_kl(model: Finite) -> Tensor:
 
 def mutual_information(model: Finite) -> Tensor:
     """I_q(x;z) = KL(q(x,z) || p(x) q(z)), (...)."""
-    independent = model.p_x[..., None] * model.q_z[..., None, :]
-    return kl(model.q_xz.flatten(-2), independent.flatten(-2))
+    return kl(model.q_xz.flatten(-2), (model.p_x[..., None] * model.q_z[..., None, :]).flatten(-2))
 
 
 def random_model(
@@ -143,8 +142,7 @@ def random_model(
     encoder = logits(x, z)
     dropped = torch.rand(batch, x, z, generator=generator, dtype=torch.float64) < zeros
     encoder[dropped & (encoder < encoder.amax(-1, keepdim=True))] = -torch.inf
-    tables = (logits(x), encoder, logits(z), logits(z, x))
-    return Finite(*(table.softmax(-1) for table in tables))
+    return Finite(*(table.softmax(-1) for table in (logits(x), encoder, logits(z), logits(z, x))))
 
 
 def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpness: Tensor | float) -> Tensor:
@@ -168,7 +166,7 @@ def most_informative_coupling(x_parts: tuple[int, ...], z_parts: tuple[int, ...]
     I is convex in the table, so one of the corners of the set of such tables is best. The support of a corner has no
     cycle, so some row or column has a single cell left, again and again: corners are what comes from filling cells one
     by one, each as far as its row and column allow. All orders are tried, each remainder once; whole numbers make
-    this exact. For 5 x 5 these are 15,000 remainders, half a second. Raises `ValueError` if the sums differ.
+    this exact. Raises `ValueError` if the sums differ.
     """
     total = sum(x_parts)
     if total != sum(z_parts):
@@ -178,21 +176,19 @@ def most_informative_coupling(x_parts: tuple[int, ...], z_parts: tuple[int, ...]
         return (*parts[:index], parts[index] - amount, *parts[index + 1 :])
 
     @functools.cache
-    def best(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[float, int, int, int]:
-        choice = (-math.inf if any(rows) else 0.0, 0, 0, 0)
+    def best(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[float, tuple[tuple[int, int, int], ...]]:
+        """The greatest sum of n log n over cells (i, j, n) that use up `rows` and `columns`, and these cells."""
+        choice = (-math.inf if any(rows) else 0.0, ())
         for i, row in enumerate(rows):
             for j, column in enumerate(columns):
                 if amount := min(row, column):
-                    rest = best(take(rows, i, amount), take(columns, j, amount))
-                    choice = max(choice, (amount * math.log(amount) + rest[0], i, j, amount))
+                    rest, cells = best(take(rows, i, amount), take(columns, j, amount))
+                    choice = max(choice, (amount * math.log(amount) + rest, ((i, j, amount), *cells)))
         return choice
 
     table = torch.zeros(len(x_parts), len(z_parts), dtype=torch.float64)
-    rows, columns = tuple(x_parts), tuple(z_parts)
-    while any(rows):
-        _, i, j, amount = best(rows, columns)
+    for i, j, amount in best(x_parts, z_parts)[1]:
         table[i, j] = amount
-        rows, columns = take(rows, i, amount), take(columns, j, amount)
     return table / total
 
 
@@ -220,26 +216,23 @@ def ascend(
     model: Finite,
     steps: int,
     kl_weight: float,
+    decoder_step: Tensor | float,
     encoder_step: Tensor | float | None = None,
-    decoder_step: Tensor | float | None = None,
 ) -> Flow:
     """Gradient ascent on E_q log p(x|z) - kl_weight * rate over free tables, from the tables of `model`.
 
-    The parameters are the logits of the encoder and of the decoder; a table without a step stays fixed (a fixed
-    encoder may have zeros). A step is one number, or (..., 1, 1) to give each model its own. p(x) and p(z) never move.
+    The parameters are the logits of the decoder and, where it has a step, of the encoder (a fixed one may have zeros).
+    A step is one number, or (..., 1, 1) to give each model its own. p(x) and p(z) never move.
     """
     encoder, decoder = model.q_z_given_x.log(), model.p_x_given_z.log()
     path = [(rate(model), distortion(model))]
     for _ in range(steps):
         up_encoder, up_decoder = gradients(model, kl_weight)
-        tables = {}
+        decoder = (decoder + decoder_step * up_decoder).log_softmax(-1)
+        model = replace(model, p_x_given_z=decoder.exp())
         if encoder_step is not None:
             encoder = (encoder + encoder_step * up_encoder).log_softmax(-1)
-            tables["q_z_given_x"] = encoder.exp()
-        if decoder_step is not None:
-            decoder = (decoder + decoder_step * up_decoder).log_softmax(-1)
-            tables["p_x_given_z"] = decoder.exp()
-        model = replace(model, **tables)
+            model = replace(model, q_z_given_x=encoder.exp())
         path.append((rate(model), distortion(model)))
     rates, distortions = zip(*path, strict=True)
     return Flow(torch.stack(rates), torch.stack(distortions), model)

@@ -1,7 +1,6 @@
 """The ELBO of linear-Gaussian models, and what a factored Gaussian decoder costs, in closed form.
 
-The equation numbers are those of notebook 01. Everything is float64 and in nats; for densities a log-probability may be
-positive, and h is the differential entropy.
+Everything is float64 and in nats, and h is the differential entropy. As in notebook 01:
 
     (2')  L = -KL(p(x) || p_theta(x)) - E_p(x) KL(q(z|x) || p_theta(z|x)) - h(p)
     (5)   min over factored Gaussians N of KL(q || N) = J(q) + 1/2 log(prod v / |Sigma|)
@@ -120,18 +119,10 @@ def matched(cov: Tensor, correlation: float) -> LinearGaussian:
 
     Each dimension of z has `correlation`, in [0, 1), with one whitened coordinate of x; L does not depend on it.
     """
-    root = torch.linalg.cholesky(cov)
+    root, rest = torch.linalg.cholesky(cov), 1 - correlation**2
     eye, zero = torch.eye(len(cov), dtype=cov.dtype), torch.zeros(len(cov), dtype=cov.dtype)
-    return LinearGaussian(
-        mean=zero,
-        cov=cov,
-        enc=correlation * torch.linalg.inv(root),
-        enc_bias=zero,
-        enc_cov=(1 - correlation**2) * eye,
-        dec=correlation * root,
-        dec_bias=zero,
-        dec_cov=(1 - correlation**2) * cov,
-    )
+    encoder, decoder = (correlation * torch.linalg.inv(root), zero, rest * eye), (correlation * root, zero, rest * cov)
+    return LinearGaussian(zero, cov, *encoder, *decoder)
 
 
 def mixture(weights: Tensor, means: Tensor, covs: Tensor) -> MixtureSameFamily:
@@ -167,18 +158,10 @@ def grid(q: MixtureSameFamily) -> tuple[Tensor, Tensor]:
     return x, q.log_prob(x).exp() * ((high - low) / 249).prod()
 
 
-class Price(NamedTuple):
-    """The two parts of (5), in nats: `negentropy` (shape of q) and `correlation` (1/2 log prod v / |Sigma|)."""
-
-    negentropy: Tensor
-    correlation: Tensor
-
-
-def factored_price(q: MixtureSameFamily) -> Price:
-    """What the best factored Gaussian loses against `q`, by (5) from the covariance and the entropy of q."""
+def factored_price(q: MixtureSameFamily) -> tuple[Tensor, Tensor]:
+    """The two parts of (5) from the covariance and the entropy of q: negentropy, and the price of correlation."""
     cov = covariance(q)
-    correlation = 0.5 * (cov.diagonal().log().sum() - torch.logdet(cov))
-    return Price(centred(cov).entropy() - entropy(q), correlation)
+    return centred(cov).entropy() - entropy(q), 0.5 * (cov.diagonal().log().sum() - torch.logdet(cov))
 
 
 def fit_factored(q: MixtureSameFamily) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,12 +170,11 @@ def fit_factored(q: MixtureSameFamily) -> tuple[Tensor, Tensor, Tensor]:
     Returns its mean (D,), its std (D,) and KL(q || N), summed over the grid.
     """
     x, mass = grid(q)
-    start = x[mass.argmax()]
 
     def loss(parameters: Tensor) -> Tensor:
         return -(mass @ likelihoods.gaussian_log_prob(x, *parameters))
 
-    best = _minimise(loss, torch.stack([start, torch.zeros_like(start)]))
+    best = _minimise(loss, torch.stack([x[mass.argmax()], torch.zeros_like(x[0])]))
     return best[0], best[1].exp(), loss(best) + mass @ q.log_prob(x)
 
 
@@ -223,13 +205,8 @@ def fit_binned(q: Tensor) -> tuple[BinnedFit, BinnedFit]:
 def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """The minimiser of a smooth `loss` of one tensor by L-BFGS from `start`, to about 1e-9 in each parameter."""
     parameters = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [parameters],
-        max_iter=200,
-        tolerance_grad=1e-12,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
+    options = {"max_iter": 200, "tolerance_grad": 1e-12, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
+    optimiser = torch.optim.LBFGS([parameters], **options)
 
     def closure() -> Tensor:
         optimiser.zero_grad()

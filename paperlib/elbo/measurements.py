@@ -1,7 +1,6 @@
-"""The six sections of notebook 01, one per claim: quantities, a table to show, and the arrays that `figures` draws.
+"""The six sections of notebook 01, one per claim: each computes its equations in two independent ways.
 
-Each computes both sides of its equations in two independent ways, in float64 on the CPU. Equation numbers are those of
-the notebook; a random generator given is used up in the order of the code.
+A random generator given is used up in the order of the code.
 """
 
 import math
@@ -21,17 +20,17 @@ from paperlib.runs.estimate import Estimate
 
 def terms(model: Finite) -> Table:
     """L of one model by (1), (2) and (3), and the terms that these are made of, in nats."""
-    rows = [
-        ("L by (1): -distortion - rate", finite.elbo(model)),
-        ("L by (2), from the evidence", finite.elbo_from_evidence(model)),
-        ("L by (3), from q(x|z)", finite.elbo_from_codes(model)),
-        ("the post's formula: (2) without H(p)", finite.elbo_without_entropy(model)),
-        ("H(p)", finite.entropy(model.p_x)),
-        ("rate", finite.rate(model)),
-        ("distortion", finite.distortion(model)),
-        ("I(x;z)", finite.mutual_information(model)),
-    ]
-    return Table(("one model", "nats"), rows)
+    rows = {
+        "L by (1): -distortion - rate": finite.elbo(model),
+        "L by (2), from the evidence": finite.elbo_from_evidence(model),
+        "L by (3), from q(x|z)": finite.elbo_from_codes(model),
+        "the post's formula: (2) without H(p)": finite.elbo_without_entropy(model),
+        "H(p)": finite.entropy(model.p_x),
+        "rate": finite.rate(model),
+        "distortion": finite.distortion(model),
+        "I(x;z)": finite.mutual_information(model),
+    }
+    return Table(("one model", "nats"), list(rows.items()))
 
 
 def two_views(count: int, generator: torch.Generator, of_best: torch.Generator) -> Section:
@@ -40,16 +39,12 @@ def two_views(count: int, generator: torch.Generator, of_best: torch.Generator) 
     value, entropy = finite.elbo(models), finite.entropy(models.p_x)
     residuals = (value - finite.elbo_from_evidence(models), value - finite.elbo_from_codes(models))
 
-    uniform, point = torch.full((1, 8), 1 / 8, **F64), torch.eye(8, **F64)[:1]
-    prior = torch.full((1, 3), 1 / 3, **F64)
+    uniform, prior, point = torch.full((1, 8), 1 / 8, **F64), torch.full((1, 3), 1 / 3, **F64), torch.eye(8, **F64)[:1]
     best = finite.matched(uniform, finite.random_coupling(uniform, prior, of_best, 1.0), prior)
     of_point = finite.matched(point, prior[:, None].expand(1, 8, 3), prior)
-    first = Finite(*(table[:1] for table in vars(models).values()))
     views = (finite.elbo, finite.elbo_from_evidence, finite.elbo_from_codes, finite.elbo_without_entropy)
-    rows = [
-        (name, *(view(model) for view in views), finite.entropy(model.p_x))
-        for name, model in (("a random model", first), ("best, 8 equal points", best), ("best, one point", of_point))
-    ]
+    shown = {"a random model": models[:1], "best, 8 equal points": best, "best, one point": of_point}
+    rows = [(name, *(view(model) for view in views), finite.entropy(model.p_x)) for name, model in shown.items()]
     measured = {
         "residual_below": below(1e-12, *residuals),
         "without_entropy_below": below(1e-12, value - finite.elbo_without_entropy(models) + entropy),
@@ -61,10 +56,8 @@ def two_views(count: int, generator: torch.Generator, of_best: torch.Generator) 
 
 
 def gaussian_views(count: int, estimated: int, samples: int, generator: torch.Generator) -> Section:
-    """E2: (1) against (2') in closed form, the same data in other units, and the estimator that training uses.
-
-    Of `count` random models, and of `estimated` factored ones, by `samples` draws for each.
-    """
+    """E2: (1) against (2') in closed form for `count` random models, the same data in other units, and the estimator
+    that training uses, by `samples` draws for each of `estimated` factored models."""
     residuals, slack = [], []
     for _ in range(count):
         model = gaussian.random_linear_gaussian(generator, x=4, z=2)
@@ -124,9 +117,8 @@ def best_decoder(
 def factored_gaussians() -> Section:
     """E4: the best factored Gaussian for codes that are ever finer on one density of two pixels, and for bins.
 
-    Arrays: the kinds on a grid, `price_axis` (161,) and `price_density` (6, 161, 161); for each number N of codes the
-    average price (5), `price_N_parts` (2,): negentropy, correlation; and the mean and std of each fit, `price_N_fits`
-    (N, 2, 2).
+    Arrays: the kinds on a grid, `price_axis` (161,) and `price_density` (6, 161, 161); for N codes `price_N_parts`
+    (2,), the average negentropy and correlation of (5), and `price_N_fits` (N, 2, 2), mean and std of each fit.
     """
     axis = torch.linspace(-5, 5, 161, **F64)
     kinds = examples.pictures([0, 1, 2, 3, 4, 5])
@@ -162,17 +154,15 @@ def factored_gaussians() -> Section:
 
 
 def indifference(count: int, starts: int, steps: int, generator: torch.Generator) -> Section:
-    """E5: both maxima attained, the collapsed point stationary, and flows of free tables from many starts.
+    """E5: both maxima attained by `count` models, the collapsed point stationary, and `starts` flows of free tables.
 
-    Of `count` random models; `starts` flows of `steps` gradient steps under the ELBO and without its KL. Arrays, in
-    nats: `flow_entropy` (), `flow_most` () the greatest rate of the ELBO's maximum; of the flows at shown steps
-    `flow_<elbo or none>_<rate or distortion>` (shown, starts); and those of `survival`.
+    Arrays, in nats: `flow_entropy` (), `flow_most` () the greatest rate of the ELBO's maximum; of the flows at shown
+    steps `flow_<elbo or none>_<rate or distortion>` (shown, starts); and those of `survival`.
     """
     p_x, p_z = examples.FLOW_P_X, examples.FLOW_P_Z
     entropy, line = finite.entropy(p_x), examples.best_elbos(101)
-    sharpness = torch.linspace(0, 4, count, **F64)[:, None, None]
-    couplings = finite.random_coupling(p_x.expand(count, -1), p_z.expand(count, -1), generator, sharpness)
-    best = finite.matched(p_x.expand(count, -1), couplings, p_z.expand(count, -1))
+    sharpness, many = torch.linspace(0, 4, count, **F64)[:, None, None], (p_x.expand(count, -1), p_z.expand(count, -1))
+    best = finite.matched(many[0], finite.random_coupling(*many, generator, sharpness), many[1])
     injective = finite.matched(p_x, torch.eye(len(p_x), **F64), p_z)
     collapsed = Finite(p_x, p_z.expand(len(p_x), -1), p_z, p_x.expand(len(p_z), -1))
     most = finite.mutual_information(line)[-1]
@@ -196,31 +186,26 @@ def indifference(count: int, starts: int, steps: int, generator: torch.Generator
 def _ends(start: Finite, under_elbo: Flow, without_kl: Flow, entropy: Tensor) -> tuple[dict[str, Estimate], Table]:
     """Of the ends of the flows: the quantities that E5 is decided by, and their table."""
     knew, knows, knows_more = map(finite.mutual_information, (start, under_elbo.model, without_kl.model))
-    rate, distortion = under_elbo.rate[-1], without_kl.distortion[-1]
-    arrived = rate + under_elbo.distortion[-1] - entropy < 1e-3
-    rates = rate[arrived]
+    distortion = without_kl.distortion[-1]
+    arrived = under_elbo.rate[-1] + under_elbo.distortion[-1] - entropy < 1e-3
+    rates = under_elbo.rate[-1][arrived]
     measured = {
         "flows_arrived": percent(arrived),
         "rates_differ_by": nats(rates.max() - rates.min() if len(rates) else 0),
         "ends_with_more_I": percent(knows_more > knows),
         "stop_short_without_kl": percent(distortion > 0.01),
     }
-    compared = {
-        "I at the start": knew,
-        "I at the end, ELBO": knows,
-        "I at the end, without its KL": knows_more,
-        "distortion at the end, without its KL": distortion,
-    }
+    compared = {"I at the start": knew, "I at the end, ELBO": knows, "I at the end, without its KL": knows_more}
+    compared["distortion at the end, without its KL"] = distortion
     rows = [(name, values.min(), values.median(), values.max()) for name, values in compared.items()]
     return measured, Table(("nats", "least", "median", "greatest"), rows)
 
 
 def survival(steps: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The share of I left when the ELBO is climbed from a decoder that ignores z, by the decoder's relative speed.
+    """The share of I left when the ELBO is climbed from a decoder that ignores z, s times as fast as the encoder.
 
-    Near the collapsed point the share is (s / (1 + s))^2 for a decoder s times as fast as the encoder, exactly so for
-    the uniform p(x) and p(z) that are used here, where ascent in the logits weighs all changes alike. Returns
-    `survival_speeds` (7,), `survival_scales` (2,) of the encoder's logits, and `survival_shares` (2, 7, 12).
+    Near the collapsed point it is (s / (1 + s))^2. Returns the s, `survival_speeds` (7,), `survival_scales` (2,) of the
+    encoder's logits, and `survival_shares` (2, 7, 12).
     """
     speeds, scales = torch.logspace(-1.5, 1.5, 7, **F64), torch.tensor([0.1, 2.0], **F64)
     start = examples.decoders_that_ignore_z(scales, len(speeds), generator)
@@ -237,14 +222,12 @@ def markov_chain(count: int, decoders: int, generator: torch.Generator) -> Secti
     Arrays: those of `mixing` and `wrong_decoders`.
     """
     residuals, raised = zip(*(chain_residuals(generator) for _ in range(count)), strict=True)
-    scalar = torch.stack([scalar_gaussian(correlation) for correlation in (0.0, 0.3, 0.6, 0.9)])
     agree = torch.tensor([parts_agree(generator) for _ in range(count)])
-    rows, arrays = mixing()
-    wrong = wrong_decoders(decoders, generator)
+    (rows, arrays), wrong = mixing(), wrong_decoders(decoders, generator)
     information, gap = ({row[0]: row[k] for row in rows} for k in (1, 2))
     measured = {
         "residual_below": below(1e-9, *residuals),
-        "gaussian_gap_below": below(1e-9, scalar),
+        "gaussian_gap_below": below(1e-9, *map(scalar_gaussian, (0.0, 0.3, 0.6, 0.9))),
         "degraded_slower_by": over(torch.stack(raised) - 1e-12),
         "parts_agree": percent(agree),
         "bound_broken_by": over(wrong["wrong_apart"] - wrong["wrong_bound"]),
@@ -259,9 +242,9 @@ def markov_chain(count: int, decoders: int, generator: torch.Generator) -> Secti
 
 def chain_residuals(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One random code, connected: residuals of the exact statements, and how much degrading it raised an eigenvalue."""
-    model = finite.random_model(generator, 1, x=6, z=4, sharpness=1.0)
-    p_x, q = model.p_x[0], model.q_z_given_x[0]
-    kernel = chain.transition(q, model.q_x_given_z[0])
+    model = finite.random_model(generator, 1, x=6, z=4, sharpness=1.0)[0]
+    p_x, q = model.p_x, model.q_z_given_x
+    kernel = chain.transition(q, model.q_x_given_z)
     eigenvalues, by_kernel = chain.spectrum(p_x, q).eigenvalues, torch.linalg.eigvals(kernel)
     flow = p_x[:, None] * kernel
     residuals = [
@@ -270,7 +253,7 @@ def chain_residuals(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         by_kernel.imag,
         by_kernel.real.sort(descending=True).values - eigenvalues,
         by_kernel.real.clamp(max=0),
-        (eigenvalues[1] - chain.maximal_correlation(model.q_xz[0]) ** 2)[None],
+        (eigenvalues[1] - chain.maximal_correlation(model.q_xz) ** 2)[None],
     ]
     channel = torch.randn(4, 4, generator=generator, **F64).softmax(-1)
     degraded = chain.spectrum(p_x, q @ channel).eigenvalues
@@ -278,8 +261,8 @@ def chain_residuals(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def scalar_gaussian(correlation: float) -> Tensor:
-    """The gap of a scalar Gaussian with corr(x, z) = `correlation`, enumerated on a fine grid: its distances to
-    exp(-2 I) and to 1 - correlation^2, added up."""
+    """How far, on a fine grid, the gap of a scalar Gaussian with corr(x, z) = `correlation` is from exp(-2 I), and from
+    1 - correlation^2, added up."""
     x = torch.linspace(-8.5, 8.5, 300, **F64)
     p_x = torch.softmax(-0.5 * x**2, dim=0)
     q = torch.softmax(-0.5 * (x - correlation * x[:, None]) ** 2 / (1 - correlation**2), dim=-1)
@@ -289,9 +272,9 @@ def scalar_gaussian(correlation: float) -> Tensor:
 
 def parts_agree(generator: torch.Generator) -> bool:
     """Whether a random sparse code has one eigenvalue 1 per connected component of its support."""
-    model = finite.random_model(generator, 1, x=7, z=6, sharpness=0.5, zeros=0.75)
-    eigenvalues = chain.spectrum(model.p_x[0], model.q_z_given_x[0]).eigenvalues
-    return int((eigenvalues > 1 - 1e-9).sum()) == 1 + int(chain.components(model.q_xz[0]).max())
+    model = finite.random_model(generator, 1, x=7, z=6, sharpness=0.5, zeros=0.75)[0]
+    eigenvalues = chain.spectrum(model.p_x, model.q_z_given_x).eigenvalues
+    return int((eigenvalues > 1 - 1e-9).sum()) == 1 + int(chain.components(model.q_xz).max())
 
 
 def mixing() -> tuple[list[tuple[Any, ...]], dict[str, Tensor]]:
@@ -329,8 +312,7 @@ def wrong_decoders(count: int, generator: torch.Generator) -> dict[str, Tensor]:
         for index, tilt in enumerate(tilts):
             wrong = examples.tilted(model, tilt, 1e-5)
             kernel, kl = chain.transition(q, wrong.p_x_given_z), finite.decoder_kl(wrong)
-            apart = chain.total_variation(chain.stationary(kernel), p_x)
-            tau = chain.dobrushin(kernel)
+            apart, tau = chain.total_variation(chain.stationary(kernel), p_x), chain.dobrushin(kernel)
             bounds = (chain.stationary_bound(kl, tau), chain.first_order_bound(kl, spectrum.gap))
             rows.append(torch.stack([1 / (1 - tau), apart, *bounds, torch.tensor(float(index == 0), **F64)]))
     names = ("slowness", "apart", "bound", "first_order", "along_slowest")
@@ -339,13 +321,10 @@ def wrong_decoders(count: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 def leaking_bit() -> Table:
     """A hard bit whose decoder leaks to the right, and three times as much back: the ratio alone decides about pi."""
-    q = examples.LEVEL_CODES["hard bit"]
-    model = examples.with_best_decoder(examples.LEVELS, q)
-    rows = []
+    model, rows = examples.with_best_decoder(examples.LEVELS, examples.LEVEL_CODES["hard bit"]), []
     for leak in (1e-2, 1e-4, 1e-6):
         mix = torch.tensor([[1 - leak, leak], [3 * leak, 1 - 3 * leak]], **F64)
         wrong = replace(model, p_x_given_z=mix @ model.p_x_given_z)
-        pi = chain.stationary(chain.transition(q, wrong.p_x_given_z))
-        price = float(finite.decoder_kl(wrong))
-        rows.append((f"{leak:.0e}", f"{price:.1e}", chain.total_variation(pi, examples.LEVELS)))
+        pi = chain.stationary(chain.transition(model.q_z_given_x, wrong.p_x_given_z))
+        rows.append((f"{leak:.0e}", f"{finite.decoder_kl(wrong):.1e}", chain.total_variation(pi, examples.LEVELS)))
     return Table(("leak to the right", "E KL(q(x|z) ‖ p(x|z)), nats", "TV(π, p)"), rows)

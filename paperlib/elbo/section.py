@@ -37,13 +37,13 @@ class Section:
 
 
 def below(tolerance: float, *residuals: Tensor) -> Estimate:
-    """`tolerance` where no residual exceeds it, else the greatest: smaller ones are rounding, and differ by machine."""
+    """`tolerance` where no residual exceeds it, else the greatest: smaller ones are rounding."""
     greatest = torch.stack([residual.abs().max() for residual in residuals]).max()  # keeps nan
     return Estimate(tolerance if greatest <= tolerance else float(greatest))
 
 
 def over(values: Tensor) -> Estimate:
-    """By how much the greatest of `values` is above 0; 0 where none is."""
+    """The greatest of `values`, or 0 where it is below."""
     return Estimate(float(values.max().clamp(min=0)))
 
 

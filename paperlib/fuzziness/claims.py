@@ -66,27 +66,20 @@ def quantities(arrays: Arrays) -> dict[str, dict[str, Estimate]]:
     """What each claim is judged by."""
     from scipy.stats import spearmanr
 
+    share = _over_seeds(arrays["gap"].mean(1) / arrays["between"])
     residual = np.abs(arrays["error"] - arrays["spread"] - arrays["gap"]).max() / arrays["error"].mean()
-    trends = {
-        name: np.min([spearmanr(arrays["kl_weights"], row).statistic for row in arrays[name]])
-        for name in ("swept_error", "swept_width")
-    }
     left, right = _at_ends(arrays, label_entropy(arrays["labels"]))
+    width, slope = correlations(arrays, "edge_width"), -correlations(arrays, "slope")
+    excess = _over_seeds(arrays["frozen_error"][:, -1] / arrays["floor"] - 1)
+    trends = {
+        f"worst_{name}_trend": Estimate(np.min([spearmanr(arrays["kl_weights"], row).statistic for row in rows]))
+        for name, rows in (("error", arrays["swept_error"]), ("width", arrays["swept_width"]))
+    }
     return {
-        "F1": {
-            "share": _over_seeds(arrays["gap"].mean(1) / arrays["between"]),
-            "residual": Estimate(residual),
-        },
-        "F2": {
-            "edge_width": _over_seeds(correlations(arrays, "edge_width")),
-            "slope": _over_seeds(-correlations(arrays, "slope")),
-        },
+        "F1": {"share": share, "residual": Estimate(residual)},
+        "F2": {"edge_width": _over_seeds(width), "slope": _over_seeds(slope)},
         "F3": {"left": _over_seeds(left, "nats"), "right": _over_seeds(right, "nats")},
-        "F4": {
-            "excess": _over_seeds(arrays["frozen_error"][:, -1] / arrays["floor"] - 1),
-            "worst_error_trend": Estimate(trends["swept_error"]),
-            "worst_width_trend": Estimate(trends["swept_width"]),
-        },
+        "F4": {"excess": excess, **trends},
     }
 
 
@@ -103,14 +96,9 @@ def _at_ends(arrays: Arrays, values: np.ndarray) -> np.ndarray:
 
 
 def correlations(
-    arrays: Arrays,
-    name: str,
-    prefix: str = "",
-    *,
-    within_classes: bool = False,
-    held_fixed: tuple[str, ...] = ("ink", "log_q"),
+    arrays: Arrays, name: str, prefix: str = "", *, within_classes: bool = False, also_fixed: tuple[str, ...] = ()
 ) -> np.ndarray:
-    """The partial rank correlation of tr Var_q with `name`, given the arrays `held_fixed` (claim F2), per seed: (S,).
+    """The partial rank correlation of tr Var_q with `name` (claim F2), ink and log q(z) held fixed, per seed: (S,).
 
     `within_classes` also holds fixed which label weighs most. nan for a seed with fewer than ten codes to go by.
     """
@@ -120,7 +108,8 @@ def correlations(
         if chosen.sum() < 10:
             results.append(np.nan)
             continue
-        variance, other, *fixed = (arrays[prefix + n][k][chosen] for n in ("variance", name, *held_fixed))
+        used = ("variance", name, "ink", "log_q", *also_fixed)
+        variance, other, *fixed = (arrays[prefix + n][k][chosen] for n in used)
         if within_classes:
             best = arrays["labels"][k][chosen].argmax(1)
             fixed += [best == label for label in np.unique(best)[1:]]
@@ -141,14 +130,13 @@ def controls(arrays: Arrays) -> Controls:
     between, everywhere = arrays["between"], dict(arrays) | {"reliable": np.ones_like(arrays["reliable"])}
     pure, _ = _at_ends(arrays, arrays["labels"].max(-1))
     left, right = _at_ends(everywhere, label_entropy(arrays["labels"]))
-    with_greyness = ("ink", "log_q", "greyness")
     return Controls(
         {
             "F1: of which noise of the list": arrays["noise"].mean(1) / between,
             "F1: share, average over held-out images": arrays["gap_held_out"].mean(1) / between,
             "F1: of which noise of the held-out list": arrays["noise_held_out"].mean(1) / between,
             "F2: greyness (F1 restated)": correlations(arrays, "greyness"),
-            "F2: edge width, greyness held fixed too": correlations(arrays, "edge_width", held_fixed=with_greyness),
+            "F2: edge width, greyness held fixed too": correlations(arrays, "edge_width", also_fixed=("greyness",)),
             "F2: edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
             "F2: spectral slope, Bernoulli decoder": -correlations(arrays, "slope", "bernoulli_"),
             "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),

@@ -5,13 +5,11 @@ The encoder alone defines a joint distribution with the data: q(x, z) = p(x) q(z
     (1)  q(z) = 1/N sum_n q(z|x_n)
     (2)  q(x|z) = sum_n w_n(z) delta(x - x_n),   w_n(z) = q(z|x_n) / sum_m q(z|x_m)
 
-The reconstruction term of the ELBO fits the decoder p(x|z) to q(x|z). A Gaussian p(x|z) = N(mu(z), sigma^2 I) can do no
-better than mu(z) = E_q[x|z], and what it misses is, for every z,
+A Gaussian decoder N(mu(z), sigma^2 I) can do no better than mu(z) = E_q[x|z], and what it misses is, for every z,
 
     (3)  E_q(x|z) |x - mu(z)|^2 = tr Var_q[x|z] + |mu(z) - E_q[x|z]|^2
 
-so where Var_q[x|z] is large the sample is the average of images that differ: it is fuzzy (Zhao, Song, Ermon, section
-"Fuzzy Generation"). `stats.aggregate_posterior` computes (1) and (2).
+so where Var_q[x|z] is large the sample is fuzzy (Zhao, Song, Ermon, section "Fuzzy Generation").
 """
 
 import math
@@ -27,14 +25,12 @@ from paperlib.fuzziness.claims import CLAIMS, controls, quantities
 from paperlib.fuzziness.measurements import COLUMNS, ROWS
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, pixels
 from paperlib.fuzziness.training import Models
-from paperlib.runs import presets, train
+from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
-from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, save_weights
-from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "02_mnist_fuzziness"
 CORRELATED = ("variance", "ink", "log_q", "reliable", "edge_width", "slope")  # what F2 needs
@@ -79,25 +75,11 @@ class Settings:
 
 
 _smoke = Settings(max_halves=0.15)  # the variance over halves of 1,500 digits differs by more than over MNIST's
-_cpu = Settings(
-    dataset="mnist",
-    sigma=0.4,
-    hidden=(400, 400),
-    steps=5000,
-    batch_size=256,
-    learning_rate=1e-3,
-    seeds=3,
-    kl_weights=(0.25, 1.0, 4.0, 16.0),
-    decoders=(4, 16, 64, 400),
-    codes=4000,
-    plane=60,
-)
-PRESETS = {
-    "smoke": _smoke,
-    "cpu": _cpu,
-    "gpu": replace(_cpu, hidden=(1024, 1024), seeds=5, codes=10_000, plane=100),
-    "paper": _cpu,
-}
+_training = {"dataset": "mnist", "hidden": (400, 400), "steps": 5000, "batch_size": 256, "learning_rate": 1e-3}
+_swept = {"kl_weights": (0.25, 1.0, 4.0, 16.0), "decoders": (4, 16, 64, 400)}
+_cpu = Settings(sigma=0.4, seeds=3, codes=4000, plane=60, **_training, **_swept)
+_gpu = replace(_cpu, hidden=(1024, 1024), seeds=5, codes=10_000, plane=100)
+PRESETS = {"smoke": _smoke, "cpu": _cpu, "gpu": _gpu, "paper": _cpu}
 
 
 def load_images(run: Run) -> Images:
@@ -115,11 +97,10 @@ def fit(run: Run, images: Images) -> Models:
 
 
 def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
-    """All that the figures and claims need, written to the run's `arrays.npz` and returned.
+    """All that the figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are.
 
-    With recorded weights, the arrays that were recorded with them. The arrays are those of `at_prior_codes` and
-    `error_split`, stacked over seeds; of `picture` and `plane`, for the first seed; of `frozen_and_swept`; and those of
-    the Bernoulli decoder that F2 needs, as `bernoulli_*`.
+    The arrays are those of `at_prior_codes` and `error_split`, stacked over seeds; of `picture` and `plane`, for the
+    first seed; of `frozen_and_swept`; and those of the Bernoulli decoder that F2 needs, as `bernoulli_*`.
     """
     if run.weights == "recorded":
         return load_recorded_arrays(run)
@@ -151,21 +132,11 @@ def _stacked(per_seed: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarr
 
 def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images: Images) -> Verdicts:
     """Judge the claims and write `metrics.json`, `run.json` and the weights of the main VAE."""
-    if run.weights == "train":
-        save_weights(run, models.main.state_dict())
-    return finish(
-        run,
-        CLAIMS,
-        quantities(arrays),
-        numbers={
-            "controls": dict(controls(arrays)),
-            **{name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)},
-        },
-        data=images.dataset.describe(),
-        trainings={
-            name: describe_training(trained) for name, trained in models.by_name(run.seed).items() if trained.history
-        },
-    )
+    numbers = {name: arrays[name] for name in ("floor", "frozen_error", *measurements.SWEPT)}
+    numbers = {"controls": dict(controls(arrays)), **numbers}
+    trained = {name: one for name, one in models.by_name(run.seed).items() if one.history}
+    data = images.dataset.describe()
+    return recorded.conclude(run, CLAIMS, quantities(arrays), numbers, data, trained, models.main)
 
 
 def explore(images: Images, models: Models) -> explorer.Explorer:
@@ -173,17 +144,7 @@ def explore(images: Images, models: Models) -> explorer.Explorer:
     return explorer.Explorer(models.main, pixels(images)[0], images.labels)
 
 
-def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
-    """The numbers that decide each claim, from the recorded arrays."""
-    return quantities(load_recorded_arrays(run))
-
-
 EXPERIMENT = Experiment(
-    notebook=NOTEBOOK,
-    headline=HEADLINE,
-    presets=PRESETS,
-    claims=CLAIMS,
-    recompute=recompute,
-    datasets=("digits", "mnist"),
+    NOTEBOOK, HEADLINE, PRESETS, CLAIMS, lambda run: quantities(load_recorded_arrays(run)), datasets=("digits", "mnist")
 )
 start = EXPERIMENT.start

@@ -77,8 +77,9 @@ def _mixture(labels: np.ndarray) -> str:
 
 def plane(arrays: Arrays) -> Any:
     """The plane of codes: decoded digits, variance of q(x|z) per ink, the label that weighs most, effective samples."""
-    figure, axes = plotting.new(2, 2, height=6.6)
-    (decoded, variance), (labels, samples) = axes
+    from matplotlib.colors import to_rgba_array
+
+    figure, ((decoded, variance), (labels, samples)) = plotting.new(2, 2, height=6.6)
     plotting.show_images(decoded, arrays["plane_decoded"], MOSAIC, high=255)
     decoded.set_title("decoder mean, z from -3 to 3 in both dimensions")
 
@@ -90,7 +91,7 @@ def plane(arrays: Arrays) -> Any:
     _draw_borders(variance, arrays["plane_labels"])
 
     best, purity = arrays["plane_labels"].argmax(-1), arrays["plane_labels"].max(-1)
-    colours = np.array([_rgb(colour) for colour in plotting.PALETTE])[best]
+    colours = to_rgba_array(plotting.PALETTE)[best, :3]
     labels.imshow(1 - purity[..., None] * (1 - colours), **span)
     labels.set_title("label that weighs most (paler: less pure)")
     for label in np.unique(best):
@@ -112,17 +113,10 @@ def _draw_borders(axis: Any, mixtures: np.ndarray) -> None:
     from scipy.ndimage import gaussian_filter
 
     smooth = gaussian_filter(mixtures, sigma=(1.5, 1.5, 0), mode="nearest")
-    best = smooth.argmax(-1)
-    side = len(best)
-    places = (np.arange(side) + 0.5) * 6 / side - 3
-    for label in np.unique(best):
-        rest = np.delete(smooth, label, axis=-1).max(-1)
-        lead = smooth[..., label] - rest
+    places = (np.arange(len(smooth)) + 0.5) * 6 / len(smooth) - 3
+    for label in np.unique(smooth.argmax(-1)):
+        lead = smooth[..., label] - np.delete(smooth, label, axis=-1).max(-1)
         axis.contour(places, -places, lead, levels=[0.0], colors="black", linewidths=0.6)
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
 
 
 def sharpness(arrays: Arrays) -> Any:
@@ -154,11 +148,8 @@ def better_q(arrays: Arrays) -> Any:
     for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
         frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=blue)
         frozen.axhline(floor, color="black", linewidth=0.8)
-    frozen.set(
-        xscale="log",
-        xlabel="units per layer of the decoder",
-        ylabel="squared error\n(grey levels², summed over pixels)",
-    )
+    frozen.set(xscale="log", xlabel="units per layer of the decoder")
+    frozen.set_ylabel("squared error\n(grey levels², summed over pixels)")
     frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
     frozen.minorticks_off()
     frozen.set_title("q frozen: E tr Var$_q$ is a floor")
@@ -168,15 +159,12 @@ def better_q(arrays: Arrays) -> Any:
         error.plot(information, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
         error.plot(information, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
         width.plot(information, arrays["swept_width"][k], "o-", markersize=3, color=green)
-    error.set(
-        xlabel="information $I_q(x;z)$ (nats)",
-        ylabel="grey levels², summed",
-        title="KL weight swept: error, variance",
-    )
+    information = "information $I_q(x;z)$ (nats)"
+    error.set(xlabel=information, ylabel="grey levels², summed", title="KL weight swept: error, variance")
+    width.set(xlabel=information, ylabel="edge width (pixels)", title="KL weight swept: sharpness")
     swept = (arrays[f"swept_{name}"].mean(0) for name in ("information", "variance", "reliable"))
     for x, y, share in zip(*swept, strict=True):
         error.annotate(f"{share:.0%}", (x, y), (-6, -13), textcoords="offset points", fontsize=7, ha="center")
     error.margins(x=0.15, y=0.15)
     error.legend(frameon=False, loc="upper right", fontsize=7)
-    width.set(xlabel="information $I_q(x;z)$ (nats)", ylabel="edge width (pixels)", title="KL weight swept: sharpness")
     return figure

@@ -1,7 +1,6 @@
 """What notebook 02 measures on trained VAEs: q(x|z), its variance, and the decoder's error.
 
-Every function returns arrays by name. Pixels `x` and `held_out` (N, P) are in [0, 1]; variances and errors are summed
-over them. Where the variance of q(x|z) rests on too few training points it is not quoted: `reliable`.
+Pixels `x` and `held_out` (N, P) are in [0, 1]; variances and errors are summed over them.
 """
 
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int
     z = torch.randn(settings.codes, settings.code_dim, generator=generator, device=x.device)
     codes = encode(vae, x)
     conditional = aggregate_posterior.conditional(z, codes, x, labels, per_pixel=False)
-    halves = _halves(conditional, z, codes, x)
+    halves, reliable = _reliable(settings, conditional, z, codes, x)
     decoded = vae.p_x_given_z(z)
     arrays = {
         "z": z,
@@ -49,7 +48,7 @@ def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int
         "halves": halves,
         "log_q": conditional.log_q,
         "labels": conditional.labels,
-        "reliable": _reliable(settings, conditional, halves),
+        "reliable": reliable,
         "greyness": (decoded * (1 - decoded)).sum(1),
         "edge_width": sharpness.edge_width(square(decoded)),
         "slope": sharpness.spectral_slope(square(decoded)),
@@ -57,21 +56,17 @@ def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int
     return {name: array.numpy(force=True) for name, array in arrays.items()}
 
 
-def _halves(conditional: Conditional, z: Tensor, codes: Codes, x: Tensor) -> Tensor:
-    """The relative difference that leaving out half of the training points makes to tr Var_q[x|z]: (M,)."""
+def _reliable(settings: Any, conditional: Conditional, z: Tensor, codes: Codes, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`halves` and `reliable` of `at_prior_codes`, (M,) each."""
     rows = random_half(len(x)).to(x.device)
     half = aggregate_posterior.conditional(z, codes[rows], x[rows], per_pixel=False)
-    return (half.trace / conditional.trace - 1).abs()
+    halves = (half.trace / conditional.trace - 1).abs()
+    return halves, (conditional.ess >= settings.min_samples) & (halves <= settings.max_halves)
 
 
 def random_half(count: int) -> Tensor:
     """Indices of half of `count` points, always the same; drawn, since data sets may be in some order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 2]
-
-
-def _reliable(settings: Any, conditional: Conditional, halves: Tensor) -> Tensor:
-    """Where Var q(x|z) may be quoted: (M,), bool."""
-    return (conditional.ess >= settings.min_samples) & (halves <= settings.max_halves)
 
 
 @torch.no_grad()
@@ -142,30 +137,21 @@ def error_split(settings: Any, vae: VAE, x: Tensor, held_out: Tensor, seed: int)
     """The terms of equation (3) at M codes z ~ q(z): `error` its left side, `spread` tr Var_q[x|z], `gap`
     |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes.
 
-    Two numbers say how much of the gap a better decoder cannot reduce. `noise` tr Var_q[x|z] / (samples - 1): by about
-    so much the average of a finite list misses that of all images that there could be (the variance of a list of n is
-    too small by the factor 1 - 1/n). `gap_held_out`: |mu(z) - E_q[x|z]|^2 with the list made of held-out images, and
-    its `noise_held_out`.
+    A better decoder cannot reduce all of the gap: `noise` tr Var_q[x|z] / (samples - 1) is about what the average of a
+    finite list misses of that of all possible images (the variance of a list of n is too small by 1 - 1/n).
+    `gap_held_out` and `noise_held_out` are the same with the list made of held-out images.
     """
     codes = encode(vae, x)
     z = aggregate_codes(codes, settings.codes, seed)
     mu = vae.p_x_given_z(z.float()).double()
-    training = aggregate_posterior.conditional(z, codes, x, per_pixel=False)
-    other = aggregate_posterior.conditional(z, encode(vae, held_out), held_out, per_pixel=False)
-    arrays = {
-        "error": squared_error(mu, z, codes, x),
-        "spread": training.trace,
-        "gap": (mu - training.mean).square().sum(1),
-        "noise": _noise(training),
-        "gap_held_out": (mu - other.mean).square().sum(1),
-        "noise_held_out": _noise(other),
-        "between": training.mean.var(0, correction=0).sum(),
-    }
+    arrays = {"error": squared_error(mu, z, codes, x)}
+    for suffix, images, encoded in (("_held_out", held_out, encode(vae, held_out)), ("", x, codes)):
+        conditional = aggregate_posterior.conditional(z, encoded, images, per_pixel=False)
+        arrays[f"gap{suffix}"] = (mu - conditional.mean).square().sum(1)
+        # A list of one image has no variance to tell by.
+        arrays[f"noise{suffix}"] = conditional.trace / (conditional.ess - 1).clamp(min=0.1)
+    arrays |= {"spread": conditional.trace, "between": conditional.mean.var(0, correction=0).sum()}
     return {name: array.numpy(force=True) for name, array in arrays.items()}
-
-
-def _noise(conditional: Conditional) -> Tensor:
-    return conditional.trace / (conditional.ess - 1).clamp(min=0.1)  # a list of one image has no variance to tell by
 
 
 def aggregate_codes(codes: Codes, count: int, seed: int) -> Tensor:
@@ -188,40 +174,35 @@ def squared_error(mu: Tensor, z: Tensor, codes: Codes, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor, seed: int) -> dict[str, Any]:
-    """What F4 compares, each with one row per seed.
+    """What F4 compares, each with one row per seed; every seed and weight is measured with the same draws.
 
     Frozen q, over those of M codes z ~ q(z) where the variance may be quoted: `floor` E tr Var_q[x|z] (S,), and
-    `frozen_error` (S, decoders), the error E|x - mu(z)|^2 of each decoder by (3). KL weight swept, (S, weights) each:
-    `swept_information` I_q(x;z), which stops at log N, and `swept_rate`, the KL on held-out images, in nats;
-    `swept_error`, their squared error; `swept_variance`, E tr Var_q[x|z] over the codes where it may be quoted, times
-    1 / (1 - 1 / samples) because the lists differ in length; `swept_reliable`, the share of these codes; `swept_width`,
-    the mean edge width of the decoded images of all M codes. Every seed and weight is measured with the same draws.
+    `frozen_error` (S, decoders), the error of each decoder by (3). KL weight swept, (S, weights) each:
+    `swept_information` I_q(x;z) and `swept_rate`, the KL on held-out images, in nats; `swept_error`, their squared
+    error; `swept_variance`, E tr Var_q[x|z] over the codes where it may be quoted, times 1 / (1 - 1 / samples) because
+    the lists differ in length; `swept_reliable`, the share of these codes; `swept_width`, the mean edge width of the
+    decoded images of all M codes.
     """
     rows: dict[str, list] = {name: [] for name in ("floor", "frozen_error", *SWEPT)}
     for vaes, decoders in zip(models.vaes, models.decoders, strict=True):
         z, conditional, reliable = _at_aggregate_codes(settings, encode(vaes[MAIN].model, x), x, seed)
-        gaps = [
-            (torch.sigmoid(trained.model(z.float())).double() - conditional.mean).square().sum(1)
-            for trained in decoders.values()
-        ]
+        means = (torch.sigmoid(trained.model(z.float())).double() for trained in decoders.values())
+        gaps = [(mu - conditional.mean).square().sum(1) for mu in means]
         rows["floor"].append(conditional.trace[reliable].mean())
         rows["frozen_error"].append(torch.stack([(conditional.trace + gap)[reliable].mean() for gap in gaps]))
-        swept = [
-            _swept(settings, vaes[Variant(kl_weight=weight)].model, x, held_out, seed) for weight in settings.kl_weights
-        ]
+        variants = (Variant(kl_weight=weight) for weight in settings.kl_weights)
+        swept = [_swept(settings, vaes[variant].model, x, held_out, seed) for variant in variants]
         for name in SWEPT:
             rows[name].append(torch.tensor([numbers[name] for numbers in swept]))
-    return {name: torch.stack(row) for name, row in rows.items()} | {
-        "kl_weights": np.array(settings.kl_weights),
-        "frozen_units": np.array(settings.decoders),
-    }
+    swept_over = {"kl_weights": np.array(settings.kl_weights), "frozen_units": np.array(settings.decoders)}
+    return {name: torch.stack(row) for name, row in rows.items()} | swept_over
 
 
 def _at_aggregate_codes(settings: Any, codes: Codes, x: Tensor, seed: int) -> tuple[Tensor, Conditional, Tensor]:
     """M codes z ~ q(z), q(x|z) there, and where its variance may be quoted."""
     z = aggregate_codes(codes, settings.codes, seed)
     conditional = aggregate_posterior.conditional(z, codes, x, per_pixel=False)
-    return z, conditional, _reliable(settings, conditional, _halves(conditional, z, codes, x))
+    return z, conditional, _reliable(settings, conditional, z, codes, x)[1]
 
 
 def _swept(settings: Any, vae: VAE, x: Tensor, held_out: Tensor, seed: int) -> dict[str, float]:

@@ -30,19 +30,15 @@ class VAE(nn.Module):
     """q(z|x) = N(mean(x), exp(2 log_std(x))) and p(x|z) = N(mu(z), sigma^2 I), pixels in [0, 1], mu(z) as well.
 
     Both networks are multilayer perceptrons with ReLU. sigma is one number for all pixels and codes, learned where it
-    is None. A learned sigma ends near 0.19 on MNIST; with it, codes become so narrow that the list (2) of most holds
-    fewer than ten images and no variance can be measured. A fixed one of 0.4 gives broader codes. With the likelihood
-    "bernoulli" p(x|z) are independent bits with mean mu(z), and sigma has no part.
+    is None. With the likelihood "bernoulli" p(x|z) are independent bits with mean mu(z), and sigma has no part.
     """
 
     def __init__(self, pixels: int, settings: Any, likelihood: str = "gaussian") -> None:
         super().__init__()
         self.encoder = perceptron(pixels, settings.hidden, 2 * settings.code_dim)
         self.decoder = perceptron(settings.code_dim, settings.hidden[::-1], pixels)
-        log_sigma = torch.tensor(math.log(settings.sigma or 0.4))
-        learned = settings.sigma is None and likelihood == "gaussian"
-        self.log_sigma = nn.Parameter(log_sigma, requires_grad=learned)
-        self.likelihood = likelihood
+        self.likelihood, learned = likelihood, settings.sigma is None and likelihood == "gaussian"
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(settings.sigma or 0.4)), requires_grad=learned)
 
     def q_z_given_x(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-std of q(z|x): (B, pixels) to two (B, code_dim)."""
@@ -74,8 +70,8 @@ def perceptron(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequent
 
 def pixels(images: Images) -> tuple[Tensor, Tensor]:
     """Training and held-out images, each (N, S * S) float32 in [0, 1], on the device."""
-    x, held_out = (datasets.to_unit(part, images.dataset.levels).flatten(1) for part in (images.train, images.held_out))
-    return x, held_out
+    train, held_out = (datasets.to_unit(x, images.dataset.levels).flatten(1) for x in (images.train, images.held_out))
+    return train, held_out
 
 
 def square(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def fit_vae(settings: Any, x: Tensor, held_out: Tensor, variant: Variant, direct
 
     torch.manual_seed(seed)
     vae = VAE(x.shape[1], settings, variant.likelihood)
-    return _fit(settings, vae, loss, x, directory / f"{variant.name}-seed{seed}", seed, evaluate)
+    return _fit(settings, vae, loss, x, directory / f"{variant.name}-seed{seed}", seed, evaluate=evaluate)
 
 
 def fit_decoder(settings: Any, x: Tensor, codes: Codes, units: int, directory: Path, seed: int) -> train.Trained:
@@ -82,32 +82,10 @@ def fit_decoder(settings: Any, x: Tensor, codes: Codes, units: int, directory: P
 
 
 def _fit(
-    settings: Any,
-    model: nn.Module,
-    loss: train.Loss,
-    x: Tensor,
-    directory: Path,
-    seed: int,
-    evaluate: train.Evaluate | None = None,
+    settings: Any, model: nn.Module, loss: train.Loss, x: Tensor, directory: Path, seed: int, **options: Any
 ) -> train.Trained:
-    recipe = train.Recipe(
-        settings.steps,
-        settings.batch_size,
-        settings.learning_rate,
-        schedule="cosine",
-        ema=0.999,
-        evaluate_every=max(1, settings.steps // 20),
-    )
-    return train.fit(
-        model,
-        loss,
-        lambda rows: rows.to(x.device),
-        len(x),
-        recipe,
-        directory,
-        seed=seed,
-        device=x.device,
-        evaluate=evaluate,
-        provenance=describe_code(),
-        name=directory.name,
-    )
+    steps, every = settings.steps, max(1, settings.steps // 20)
+    numbers = (steps, settings.batch_size, settings.learning_rate)
+    recipe = train.Recipe(*numbers, schedule="cosine", ema=0.999, evaluate_every=every)
+    options |= {"seed": seed, "device": x.device, "provenance": describe_code(), "name": directory.name}
+    return train.fit(model, loss, lambda rows: rows.to(x.device), len(x), recipe, directory, **options)

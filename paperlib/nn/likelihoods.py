@@ -1,11 +1,8 @@
-"""Log-probabilities and KL divergences, in nats, one number per example; and draws.
+"""Log-probabilities and KL divergences in nats, one number per example, and draws.
 
-Log-probabilities and divergences sum over all dimensions but the first, so `(B, ...)` becomes `(B,)`. Stds are
-given by their logarithm. Parameters may be of smaller shape (one std for all, one per
-dimension) as long as they broadcast to the shape of the argument; anything else is a `ValueError`,
-because a result that silently grew to `(B, B, ...)` would still sum to a plausible number.
-
-These are the terms of the ELBO: log p(x|z), and KL(q(z|x) || p(z)) with p(z) = N(0, I).
+They sum over all dimensions but the first: `(B, ...)` becomes `(B,)`. Stds are given by their logarithm. Parameters
+broadcast to the shape of the argument (one std for all, one per dimension); anything else is a `ValueError`, because a
+result that silently grew to `(B, B, ...)` would still sum to a plausible number.
 
 The discretised mixture of logistics is the p(x|z) of PixelCNN++ (Salimans et al. 2017, section 2.1). Of one pixel
 
@@ -31,17 +28,15 @@ MIN_LOG_SCALE = -7.0  # of a logistic, the authors' limit: 1/9 of a grey level o
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor | float) -> Tensor:
-    """log N(x; mean, exp(2 log_std)), a density in nats: `(B, ...)` to `(B,)`.
-
-    `mean` and `log_std` broadcast to the shape of `x`. Raises `ValueError` where they do not.
-    """
-    log_std = torch.as_tensor(log_std, dtype=_float_type(x, mean), device=x.device)
-    scaled = (x - mean) * torch.exp(-log_std)
+    """log N(x; mean, exp(2 log_std)), a density: x `(B, ...)` to `(B,)`."""
+    error = x - mean
+    log_std = torch.as_tensor(log_std, dtype=error.dtype, device=x.device)
+    scaled = error * torch.exp(-log_std)
     return _sum_per_example(-0.5 * (scaled.square() + LOG_2PI) - log_std, x.shape)
 
 
-def discretized_gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, *, levels: int = 256) -> Tensor:
-    """log P(x) in nats of grey levels x, 0 .. levels - 1, under independent Gaussians in the same unit: `(B,)`.
+def discretized_gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, *, levels: int) -> Tensor:
+    """log P(x) of grey levels x `(B, ...)`, 0 .. levels - 1, under independent Gaussians in the same unit: `(B,)`.
 
     The mass of the bin from x - 1/2 to x + 1/2; the first and the last bin reach to infinity.
     """
@@ -55,38 +50,24 @@ def discretized_gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, *, l
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor | float) -> Tensor:
-    """KL(N(mean, exp(2 log_std)) || N(0, I)) in nats: `(B, ...)` to `(B,)`.
-
-    `log_std` broadcasts to the shape of `mean`. Raises `ValueError` where it does not.
-    """
-    twice = 2 * torch.as_tensor(log_std, dtype=_float_type(mean), device=mean.device)
+    """KL(N(mean, exp(2 log_std)) || N(0, I)): mean `(B, ...)` to `(B,)`."""
+    twice = 2 * torch.as_tensor(log_std, dtype=mean.dtype, device=mean.device)
     # expm1 keeps the KL of an almost unused code right; exp(twice) - 1 would be mostly rounding.
     return _sum_per_example(0.5 * (mean.square() + (torch.expm1(twice) - twice)), mean.shape)
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
-    """log p(x) of independent bits with p(x=1) = sigmoid(logits), in nats: `(B, ...)` to `(B,)`.
+    """log p(x) of independent bits with p(x=1) = sigmoid(logits): x `(B, ...)`, of 0 and 1, to `(B,)`.
 
-    `x` holds 0 and 1. Greys between give minus the cross entropy, as is usual for MNIST; that is
-    not a log-probability. `logits` broadcasts to the shape of `x`, and large ones do not overflow.
-    Raises `ValueError` for other shapes.
+    Greys between give minus the cross entropy, as is usual for MNIST; that is not a log-probability.
     """
     return _sum_per_example(x * logits + F.logsigmoid(-logits), x.shape)
 
 
-def sample_gaussian(
-    mean: Tensor,
-    log_std: Tensor | float,
-    *,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """mean + exp(log_std) * noise in the shape of `mean`, differentiable in both parameters.
-
-    The noise is standard Gaussian, from `generator` (on the device of `mean`) or torch's own. Raises `ValueError` when
-    the shapes do not fit.
-    """
-    noise = distributed.randn(mean.shape, generator=generator, dtype=_float_type(mean), device=mean.device)
-    std = torch.exp(torch.as_tensor(log_std, dtype=_float_type(mean), device=mean.device))
+def sample_gaussian(mean: Tensor, log_std: Tensor | float, *, generator: torch.Generator | None = None) -> Tensor:
+    """mean + exp(log_std) * noise in the shape of `mean`, differentiable; `generator` is on the device of `mean`."""
+    noise = distributed.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    std = torch.exp(torch.as_tensor(log_std, dtype=mean.dtype, device=mean.device))
     if (sample := mean + std * noise).shape != mean.shape:
         raise ValueError(
             f"log_std does not broadcast to the mean's {tuple(mean.shape)}: the sample is {tuple(sample.shape)}"
@@ -95,10 +76,7 @@ def sample_gaussian(
 
 
 def mix_logistic_size(mixtures: int, channels: int) -> int:
-    """Parameters of one pixel: 10 a mixture for three channels, 3 for one.
-
-    Raises `ValueError` for other channels and for `mixtures` below 1.
-    """
+    """Parameters of one pixel: 10 a mixture for three channels, 3 for one. Raises `ValueError` for other numbers."""
     if channels not in (1, 3):
         raise ValueError(f"{channels} channels: the mixture of logistics takes 1 or 3")
     if mixtures < 1:
@@ -107,15 +85,36 @@ def mix_logistic_size(mixtures: int, channels: int) -> int:
 
 
 def discretized_mix_logistic_log_prob(x: Tensor, params: Tensor, *, levels: int = 256) -> Tensor:
-    """log p(x), a log-probability in nats: x `(B, C, ...)` and params `(B, P, ...)` to `(B,)`.
+    """log p(x): images x `(B, C, ...)` and params `(B, P, ...)` to `(B,)`.
 
     `x` holds grey levels k as 2 k / (levels - 1) - 1, with C of 1 or 3. P is K (1 + 2) or K (1 + 3 * 3), in the order
     above; half precision is widened. Exact in every bin, unlike the authors' code, which takes the density at the
     centre of a bin where probability is small. Raises `ValueError` for shapes that do not fit and for `levels` below 2.
     """
-    components = _component_log_probs(x, params, levels)
-    params = _widened(params)
-    prior = torch.log_softmax(params[:, : components.shape[2]], 1)
+    params, channels = _widened(params), x.shape[1]
+    mixtures = _mixtures(params, channels, levels)
+    if x.shape[2:] != params.shape[2:] or len(x) != len(params):
+        raise ValueError(f"parameters {tuple(params.shape)} do not fit images {tuple(x.shape)}")
+    x = x.to(params.dtype).unsqueeze(2)
+    parts = params[:, mixtures:].unflatten(1, (channels, _kinds(channels), mixtures))
+    means, log_scales = parts[:, :, 0], parts[:, :, 1].clamp(min=MIN_LOG_SCALE)
+    if channels == 3:
+        green_red, blue_red, blue_green = parts[:, :, 2].tanh().unbind(1)
+        red, green, _ = x.unbind(1)
+        moved = [torch.zeros_like(green_red), green_red * red, blue_red * red + blue_green * green]
+        means = means + torch.stack(moved, 1)
+    half, inverse = 1 / (levels - 1), torch.exp(-log_scales)
+    below_top = F.logsigmoid((x - means + half) * inverse)
+    above_bottom = F.logsigmoid((means - x + half) * inverse)
+    # F(b) - F(a) = F(b) F(-a) (1 - exp(a - b)), which loses no digits in the tails; b - a is the width of the bin.
+    width = 2 * half * inverse
+    log_width = torch.where(
+        width > 1e-8, torch.log(-torch.expm1(-width.clamp(min=1e-8))), math.log(2 * half) - log_scales
+    )
+    inside = below_top + above_bottom + log_width
+    # log P_k(x_c | x_<c), (B, C, K, ...)
+    components = torch.where(x < half - 1, below_top, torch.where(x > 1 - half, above_bottom, inside))
+    prior = torch.log_softmax(params[:, :mixtures], 1)
     return torch.logsumexp(prior + components.sum(1), 1)[..., None].flatten(1).sum(1)
 
 
@@ -130,7 +129,7 @@ def mix_logistic_noise(
 ) -> Tensor:
     """What decides a draw: `(B, ...)` to `(B, K + C, ...)`, K standard Gumbel and C standard logistic variables.
 
-    Made in float64 for the sake of the tails, so that one seed gives the same noise in every `dtype` but for rounding.
+    Made in float64, for the tails; so one seed gives the same noise in every `dtype` but for rounding.
     """
     size = (shape[0], mixtures + channels, *shape[1:])
     u = torch.rand(size, generator=generator, dtype=torch.float64, device=device).clamp_(min=2**-54)
@@ -143,18 +142,13 @@ def sample_discretized_mix_logistic(params: Tensor, noise: Tensor, *, channels: 
 
     The component is the greatest of logits plus Gumbel noise; each channel is its logistic, rounded to a grey level
     before the next channel sees it (the authors round at the end, which draws from another distribution). Raises
-    `ValueError` for shapes that do not fit, for channels other than 1 and 3 and for `levels` below 2.
+    `ValueError` as the log-probability does.
     """
-    mixtures, rest = divmod(params.shape[1], mix_logistic_size(1, channels))
-    if rest or not mixtures or noise.shape != (len(params), mixtures + channels, *params.shape[2:]):
-        raise ValueError(
-            f"parameters {tuple(params.shape)} and noise {tuple(noise.shape)} do not fit, for {channels} channels"
-        )
-    if levels < 2:
-        raise ValueError(f"{levels} grey levels: there must be 2 or more")
-    params, half = _widened(params), (levels - 1) / 2
+    params, kinds, half = _widened(params), _kinds(channels), (levels - 1) / 2
+    mixtures = _mixtures(params, channels, levels)
+    if noise.shape != (len(params), mixtures + channels, *params.shape[2:]):
+        raise ValueError(f"parameters {tuple(params.shape)} and noise {tuple(noise.shape)} do not fit")
     noise = noise.to(params.dtype)
-    kinds = _kinds(channels)
     which = (params[:, :mixtures] + noise[:, :mixtures]).argmax(1, keepdim=True)
     # Rows of K: the logits, then mean, log-scale and perhaps coefficient of each channel.
     table = params.unflatten(1, (-1, mixtures))
@@ -176,21 +170,11 @@ def sample_discretized_mix_logistic(params: Tensor, noise: Tensor, *, channels: 
 def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
     """Nats per example as bits per dimension: nats / (dims log 2), sign kept.
 
-    `nats` is -log p(x) for the usual positive number; `dims` counts the dimensions of one example
-    (32 * 32 * 3 for CIFAR-10). Raises `ValueError` for `dims` below 1.
+    `nats` is -log p(x) for the usual positive number, `dims` 32 * 32 * 3 for CIFAR-10. Raises `ValueError` below 1.
     """
     if dims < 1:
         raise ValueError(f"bits per dimension of {dims} dimensions")
     return nats / (dims * math.log(2))
-
-
-def _float_type(*tensors: Tensor | float) -> torch.dtype:
-    """The floating type in which these meet, torch's default where none is floating."""
-    result = None
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            result = torch.promote_types(result, tensor.dtype) if result else tensor.dtype
-    return result or torch.get_default_dtype()
 
 
 def _sum_per_example(terms: Tensor, shape: torch.Size) -> Tensor:
@@ -208,29 +192,11 @@ def _widened(params: Tensor) -> Tensor:
     return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params
 
 
-def _component_log_probs(x: Tensor, params: Tensor, levels: int) -> Tensor:
-    """log P_k(x_c | x_<c), `(B, C, K, ...)`."""
-    params, channels = _widened(params), x.shape[1]
+def _mixtures(params: Tensor, channels: int, levels: int) -> int:
+    """K of parameters `(B, P, ...)`."""
     mixtures, rest = divmod(params.shape[1], mix_logistic_size(1, channels))
-    if rest or not mixtures or x.shape[2:] != params.shape[2:] or len(x) != len(params):
-        raise ValueError(f"parameters {tuple(params.shape)} do not fit images {tuple(x.shape)}")
+    if rest or not mixtures:
+        raise ValueError(f"parameters {tuple(params.shape)} do not fit {channels} channels")
     if levels < 2:
         raise ValueError(f"{levels} grey levels: there must be 2 or more")
-    x = x.to(params.dtype).unsqueeze(2)
-    parts = params[:, mixtures:].unflatten(1, (channels, _kinds(channels), mixtures))
-    means, log_scales = parts[:, :, 0], parts[:, :, 1].clamp(min=MIN_LOG_SCALE)
-    if channels == 3:
-        green_red, blue_red, blue_green = parts[:, :, 2].tanh().unbind(1)
-        red, green, _ = x.unbind(1)
-        moved = [torch.zeros_like(green_red), green_red * red, blue_red * red + blue_green * green]
-        means = means + torch.stack(moved, 1)
-    half, inverse = 1 / (levels - 1), torch.exp(-log_scales)
-    below_top = F.logsigmoid((x - means + half) * inverse)
-    above_bottom = F.logsigmoid((means - x + half) * inverse)
-    # F(b) - F(a) = F(b) F(-a) (1 - exp(a - b)), which loses no digits in the tails; b - a is the width of the bin.
-    width = 2 * half * inverse
-    log_width = torch.where(
-        width > 1e-8, torch.log(-torch.expm1(-width.clamp(min=1e-8))), math.log(2 * half) - log_scales
-    )
-    inside = below_top + above_bottom + log_width
-    return torch.where(x < half - 1, below_top, torch.where(x > 1 - half, above_bottom, inside))
+    return mixtures

@@ -134,9 +134,9 @@ class PixelCNN(nn.Module):
         return self.last(F.elu(ul))
 
 
-def log_prob(network: nn.Module, x: Tensor, h: Tensor | None = None) -> Tensor:
-    """log p(x | h) in nats, (B,), for images (B, C, H, W) in [-1, 1]; `network` may be compiled."""
-    return discretized_mix_logistic_log_prob(x, network(x, h), levels=network.settings.levels)
+def log_prob(network: nn.Module, x: Tensor, h: Tensor | None = None, seen: Tensor | float = 1.0) -> Tensor:
+    """log p(x | h) in nats, (B,), for images (B, C, H, W) in [-1, 1]; `network` may be compiled, and sees `seen` x."""
+    return discretized_mix_logistic_log_prob(x, network(seen * x, h), levels=network.settings.levels)
 
 
 @torch.no_grad()

@@ -23,14 +23,12 @@ from paperlib.pixelvae.markov_chain import markov_chain
 from paperlib.pixelvae.measurements import LAGS
 from paperlib.pixelvae.model import build
 from paperlib.pixelvae.training import VARIANTS
-from paperlib.runs import presets, train
+from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
-from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, save_weights
-from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "04_cifar_pixelvae"
 HEADLINE = (
@@ -214,21 +212,8 @@ def conclude(
     run: Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
 ) -> Verdicts:
     """Judge P1 to P7, D1 and G1, and write `metrics.json`, `run.json` and the weights of `none`."""
-    if run.weights == "train":
-        save_weights(run, trained["none"].model.state_dict())
-    return finish(
-        run,
-        CLAIMS,
-        quantities(arrays),
-        numbers=summary(arrays),
-        data=images.dataset.describe(),
-        trainings={name: describe_training(one) for name, one in trained.items()},
-    )
-
-
-def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
-    """The numbers that decide each claim, from the recorded arrays."""
-    return quantities(load_recorded_arrays(run))
+    model, data = trained["none"].model, images.dataset.describe()
+    return recorded.conclude(run, CLAIMS, quantities(arrays), summary(arrays), data, trained, model)
 
 
 EXPERIMENT = Experiment(
@@ -236,7 +221,7 @@ EXPERIMENT = Experiment(
     headline=HEADLINE,
     presets=PRESETS,
     claims=CLAIMS,
-    recompute=recompute,
+    recompute=lambda run: quantities(load_recorded_arrays(run)),
     fit=lambda run: fit(run, load_images(run)),
     datasets=("digits", "cifar10"),
 )

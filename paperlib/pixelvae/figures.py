@@ -39,17 +39,16 @@ def training(arrays: Arrays) -> Any:
     """P1, P2: bits per dimension while training, and what the decoder loses when z is that of another image."""
     figure, (left, right) = plotting.new(2, height=3.6, width_ratios=[3, 2])
     _show_histories(left, arrays)
-    rows = [k for k, name in enumerate(VARIANTS) if name in CODED]
+    rows, places = [list(VARIANTS).index(name) for name in CODED], np.arange(len(CODED))
     gap, kl = (arrays[term][rows].mean(1) for term in ("shuffle_gap", "kl"))
-    places = np.arange(len(rows))
     right.bar(places - 0.2, gap, 0.38, color=BLUE, label="shuffle gap")
     right.bar(places + 0.2, kl, 0.38, color=GREY, label="KL(q(z|x) ‖ p(z))")
     right.set_yscale("symlog", linthresh=0.1)
     right.set_xticks(places, CODED, rotation=30, ha="right")
     for limit in (0.1, 0.5, 5):  # of P1 and P2
         right.axhline(limit, color="black", linewidth=0.6, linestyle=":")
-    right.set(ylabel="nats per image")
     right.axhline(0, color="black", linewidth=0.6)
+    right.set(ylabel="nats per image")
     right.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
@@ -79,7 +78,7 @@ def _show_histories(axis: Any, arrays: Arrays) -> None:
 
 def ways_to_draw(arrays: Arrays) -> Any:
     """P3: images decoded from codes of several distributions, the same model; photographs beside them."""
-    names = {
+    titles = {
         "held-out photographs": "photographs",
         "none: q(z)": "z ~ q(z), from photographs",
         "none: prior": "z ~ N(0, I)",
@@ -87,23 +86,19 @@ def ways_to_draw(arrays: Arrays) -> Any:
         "none: mixture": "z ~ mixture fitted to q(z)",
         "none: chain": "the chain from noise, last states",
     }
-    return _panels(arrays, names)
+    return _panels(arrays, titles)
 
 
 def regularised(arrays: Arrays) -> Any:
     """P6: the same with an MMD between q(z) and N(0, I), and under the ELBO."""
-    names = {
-        "mmd: q(z)": "MMD: z ~ q(z)",
-        "mmd: prior": "MMD: z ~ N(0, I)",
-        "elbo: prior": "ELBO: z ~ N(0, I)",
-    }
-    return _panels(arrays, names)
+    titles = {"mmd: q(z)": "MMD: z ~ q(z)", "mmd: prior": "MMD: z ~ N(0, I)", "elbo: prior": "ELBO: z ~ N(0, I)"}
+    return _panels(arrays, titles)
 
 
-def _panels(arrays: Arrays, names: Mapping[str, str]) -> Any:
-    rows = -(-len(names) // 3)
+def _panels(arrays: Arrays, titles: Mapping[str, str]) -> Any:
+    rows = len(titles) // 3
     figure, axes = plotting.new(3, rows, height=1.15 * rows)
-    for axis, (name, title) in zip(np.ravel(axes), names.items(), strict=True):
+    for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
         show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], 8, title)
     return figure
 
@@ -114,9 +109,9 @@ def distances(arrays: Arrays) -> Any:
     places = np.arange(len(SETS))[::-1]
     models = {"none": BLUE, "elbo": RED, "mmd": GREEN}
     colours = [models.get(name.split(":")[0], "black") for name in SETS]
-    for axis, kind in zip(axes, ("classifier", "random"), strict=True):
+    for axis, kind, what in zip(axes, ("classifier", "random"), ("classifier", "random network"), strict=True):
         plotting.show_estimates(axis, places, arrays[f"kernel_{kind}"], colours)
-        axis.set(xlabel="squared kernel distance", title=f"features of a {kind}{' network' * (kind == 'random')}")
+        axis.set(xlabel="squared kernel distance", title=f"features of a {what}")
     axes[0].set_yticks(places, SETS)
     return figure
 
@@ -124,18 +119,16 @@ def distances(arrays: Arrays) -> Any:
 def memory(arrays: Arrays) -> Any:
     """P4: how long the chain remembers, without the KL and under the ELBO."""
     figure, axes = plotting.new(2, height=3.0, sharey=True)
-    for axis, view in zip(axes, ("pixels", "classifier"), strict=True):
+    views = {"pixels": "pixels", "classifier": "features of a classifier"}
+    for axis, (view, words) in zip(axes, views.items(), strict=True):
         for model, colour in (("none", BLUE), ("elbo", RED)):
             values, lows, highs = arrays[f"similarity_{model}_{view}"].T
-            axis.errorbar(
-                LAGS, values, [values - lows, highs - values], fmt="o-", ms=3, color=colour, label=model, lw=1
-            )
+            ends = values - lows, highs - values
+            axis.errorbar(LAGS, values, ends, fmt="o-", ms=3, color=colour, label=model, lw=1)
             value = arrays[f"decodes_{model}_{view}"][0]
             axis.axhline(value, color=colour, linestyle=":", linewidth=1, label=f"{model}: two decodes of one z")
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(
-            xscale="log", xlabel="lag (steps)", title=f"by {view if view == 'pixels' else 'features of a classifier'}"
-        )
+        axis.set(xscale="log", xlabel="lag (steps)", title=f"by {words}")
         axis.set_xticks(LAGS, LAGS)
         axis.minorticks_off()
     axes[0].set_ylabel("autocorrelation")
@@ -148,10 +141,8 @@ def many(arrays: Arrays) -> Any:
     figure, axes = plotting.new(2, 2, height=3.1, height_ratios=[2, 1])
     for (top, bottom), model, title in zip(axes.T, ("none", "elbo"), ("without the KL", "ELBO"), strict=True):
         show_pictures(top, arrays, arrays[f"many_{model}"], 9, f"{title}: 36 chains")
-        pairs = arrays[f"shown_decodes_{model}"]
-        show_pictures(
-            bottom, arrays, pairs.reshape(-1, *pairs.shape[2:]), pairs.shape[1], "two decodes (rows) of one z (columns)"
-        )
+        pairs = np.concatenate(arrays[f"shown_decodes_{model}"])
+        show_pictures(bottom, arrays, pairs, len(pairs) // 2, "two decodes (rows) of one z (columns)")
     return figure
 
 
@@ -169,20 +160,13 @@ def probe(arrays: Arrays) -> Any:
 
 def glasses(arrays: Arrays) -> Any:
     """G1: the class as code. What the best factored Gaussian and a PixelCNN++ make of "an image of this class"."""
-    rows = 7
     figure, axis = plotting.new(height=4.4)
-    sheet = np.concatenate(
-        [
-            arrays["glasses_photograph"][None],
-            arrays["gaussian_mean"][None],
-            arrays["gaussian_sample"][None],
-            arrays["glasses_sample"].swapaxes(0, 1),
-        ]
-    )
-    show_pictures(axis, arrays, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    rows = [arrays[name] for name in ("glasses_photograph", "gaussian_mean", "gaussian_sample")]
+    sheet = np.stack([*rows, *arrays["glasses_sample"].swapaxes(0, 1)])
+    show_pictures(axis, arrays, np.concatenate(sheet), sheet.shape[1])
     names = ["photograph", "Gaussian, mean", "Gaussian, draw", *["PixelCNN++, draw"] * 4]
     side = sheet.shape[2] + 1
-    axis.set_yticks([side * (k + 0.5) for k in range(rows)], names)
+    axis.set_yticks([side * (k + 0.5) for k in range(len(sheet))], names)
     axis.tick_params(length=0)
     return figure
 
@@ -192,7 +176,7 @@ def continued(states: np.ndarray, levels: int) -> Any:
     from matplotlib import pyplot
 
     figure, axis = plotting.new(width=3.6, height=3.6)
-    by_chain = states.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+    by_chain = np.concatenate(states.swapaxes(0, 1))
     show_pictures(axis, {"levels": np.array(levels)}, by_chain, len(states), "from photographs (left), step by step")
     pyplot.close(figure)
     return figure

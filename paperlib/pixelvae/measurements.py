@@ -1,7 +1,6 @@
 """What notebook 04 measures on trained PixelVAEs: terms, codes, drawn images and their distances, exactness.
 
 Each function returns arrays by name, from models by the names of `VARIANTS`; estimates are rows of value, low, high.
-Each purpose has a stream of random numbers of its own, so that one measurement does not change another.
 """
 
 import copy
@@ -54,6 +53,7 @@ SETS = (
     "mmd: q(z)",
     "mmd: prior",
 )
+TOGETHER = {name: len(LATE) if "chain" in name else 1 for name in SETS}  # images in a row that are of one chain
 
 
 # Terms and codes
@@ -61,12 +61,8 @@ SETS = (
 
 def histories(trained: Mapping[str, train.Trained]) -> Arrays:
     """Of each training `<name>_history`, rows of steps, training and held-out bits/dim of the reconstruction term."""
-    return {
-        f"{name}_history": np.array(
-            [[row["step"], row["bits_per_dim"], row["held_out_bits_per_dim"]] for row in one.history]
-        )
-        for name, one in trained.items()
-    }
+    keys = "step", "bits_per_dim", "held_out_bits_per_dim"
+    return {f"{name}_history": np.array([[r[key] for key in keys] for r in t.history]) for name, t in trained.items()}
 
 
 def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
@@ -96,9 +92,8 @@ def codes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
     prior = torch.randn(2, min(n, len(images.held_out)), settings.code_dim, generator=stream(seed, 1))
     for name in CODED:
         mean, log_std = encode(models[name], images, images.train)
-        of_training = aggregate_posterior.Codes(mean, log_std)
         information = aggregate_posterior.mutual_information(
-            of_training, points=min(len(of_training), 2000), generator=stream(seed, 2, device)
+            aggregate_posterior.Codes(mean, log_std), points=min(len(mean), 2000), generator=stream(seed, 2, device)
         )
         z = sampled(models[name], images, images.held_out[:n], stream(seed, 3, device))
         table["information"].append(information.nats)
@@ -121,14 +116,17 @@ def probes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
 
     Codes are samples of q(z|x); of the random encoder, which has no reason to be precise, the means.
     """
+    from sklearn.decomposition import PCA
+
     n, device = settings.measured_images, images.device
     parts = images.train, images.held_out[:n]
     pixels = [part.flatten(1).float().cpu() for part in parts]
+    pca = PCA(settings.code_dim, svd_solver="covariance_eigh").fit(pixels[0].numpy())
     with seeded(seed, device):
         untrained = build(settings, images)
     inputs = {
         "pixels": pixels,
-        "components": _components(*pixels, settings.code_dim),
+        "components": [torch.from_numpy(pca.transform(part.numpy())) for part in pixels],
         "random encoder": [encode(untrained, images, part)[0] for part in parts],
     }
     for name in CODED:
@@ -136,14 +134,6 @@ def probes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
     labels = [images.labels.cpu(), images.held_out_labels[:n].cpu()]
     right = [linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES]
     return {"probe_right": np.stack(right)}
-
-
-def _components(train: Tensor, held_out: Tensor, count: int) -> list[Tensor]:
-    """The first principal components of the training images, of both sets."""
-    from sklearn.decomposition import PCA
-
-    pca = PCA(count, svd_solver="covariance_eigh").fit(train.numpy())
-    return [torch.from_numpy(pca.transform(part.numpy())) for part in (train, held_out)]
 
 
 # Sets of images
@@ -164,11 +154,8 @@ def extractors(settings: Any, images: Images, directory: Path, seed: int) -> Ext
         device=device,
         provenance=describe_code(),
     ).model
-    random = features.RandomNetwork(0, images.shape[0]).to(device)
-    return {
-        "classifier": features.extractor(classifier, dataset.train.images, dataset.levels),
-        "random": features.extractor(random, dataset.train.images, dataset.levels),
-    }
+    networks = {"classifier": classifier, "random": features.RandomNetwork(0, images.shape[0]).to(device)}
+    return {kind: features.extractor(one, dataset.train.images, dataset.levels) for kind, one in networks.items()}
 
 
 def samples(settings: Any, images: Images, models: Models, extract: Extractors, seed: int) -> dict[str, Any]:
@@ -200,9 +187,8 @@ def samples(settings: Any, images: Images, models: Models, extract: Extractors, 
             drawn[f"{name}: chain"], drawn[f"{name}: chain from data"] = _late(from_noise), _late(from_data)
             pair = drawn[f"{name}: q(z)"], decode(z, generator)
             arrays |= _chain_arrays(name, from_noise, from_data, pair, extract["classifier"])
-    return (
-        arrays | _distances(drawn, reference, extract) | {f"shown_{name}": _shown(name, drawn[name]) for name in SETS}
-    )
+    shown = {f"shown_{name}": drawn[name][TOGETHER[name] - 1 :: TOGETHER[name]][:40] for name in SETS}
+    return arrays | _distances(drawn, reference, extract) | shown
 
 
 def _photographs(images: Images, sources: Tensor, seed: int) -> dict[str, Tensor]:
@@ -231,7 +217,7 @@ def _chain_arrays(
         f"many_{name}": from_noise[-1, :36],
         f"shown_decodes_{name}": torch.stack([pictures[:10] for pictures in pair]),
     }
-    for view, extract in (("pixels", _pixels), ("classifier", classifier)):
+    for view, extract in (("pixels", lambda pictures: pictures.flatten(1).double()), ("classifier", classifier)):
         states = torch.stack([extract(state) for state in from_data])
         arrays[f"similarity_{name}_{view}"] = np.stack(autocorrelation(states, LAGS), 1)
         arrays[f"decodes_{name}_{view}"] = pair_correlation(*(extract(pictures) for pictures in pair)).row
@@ -246,7 +232,7 @@ def _distances(drawn: Mapping[str, Tensor], reference: Tensor, extract: Extracto
     for kind, features_of in extract.items():
         points, kept = {name: features_of(drawn[name]) for name in SETS}, features_of(reference)
         arrays[f"kernel_{kind}"] = rows(
-            two_sample.kernel_distance(points[name], kept, together=(_together(name), 1)) for name in SETS
+            two_sample.kernel_distance(points[name], kept, together=(TOGETHER[name], 1)) for name in SETS
         )
         ends = points["none: chain"], points["none: chain from data"]
         arrays[f"noise_to_data_{kind}"] = two_sample.kernel_distance(*ends, together=(len(LATE), len(LATE))).row
@@ -258,19 +244,6 @@ def _late(states: Tensor) -> Tensor:
     return states[list(LATE)].transpose(0, 1).flatten(0, 1)
 
 
-def _together(name: str) -> int:
-    """How many images in a row of a set belong together."""
-    return len(LATE) if "chain" in name else 1
-
-
-def _shown(name: str, drawn: Tensor) -> Tensor:
-    return drawn[_together(name) - 1 :: _together(name)][:40]
-
-
-def _pixels(pictures: Tensor) -> Tensor:
-    return pictures.flatten(1).double()
-
-
 def blurred(pictures: Tensor) -> Tensor:
     """uint8 (N, S, S, C), every pixel the mean of the 3 x 3 around it."""
     x = F.avg_pool2d(pictures.permute(0, 3, 1, 2).double(), 3, stride=1, padding=1, count_include_pad=False)
@@ -280,12 +253,10 @@ def blurred(pictures: Tensor) -> Tensor:
 def patches_shuffled(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """uint8 (N, S, S, C), each image cut into 4 x 4 squares that are put together in another order."""
     count, side, _, channels = pictures.shape
-    patches = pictures.unflatten(1, (4, side // 4)).unflatten(3, (4, side // 4)).permute(0, 1, 3, 2, 4, 5)
-    patches = patches.reshape(count, 16, side // 4, side // 4, channels)
+    squares = pictures.reshape(count, 4, side // 4, 4, side // 4, channels).transpose(2, 3).flatten(1, 2)
     order = torch.rand(count, 16, generator=generator).argsort(1)
-    patches = torch.stack([own[places] for own, places in zip(patches, order, strict=True)])
-    patches = patches.unflatten(1, (4, 4)).permute(0, 1, 3, 2, 4, 5)
-    return patches.reshape(pictures.shape)
+    squares = squares[torch.arange(count)[:, None], order]
+    return squares.unflatten(1, (4, 4)).transpose(2, 3).reshape(pictures.shape)
 
 
 def fitted(z: Tensor, count: int, seed: int) -> dict[str, Tensor]:
@@ -312,26 +283,24 @@ def glasses(settings: Any, images: Images, label: PixelVAE, seed: int) -> dict[s
     class; `glasses_photograph` (10, S, S, C) training images.
     """
     n, top = settings.measured_images, images.dataset.levels - 1
-    x, labels = images.train.double(), images.labels
-    means = torch.stack([x[labels == k].mean(0) for k in range(images.classes)])
+    classes = [images.train[images.labels == k] for k in range(images.classes)]
+    means = torch.stack([x.double().mean(0) for x in classes])
     # At least 1/12, the variance of a uniform grey level within its bin: some corners of digits never vary.
-    stds = torch.stack([x[labels == k].var(0, correction=0) for k in range(images.classes)]).clamp(min=1 / 12).sqrt()
-    pictures, own = images.held_out[:n], images.held_out_labels[:n]
+    stds = torch.stack([x.double().var(0, correction=0) for x in classes]).clamp(min=1 / 12).sqrt()
     log_p = [
         likelihoods.discretized_gaussian_log_prob(part.double(), means[k], stds[k].log(), levels=top + 1)
-        for part, k in zip(pictures.split(512), own.split(512), strict=True)
+        for part, k in zip(images.held_out[:n].split(512), images.held_out_labels[:n].split(512), strict=True)
     ]
     generator = stream(seed, 8, images.device)
     drawn = means + stds * torch.randn(means.shape, generator=generator, device=means.device, dtype=means.dtype)
-    codes = torch.eye(images.classes, device=images.device).repeat_interleave(4, 0)
-    made = Decoder(label, images, len(codes))(codes, generator)
-    firsts = torch.stack([images.train[labels == k][0] for k in range(images.classes)])
+    z = torch.eye(len(classes), device=images.device).repeat_interleave(4, 0)
+    made = Decoder(label, images, len(z))(z, generator)
     return {
         "gaussian_nats": -torch.cat(log_p),
         "gaussian_mean": means.round().clamp(0, top).byte(),
         "gaussian_sample": drawn.round().clamp(0, top).byte(),
-        "glasses_sample": made.unflatten(0, (images.classes, 4)),
-        "glasses_photograph": firsts,
+        "glasses_sample": made.unflatten(0, (-1, 4)),
+        "glasses_photograph": torch.stack([x[0] for x in classes]),
     }
 
 
@@ -342,18 +311,16 @@ def exactness(images: Images, vae: PixelVAE, seed: int) -> Arrays:
     """
     device = images.device
     x = images.to_float(images.held_out[:2])
-    z = sampled(vae, images, images.held_out[:2], stream(seed, 9, device))
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # TF32 has ten bits, also of float32
-        h = vae.h(z)
+        h = vae.h(sampled(vae, images, images.held_out[:2], stream(seed, 9, device)))
         expected = vae.decoder(x, h)
     shape = x.shape[0], *x.shape[2:]
     given = Sampler(vae.decoder, *shape).teacher_forced(x, h)
     error = ((given - expected).abs() / expected.abs().clamp(min=1)).max()
 
     network, h = copy.deepcopy(vae.decoder).double(), h.double()
-    channels, mixtures = network.settings.channels, network.settings.mixtures
-    noise = likelihoods.mix_logistic_noise(
-        shape, mixtures, channels, generator=stream(seed, 10, device), dtype=torch.float64, device=x.device
-    )
+    sizes = shape, network.settings.mixtures, network.settings.channels
+    generator = stream(seed, 10, device)
+    noise = likelihoods.mix_logistic_noise(*sizes, generator=generator, dtype=torch.float64, device=device)
     differ = Sampler(network, *shape).draw(h, noise=noise) != draw_by_full_passes(network, noise, h)
     return {"pixels_that_differ": np.array(int(differ.any(1).sum())), "worst_parameter": np.array(error.item())}

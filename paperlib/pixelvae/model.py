@@ -1,11 +1,8 @@
-"""The PixelVAE of notebook 04: a Gaussian encoder q(z|x), and a PixelCNN++ as the decoder p(x|z).
-
-The decoder can be any distribution over images, with or without z. The encoder is
+"""The PixelVAE of notebook 04: a PixelCNN++ as the decoder p(x|z), and a Gaussian encoder
 
     (5)  q(z|x) = N(mean(x), diag std(x)^2),   std(x) = min_std + (1 - min_std) sigmoid(s(x))
 
-(equations (1) to (4) are those of the notebook), and a small deconvolution turns z into a map of biases that is added
-inside every gated block of the decoder. `pixelvae.experiment.Settings` says how large all this is.
+A small deconvolution turns z into a map of biases that is added inside every gated block of the decoder.
 """
 
 import math
@@ -23,10 +20,7 @@ BATCH = 128  # images at a time where nothing is trained
 
 
 class Terms(NamedTuple):
-    """What a PixelVAE says of a batch: log p(x|z) in nats (B,), and mean, log_std and the sample z (B, D).
-
-    With a code that is not learned the last three are None.
-    """
+    """What a PixelVAE says of a batch: log p(x|z) in nats (B,), and what `PixelVAE.code` returns."""
 
     log_p: Tensor
     mean: Tensor | None
@@ -79,31 +73,20 @@ class PixelVAE(nn.Module):
         """What the decoder gets to see of z (B, D): a map (B, code_channels, S/2, S/2). None for a model without z."""
         return None if z is None else self.expand(z)
 
-    def p_x_given_z(self, x: Tensor, z: Tensor | None) -> Tensor:
-        """log p(x|z) in nats, (B,)."""
-        return pixelcnn.log_prob(self.decoder, x, self.h(z))
+    def p_x_given_z(self, x: Tensor, z: Tensor | None, seen: Tensor | float = 1.0) -> Tensor:
+        """log p(x|z) in nats, (B,); the decoder sees no pixel of images for which `seen` (B, 1, 1, 1) is 0, not 1."""
+        return pixelcnn.log_prob(self.decoder, x, self.h(z), seen)
 
-    def sample_z(self, x: Tensor, labels: Tensor) -> Tensor | None:
-        """z ~ q(z|x), (B, D); the class where that is the code."""
-        if self.kind == "nothing":
-            return None
-        if self.kind == "label":
-            return F.one_hot(labels, self.classes).to(x.dtype)
-        return likelihoods.sample_gaussian(*self.q_z_given_x(x))
-
-    def forward(self, x: Tensor, labels: Tensor, seen: Tensor | None = None) -> Terms:
-        """`seen` (B, 1, 1, 1) is 0 for images of which the decoder sees no pixel, 1 for the others."""
-        mean = log_std = None
+    def code(self, x: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Mean and log std of q(z|x) and a sample z, (B, D); None, None and z = the class, or None, if not learned."""
         if self.learns_code:
             mean, log_std = self.q_z_given_x(x)
-            z = likelihoods.sample_gaussian(mean, log_std)
-        else:
-            z = self.sample_z(x, labels)
-        if seen is None:
-            return Terms(self.p_x_given_z(x, z), mean, log_std, z)
-        params = self.decoder(x * seen, self.h(z))
-        levels = self.decoder.settings.levels
-        return Terms(likelihoods.discretized_mix_logistic_log_prob(x, params, levels=levels), mean, log_std, z)
+            return mean, log_std, likelihoods.sample_gaussian(mean, log_std)
+        return None, None, F.one_hot(labels, self.classes).to(x.dtype) if self.kind == "label" else None
+
+    def forward(self, x: Tensor, labels: Tensor, seen: Tensor | float = 1.0) -> Terms:
+        mean, log_std, z = self.code(x, labels)
+        return Terms(self.p_x_given_z(x, z, seen), mean, log_std, z)
 
 
 def build(settings: Any, images: Images, encoder: str = "conv") -> PixelVAE:
@@ -116,8 +99,7 @@ def build(settings: Any, images: Images, encoder: str = "conv") -> PixelVAE:
 def _convolutions(channels: int, side: int, widths: tuple[int, ...], units: int, outputs: int) -> nn.Sequential:
     """4 x 4 convolutions, each halving the image, and a dense layer: the authors' encoder, with normalised layers.
 
-    Without the normalisation Adam's first steps, which move a sum of 4,096 inputs by several units, leave every unit
-    saturated and the means the same for all images.
+    Without the normalisation Adam's first steps saturate every unit, and the means are the same for all images.
     """
     layers: list[nn.Module] = []
     for width in widths:

@@ -6,15 +6,10 @@ All objectives have the reconstruction term; what they add is an entry of `OBJEC
                                         R = 0                             "none"
                                         R = lambda MMD^2(q(z), N(0, I))   "mmd"
 
-Under "elbo" with beta = 1 the whole is a lower bound of log p(x). **Without the KL the reconstruction term bounds
-nothing**: z may carry the image past the decoder, and -E log p(x|z) can fall below the entropy of the data.
-
-One model is pretrained without regulariser, and the `VARIANTS` are fine-tuned from its weights, each with its own
-objective or encoder. Pretraining has to prevent posterior collapse: the neighbours of a pixel tell a decoder thousands
-of nats and a code tens, so for thousands of steps the decoder ignores z, and the codes of all images become alike. So
-in the first half of pretraining the decoder sees no pixel of a falling share of the images (Bowman et al. 2016, arXiv
-1511.06349, do so with words): for these, all must come from z. It also begins with std(x) near `min_std`. Fine-tuning
-is on what (2) says and nothing else. The controls "none-scratch" and "elbo-scratch" have neither pretraining nor help.
+Only "elbo" with beta = 1 is a lower bound of log p(x). One model is pretrained without regulariser, and the `VARIANTS`
+are fine-tuned from its weights, each on what (2) says and nothing else. Against posterior collapse the decoder sees, in
+the first half of pretraining, no pixel of a falling share of the images (as Bowman et al. 2016, arXiv 1511.06349, do
+with words): for these, all must come from z; and std(x) begins near `min_std`.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,13 +96,13 @@ def fit_variant(
 
     Pretraining keeps its learning rate and hides pixels from the decoder; all others follow the settings' schedule.
     """
-    held_out = slice(0, settings.evaluation_images)
 
     def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
         return images.to_float(images.batch(rows)), images.labels[rows.to(images.device)]
 
     def evaluated(vae: nn.Module) -> dict[str, float]:
-        measured = evaluate(vae, images, images.held_out[held_out], images.held_out_labels[held_out])
+        n = settings.evaluation_images
+        measured = evaluate(vae, images, images.held_out[:n], images.held_out_labels[:n])
         return {key: float(value.mean()) for key, value in measured.items()}
 
     return train.fit(
@@ -140,7 +135,7 @@ def _initial(
     first = train.batch_indices(seed, len(images.train), max(64, settings.batch_size), 0).to(images.device)
     x, labels = images.to_float(images.train[first]), images.labels[first]
     with torch.no_grad(), oom_as_user_error(f"lower batch_size (now {settings.batch_size})"):
-        pixelcnn.initialise(vae.decoder, x, vae.h(vae.sample_z(x, labels)))
+        pixelcnn.initialise(vae.decoder, x, vae.h(vae.code(x, labels)[2]))
     return vae
 
 
@@ -172,9 +167,7 @@ def _recipe(settings: Any, steps: int, schedule: str) -> train.Recipe:
 
 
 def _loss(settings: Any, objective: Callable[..., Tensor], input_dropout: float) -> train.Loss:
-    """-L of (2) per image, in nats; the decoder sees no pixel of a share of images that falls from `input_dropout` to 0
-    at half of the steps.
-    """
+    """-L of (2) in nats per image; `input_dropout` is the share of images not seen, falling to 0 at half the steps."""
 
     def loss(
         vae: nn.Module, batch: tuple[Tensor, Tensor], progress: train.Progress
@@ -187,10 +180,9 @@ def _loss(settings: Any, objective: Callable[..., Tensor], input_dropout: float)
         logged = {"bits_per_dim": likelihoods.bits_per_dim(reconstruction.detach(), x[0].numel())}
         if terms.mean is None:
             return reconstruction, logged
-        added = objective(settings, terms.mean, terms.log_std, terms.z)
         logged["kl"] = likelihoods.gaussian_kl(terms.mean, terms.log_std).mean()
         logged["mmd"] = gaussian_mmd(distributed.gathered(terms.z))
-        return reconstruction + added, logged
+        return reconstruction + objective(settings, terms.mean, terms.log_std, terms.z), logged
 
     return loss
 
@@ -198,30 +190,20 @@ def _loss(settings: Any, objective: Callable[..., Tensor], input_dropout: float)
 @torch.no_grad()
 def evaluate(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Each (N,), for uint8 images `pictures`: `bits_per_dim` of the reconstruction term, and where z is learned `kl`
-    and `shuffle_gap` in nats: equation (3), the harm of a wrong code, log p(x|z) less log p(x|z') for z' of another
-    image.
+    and `shuffle_gap`, equation (3): log p(x|z) - log p(x|z'), both in nats.
 
-    z is one sample of q(z|x), from torch's generator; the other image is the next one, the last one's the first.
+    z ~ q(z|x) from torch's generator; z' is that of the next image, the last one's the first.
     """
     log_p, shuffled, kl = [], [], []
     for rows in torch.arange(len(pictures), device=pictures.device).split(BATCH):
-        x, (z, divergence) = images.to_float(pictures[rows]), _encoded(vae, images, pictures[rows], labels[rows])
+        x, after = images.to_float(pictures[rows]), (rows + 1) % len(pictures)
+        mean, log_std, z = vae.code(x, labels[rows])
         log_p.append(vae.p_x_given_z(x, z).double())
-        kl.append(divergence)
         if vae.learns_code:
-            after = (rows + 1) % len(pictures)
-            others, _ = _encoded(vae, images, pictures[after], labels[after])
+            kl.append(likelihoods.gaussian_kl(mean, log_std).double())
+            *_, others = vae.code(images.to_float(pictures[after]), labels[after])
             shuffled.append(vae.p_x_given_z(x, others).double())
     measured = {"bits_per_dim": likelihoods.bits_per_dim(-torch.cat(log_p), pictures[0].numel())}
     if vae.learns_code:
         measured |= {"kl": torch.cat(kl), "shuffle_gap": torch.cat(log_p) - torch.cat(shuffled)}
     return measured
-
-
-def _encoded(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A sample z, and KL(q(z|x) || N(0, I)) (B,), 0 where the code is not learned."""
-    x = images.to_float(pictures)
-    if not vae.learns_code:
-        return vae.sample_z(x, labels), x.new_zeros(len(x))
-    mean, log_std = vae.q_z_given_x(x)
-    return likelihoods.sample_gaussian(mean, log_std), likelihoods.gaussian_kl(mean, log_std).double()

@@ -31,17 +31,17 @@ def write(folder: Path) -> Path:
     return folder / "index.html"
 
 
-def index(found: list[Recorded]) -> str:
+def index(every: list[Recorded]) -> str:
     """The page of what is recorded, as HTML."""
     templates = Environment(
         loader=PackageLoader("paperlib.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     templates.filters |= {"title_of": _title, "figures": _figures, "facts": _facts}
     templates.filters |= {"verdict": verdict_text, "measured": measured_text}
-    rows = records.rows(found)
+    rows = records.rows(every)
     return templates.get_template("index.html.j2").render(
         title=TITLE,
-        found=found,
+        records=every,
         rows=rows,
         held=sum(entry["holds"] is True for *_, entry in rows),
         failed=[claim for _, claim, entry in rows if entry["holds"] is False],
@@ -51,14 +51,14 @@ def index(found: list[Recorded]) -> str:
 def captions(notebook: str) -> dict[str, str]:
     """The figures of a notebook in order, each with the text in italics that follows it, in Markdown."""
     cells = json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    found = {}
+    texts = {}
     for k, cell in enumerate(cells):
         source = "".join(cell["source"])
         for name in tables.FIGURE.findall(source) if cell["cell_type"] == "code" else ():
             after = "".join(cells[k + 1]["source"]) if k + 1 < len(cells) else ""
             caption = re.match(r"\*(.+?)\*(?:\n|$)", after, re.DOTALL)
-            found[name] = caption.group(1) if caption and cells[k + 1]["cell_type"] == "markdown" else ""
-    return found
+            texts[name] = caption.group(1) if caption and cells[k + 1]["cell_type"] == "markdown" else ""
+    return texts
 
 
 def _figures(one: Recorded) -> list[dict[str, str]]:

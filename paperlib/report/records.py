@@ -69,26 +69,26 @@ def recorded() -> Iterator[Recorded]:
                 yield Recorded(notebook, preset, run, Verdicts(metrics["claims"]))
 
 
-def rows(found: list[Recorded]) -> list[tuple[Recorded, str, dict[str, Any]]]:
+def rows(every: list[Recorded]) -> list[tuple[Recorded, str, dict[str, Any]]]:
     """(record, claim, entry) for every claim of every record: failed ones first, else in order."""
-    every = [(one, claim, entry) for one in found for claim, entry in one.claims.items()]
-    return sorted(every, key=lambda row: row[2]["holds"] is not False)
+    entries = [(one, claim, entry) for one in every for claim, entry in one.claims.items()]
+    return sorted(entries, key=lambda row: row[2]["holds"] is not False)
 
 
 def differences(one: Recorded) -> list[str]:
     """Where the numbers of a record are not those that its arrays give, in words."""
-    again, found = one.recomputed(), []
+    again, wrong = one.recomputed(), []
     for claim, entry in one.claims.items():
         measured = {name: Estimate(**quantity) for name, quantity in entry["measured"].items()}
         if set(measured) != set(again[claim]):
-            found.append(f"{claim}: other quantities, {', '.join(sorted(set(measured) ^ set(again[claim])))}")
+            wrong.append(f"{claim}: other quantities, {', '.join(sorted(set(measured) ^ set(again[claim])))}")
             continue
         for name, quantity in measured.items():
             if not agree(quantity, again[claim][name]):
-                found.append(f"{claim}: {name} is recorded as {quantity}, but the arrays give {again[claim][name]}")
+                wrong.append(f"{claim}: {name} is recorded as {quantity}, but the arrays give {again[claim][name]}")
         if judge(one.preset, one.experiment.claims[claim], again[claim]) != entry["holds"]:
-            found.append(f"{claim}: another verdict than {verdict_text(entry)}")
-    return found
+            wrong.append(f"{claim}: another verdict than {verdict_text(entry)}")
+    return wrong
 
 
 def agree(a: Estimate, b: Estimate) -> bool:
@@ -101,16 +101,16 @@ def agree(a: Estimate, b: Estimate) -> bool:
 
 def show(only_list: bool = False) -> int:
     """Print all claims and, unless `only_list`, the numbers that differ when computed again; the exit code."""
-    found = list(recorded())
-    for one, claim, entry in rows(found):
+    every = list(recorded())
+    for one, claim, entry in rows(every):
         print(f"{claim} {verdict_text(entry)} ({one.preset}): {entry['statement']}")
         print(f"   expected  {entry['expected']}")
         print(f"   measured  {measured_text(entry)}")
         print(f"   again     {one.command()}  ({one.minutes:.1f} minutes on {one.provenance['device']})")
     if only_list:
         return 0
-    wrong = [text for one in found for text in differences(one)]
-    count = sum(len(entry["measured"]) for *_, entry in rows(found))
+    wrong = [text for one in every for text in differences(one)]
+    count = sum(len(entry["measured"]) for *_, entry in rows(every))
     print(*wrong, sep="\n")
-    print(f"{count} numbers computed again from {len(found)} records: {len(wrong) or 'none'} differ")
+    print(f"{count} numbers computed again from {len(every)} records: {len(wrong) or 'none'} differ")
     return int(bool(wrong))

@@ -21,7 +21,7 @@ from paperlib.system.errors import UserError
 
 BEGIN, END = "<!-- recorded:begin -->", "<!-- recorded:end -->"
 PASSES = "by full passes (s, extrapolated)"
-DEVIATIONS = (1, 0.1, 0.01)  # of q(z|x), in the benchmark of aggregates
+STDS = (1, 0.1, 0.01)  # of q(z|x), in the benchmark of aggregates
 SPEED = "<!-- speed:begin -->", "<!-- speed:end -->"
 # The names under which a notebook's cell saves figures.
 FIGURE = re.compile(r"save_figure\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
@@ -67,10 +67,10 @@ def with_recorded_figure(source: str, name: str, notebook: str) -> str:
 
 def readme_block() -> str:
     """The table of all claims with what was measured, at most three numbers each, in Markdown."""
-    found = [one for one in map(best, EXPERIMENTS) if one is not None]
-    rows = [_readme_row(one, key) for one in found for key in one.claims]
+    every = [one for one in map(best, EXPERIMENTS) if one is not None]
+    rows = [_readme_row(one, key) for one in every for key in one.claims]
     held: dict[bool, list[bool]] = {True: [], False: []}  # by whether the claim is exact
-    for one in found:
+    for one in every:
         for key, entry in one.claims.items():
             held[one.experiment.claims[key].exact].append(bool(entry["holds"]))
     exact, empirical = held[True], held[False]
@@ -79,7 +79,7 @@ def readme_block() -> str:
         f"{sum(empirical)}; {len(empirical) - sum(empirical)} fail."
     )
     table = markdown_table(("claim", "measured", "verdict", "notebook, preset"), rows)
-    return "\n\n".join([count, table, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in found)])
+    return "\n\n".join([count, table, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in every)])
 
 
 def _readme_row(one: records.Recorded, key: str) -> tuple[str, str, str, str]:
@@ -96,13 +96,13 @@ def speed_block() -> str:
     """What `benchmarks/` measured on the CPU, in Markdown: a few rows of each of its tables."""
     header = ("case", "times as fast", "share of the matrix rate")
     notes = [f"- {name}: {note}." for name in ("sampling", "training") for note in _table(name)["notes"]]
-    deviations = ("times as fast, by std of q(z\\|x):", *map(str, DEVIATIONS), "GiB, at most")
+    header_of_stds = ("times as fast, by std of q(z\\|x):", *map(str, STDS), "GiB, at most")
     return "\n\n".join(
         [
             markdown_table(header, [*_sampling_rows(), *_training_rows()]),
             "A share is of the matrix rate of its own precision, as measured beside it:",
             "\n".join(notes),
-            markdown_table(deviations, _aggregate_rows()),
+            markdown_table(header_of_stds, _aggregate_rows()),
         ]
     )
 
@@ -136,7 +136,7 @@ def _aggregate_rows() -> Iterator[tuple[str, ...]]:
     for case, rows in cases.items():
         times = {row["deviation"]: row["times"] for row in rows}
         memory = f"{max(row['GiB'] for row in rows):.1f} (NumPy {max(row['usual (GiB)'] for row in rows):.1f})"
-        yield (case, *(f"{times[deviation]:.{int(times[deviation] < 10)}f}" for deviation in DEVIATIONS), memory)
+        yield (case, *(f"{times[std]:.{int(times[std] < 10)}f}" for std in STDS), memory)
 
 
 def _benchmark(name: str) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
 """Two generations of a checkpoint in a folder, read without ever running code from them.
 
-`last.pt` is the newest and `previous.pt` the one before it. Each is written whole before it takes its place, so a kill
-at any moment leaves at least one of them whole. They hold tensors, numbers, strings, lists and dicts, and load with
-`weights_only=True`.
+`last.pt` is the newest and `previous.pt` the one before it; a kill at any moment leaves at least one of them whole.
+They hold tensors, numbers, strings, lists and dicts, and load with `weights_only=True`.
 """
 
 import os
@@ -43,14 +42,11 @@ def read(directory: Path) -> dict[str, Any] | None:
     for path in (directory / "last.pt", directory / "previous.pt"):
         if not path.exists():
             continue
-        content = _load(path)
-        if content is None:
-            damaged.append(path.name)
-            continue
-        if damaged:
-            where = f"{directory / damaged[0]} is damaged"
-            print(f"{where}: continuing from {path.name}", file=sys.stderr)
-        return content
+        if (content := _load(path)) is not None:
+            if damaged:
+                print(f"{directory / damaged[0]} is damaged: continuing from {path.name}", file=sys.stderr)
+            return content
+        damaged.append(path.name)
     if damaged:
         raise UserError(
             f"no whole checkpoint in {directory} ({' and '.join(damaged)} damaged): delete the "

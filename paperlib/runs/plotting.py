@@ -1,7 +1,6 @@
 """One style for every figure, and grids of images on a fixed grey scale.
 
-Figures are made by functions that take a run's arrays and return a matplotlib figure; `save_figure` writes
-and closes it. seaborn and matplotlib are imported on use, since a test or a training needs neither.
+seaborn and matplotlib are imported on use, since a test or a training needs neither.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,10 +30,7 @@ BLUE, ORANGE, GREEN, RED, GREY = (PALETTE[k] for k in (0, 1, 2, 3, 7))
 
 
 def new(columns: int = 1, rows: int = 1, *, width: float = WIDTH, height: float = 3.0, **options: Any) -> Any:
-    """A figure of `rows` x `columns` axes in the house style, `height` inches in all: (figure, axes).
-
-    `options` go to `matplotlib.pyplot.subplots`.
-    """
+    """`matplotlib.pyplot.subplots` with its `options` in the house style; `width` and `height` in inches."""
     import seaborn
     from matplotlib import pyplot
 
@@ -46,10 +42,9 @@ def new(columns: int = 1, rows: int = 1, *, width: float = WIDTH, height: float 
 
 
 def show_images(axis: Any, images: np.ndarray, columns: int, *, high: float = 1.0) -> None:
-    """Draw images as one grid on `axis`, `columns` to a row, with the same black, 0, and white, `high`, for all.
+    """Draw images (N, H, W) or (N, H, W, 3) as one grid, `columns` to a row, all with 0 as black and `high` as white.
 
-    `images` is (N, H, W) for grey or (N, H, W, 3) for colour. Contrast is never stretched per image; values outside
-    [0, high] are clipped. One pixel of white separates the images.
+    Values outside [0, high] are clipped. One pixel of white separates the images.
     """
     images = np.clip(np.asarray(images, dtype=np.float64) / high, 0, 1)
     count, height, width = images.shape[:3]

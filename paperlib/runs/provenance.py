@@ -10,26 +10,7 @@ import torch
 
 from paperlib.system import files
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "matplotlib",
-    "seaborn",
-    "papermill",
-)
-
-
-def describe_training(trained: Any) -> dict[str, Any]:
-    """What `run.json` says of a `train.Trained`: steps, seconds, and the code that started and resumed it."""
-    return {
-        "steps": trained.steps,
-        "seconds": round(trained.seconds, 1),
-        **trained.provenance,
-        "resumed": trained.resumed,
-    }
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "seaborn", "papermill")
 
 
 def describe_code() -> dict[str, Any]:
@@ -51,13 +32,7 @@ def describe_device(device: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a number may depend on, as really installed."""
-    installed = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            installed[package] = "not installed"
-    return installed
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _git(*words: str) -> str:

@@ -11,9 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from paperlib.runs.run import Run, load_arrays
+from paperlib.runs.claims import Claim, Verdicts
+from paperlib.runs.estimate import Estimate
+from paperlib.runs.recipe import Trained
+from paperlib.runs.run import Run, finish, load_arrays
 from paperlib.system import files
 from paperlib.system.errors import UserError
+
+
+def conclude(
+    run: Run,
+    claims: Mapping[str, Claim],
+    measured: Mapping[str, Mapping[str, Estimate]],
+    numbers: Mapping[str, Any],
+    data: Mapping[str, Any],
+    trained: Mapping[str, Trained],
+    kept: torch.nn.Module,
+) -> Verdicts:
+    """`run.finish` for a run that trains, after writing the weights of `kept`, the model or models to be recorded."""
+    if run.weights == "train":
+        save_weights(run, kept.state_dict())
+    trainings = {
+        name: {"steps": one.steps, "seconds": round(one.seconds, 1), **one.provenance, "resumed": one.resumed}
+        for name, one in trained.items()
+    }
+    return finish(run, claims, measured, numbers, data, trainings)
 
 
 def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
@@ -70,8 +92,7 @@ def record(directory: Path, settings: Any) -> list[Path]:
     """Promote the finished run in `directory` to `results/<preset>/<notebook>/` and `figures/<preset>/`.
 
     Raises `UserError` for a run that is unfinished, has other settings than `settings` (the preset's), was not
-    trained, or in which anything was made by code that is not committed: the run itself, a training, or a part of a
-    training that was resumed. A training may be of an earlier commit than the run; `run.json` says of which.
+    trained, or where the run, a training, or a resumed part of one was made by code that is not committed.
     """
     try:
         provenance = files.load_json(directory / "run.json")

@@ -29,7 +29,6 @@ from paperlib.runs.claims import Claim, Verdicts, decide
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.provenance import describe_code, describe_device, versions
 from paperlib.system import devices, files
-from paperlib.system.devices import seeded
 from paperlib.system.errors import UserError
 
 
@@ -59,13 +58,12 @@ class Run:
 
     def seeded(self) -> AbstractContextManager[None]:
         """Within, torch's global generators start from the run's seed, see `devices.seeded`."""
-        return seeded(self.seed, self.device)
+        return devices.seeded(self.seed, self.device)
 
 
 def run_name(notebook: str, preset: str, settings: Any, seed: int, weights: str = "train") -> str:
-    """`<notebook>/<preset>-<hash>`: the same for the same settings and seed, another for any other.
+    """`<notebook>/<preset>-<hash of settings and seed>`, other for recorded weights than for trained ones.
 
-    A run with recorded weights has a name of its own, so that it never takes the place of one that was trained.
     Raises `UserError` for a seed or `weights` that mean nothing.
     """
     if type(seed) is not int or seed < 0:
@@ -115,10 +113,10 @@ def finish(
     data: Mapping[str, Any] | None = None,
     trainings: Mapping[str, Any] | None = None,
 ) -> Verdicts:
-    """Judge the claims, write `metrics.json` and then `run.json`, and return the verdicts as a table.
+    """Judge the claims by the quantities `measured`, write `metrics.json` and then `run.json`; the verdicts.
 
-    `measured` holds the quantities of each claim by name, `numbers` whatever else is worth keeping, `data` the
-    description of the data set, `trainings` that of each training (steps, seconds, revision).
+    `numbers` holds whatever else is worth keeping, `data` the description of the data set, `trainings` those of
+    `provenance.describe_training`.
     """
     verdicts = decide(run.preset, claims, measured)
     files.write_json(run.directory / "metrics.json", {"claims": verdicts, "numbers": dict(numbers or {})})

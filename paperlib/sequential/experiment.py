@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
-from paperlib.runs import presets, train
+from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
-from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.provenance import describe_training
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, save_weights
-from paperlib.runs.run import Run, finish, save_arrays
+from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.run import Run, save_arrays
 from paperlib.sequential import measurements, training
 from paperlib.sequential.claims import CLAIMS, quantities, summary
 from paperlib.sequential.model import build
@@ -32,6 +31,7 @@ from paperlib.system.errors import UserError
 
 NOTEBOOK = "03_lsun_sequential_vae"
 MODELS = ("sequential", "one_step", "infusion", "no_latent")
+KEPT = ("sequential", "no_latent")  # of these the weights are small enough to be recorded
 
 HEADLINE = (
     "lsun_sequential_samples",
@@ -240,17 +240,12 @@ def smaller(dataset: datasets.Dataset, side: int) -> datasets.Dataset:
 
 
 def fit(run: Run, images: Images) -> dict[str, train.Trained]:
-    """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded models."""
+    """All trainings of the run by name, see `training.fit`; with recorded weights, those of `KEPT`."""
     if run.weights == "train":
         return training.fit(run.settings, images, run.directory, run.seed)
-    recorded, trained = load_recorded_weights(run), {}
-    for name in MODELS:
-        vae = build(run.settings, images.shape, name).to(run.device).eval()
-        vae.load_state_dict(
-            {key.removeprefix(f"{name}."): w for key, w in recorded.items() if key.startswith(f"{name}.")}
-        )
-        trained[name] = train.Trained(vae, [], 0, 0.0, "recorded", {}, [])
-    return trained
+    models = nn.ModuleDict({name: build(run.settings, images.shape, name) for name in KEPT}).to(run.device).eval()
+    models.load_state_dict(load_recorded_weights(run))
+    return {name: train.Trained(vae, [], 0, 0.0, "recorded", {}, []) for name, vae in models.items()}
 
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
@@ -286,23 +281,9 @@ def draw_more(run: Run, images: Images, trained: Mapping[str, train.Trained]) ->
 def conclude(
     run: Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
 ) -> Verdicts:
-    """Judge S1 to S4, and write `metrics.json`, `run.json` and the weights of all models."""
-    if run.weights == "train":
-        states = {name: one.model.state_dict() for name, one in trained.items()}
-        save_weights(run, {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
-    return finish(
-        run,
-        CLAIMS,
-        quantities(arrays),
-        numbers=summary(arrays),
-        data=images.dataset.describe(),
-        trainings={name: describe_training(one) for name, one in trained.items()},
-    )
-
-
-def recompute(run: Run) -> dict[str, dict[str, Estimate]]:
-    """The numbers that decide each claim, from the recorded arrays."""
-    return quantities(load_recorded_arrays(run))
+    """Judge S1 to S4, and write `metrics.json`, `run.json` and the weights of `KEPT`."""
+    kept, data = nn.ModuleDict({name: trained[name].model for name in KEPT}), images.dataset.describe()
+    return recorded.conclude(run, CLAIMS, quantities(arrays), summary(arrays), data, trained, kept)
 
 
 EXPERIMENT = Experiment(
@@ -310,7 +291,7 @@ EXPERIMENT = Experiment(
     headline=HEADLINE,
     presets=PRESETS,
     claims=CLAIMS,
-    recompute=recompute,
+    recompute=lambda run: quantities(load_recorded_arrays(run)),
     fit=lambda run: fit(run, load_images(run)),
     datasets=("photos", "lsun_bedroom", "own_images"),
 )

@@ -6,15 +6,11 @@ With the encoder q(z|x_n) = N(mean_n, diag exp(2 log_std_n)) at every training p
     q(x|z) = sum_n w_n(z) delta(x - x_n),  w_n(z) = q(z|x_n) / sum_m q(z|x_m)
     I_q    = E_n E_{z~q(z|x_n)} [log q(z|x_n) - log q(z)]      never above log N
 
-The best Gaussian decoder of the ELBO has the mean of q(x|z), and its variance is the variance of
-q(x|z) (claims E4 and F1). Everything here is over all N x M pairs, in nats, in float64 outside.
-
-How the numbers stay right. Exponents come from float64 matrix products, a tile at a time. A code
-for which few points weigh (within `REACH` nats of the heaviest) is finished from differences,
-(z - mean) and (x - E[x]), so nothing cancels. Where many weigh, sums over all points are matrix
-products, in float32 when the result can bear it: E[(x-c)^2] - (E[x]-c)^2 loses a share
-E[(x-c)^2] / Var of the accuracy, so each entry is checked for it, and those that lost too much
-are done again in float64, about other centres c, and at last from differences.
+Over all N x M pairs, in nats. Exponents come from float64 matrix products, a tile at a time. A code for which few
+points weigh (within `REACH` nats of the heaviest) is finished from differences, (z - mean) and (x - E[x]), so nothing
+cancels. Where many weigh, sums over all points are matrix products, in float32 when the result can bear it:
+E[(x-c)^2] - (E[x]-c)^2 loses a share E[(x-c)^2] / Var of the accuracy, so each entry is checked for it, and those that
+lost too much are done again in float64, about other centres c, and at last from differences.
 """
 
 import math
@@ -34,14 +30,15 @@ FEW = 512  # points, or N / 128: up to here differences beat matrix products
 GATHERED = 2**20  # numbers gathered at a time for differences: 8 MiB
 LARGEST = 1e50  # of a code, so that its square over a variance does not overflow
 
+Tiles = Iterator[tuple[slice, Tensor]]  # some points, and the weights (M, C) of these for M codes
+
 
 @dataclass(frozen=True)
 class Codes:
-    """The encoded training set: `mean` (N, D) and `log_std` that broadcasts to it, in float64.
+    """The encoded training set: `mean` (N, D) and `log_std` that broadcasts to it, in float64; `codes[rows]` a part.
 
-    `codes[:n]` or `codes[indices]` is a part of it, to see whether N and N/2 points agree.
-    Raises `ValueError` for shapes that do not fit, no points, and values that are not finite
-    (means up to 1e50, |log_std| up to 100).
+    Raises `ValueError` for shapes that do not fit, no points, and values that are not finite (means up to 1e50,
+    |log_std| up to 100).
     """
 
     mean: Tensor
@@ -55,9 +52,8 @@ class Codes:
         try:
             log_std = log_std.expand(mean.shape).contiguous()
         except RuntimeError as error:
-            raise ValueError(
-                f"log_std {tuple(log_std.shape)} does not broadcast to means {tuple(mean.shape)}"
-            ) from error
+            shapes = f"{tuple(log_std.shape)} does not broadcast to means {tuple(mean.shape)}"
+            raise ValueError(f"log_std {shapes}") from error
         if not bool((mean.abs() <= LARGEST).all() & (log_std.abs() <= 100).all()):
             raise ValueError("code means or stds are not finite, or absurdly large")
         object.__setattr__(self, "mean", mean)
@@ -74,9 +70,9 @@ class Codes:
 class Conditional:
     """q(x|z) at M codes, float64. Shapes: P is the shape of one training point, K labels.
 
-    `mean` E_q[x|z] (M, *P); `variance` Var_q[x|z] per pixel (M, *P), or None where not asked for;
-    `trace` its sum (M,); `log_q` log q(z) in nats (M,); `ess` the effective sample size
-    1 / sum w^2 (M,), from 1 to N; `labels` the label mixture (M, K), or None without labels.
+    `mean` E_q[x|z] (M, *P); `variance` Var_q[x|z] per pixel (M, *P), or None where not asked for; `trace` its sum (M,);
+    `log_q` log q(z) in nats (M,); `ess` the effective sample size 1 / sum w^2 (M,), from 1 to N; `labels` the label
+    mixture (M, K), or None without labels.
     """
 
     mean: Tensor
@@ -99,15 +95,14 @@ class Information(NamedTuple):
 def log_density(z: Tensor, codes: Codes) -> Tensor:
     """log q(z) in nats at codes `z` (M, D): `(M,)`, float64. O(M N D) time, memory bounded.
 
-    Right to 1e-6 nats, or to float64's own 15 digits where |log q| is beyond 1e9 (a code very far
-    from all data). Raises `ValueError` for codes of another width, or not finite.
+    Right to 1e-6 nats, or to float64's own 15 digits where |log q| is beyond 1e9 (a code very far from all data).
+    Raises `ValueError` for codes of another width, or not finite.
     """
     z, table = _checked(z, codes), _Table(codes)
     result = z.new_empty(len(z))
     for block in _slices(len(z), ROWS):
-        here = z[block]
+        here, out = z[block], result[block]
         top, many, bundles = _heavy(here, table, table.width)
-        out = result[block]
         for rows, _, _, log_q in bundles:
             out[rows] = log_q
         if len(many):
@@ -118,31 +113,21 @@ def log_density(z: Tensor, codes: Codes) -> Tensor:
 
 @torch.no_grad()
 def log_weights(z: Tensor, codes: Codes) -> Tensor:
-    """log w_n(z) in nats for codes `z` (M, D): `(M, N)`, float64, each row's exp sums to 1.
-
-    All M N numbers at once, 0.5 MB a code at N = 60,000: for the few codes that one looks at. The
-    other functions need no such table.
-    """
-    z, table = _checked(z, codes), _Table(codes)
-    exponents = z.new_empty(len(z), len(codes))
-    for columns in _slices(len(codes), COLUMNS):
-        exponents[:, columns] = table.differences(z, columns)
-    return torch.log_softmax(exponents, dim=1)
+    """log w_n(z) in nats for codes `z` (M, D), each row's exp sums to 1: `(M, N)` at once, in float64."""
+    return torch.log_softmax(_Table(codes).differences(_checked(z, codes), slice(None)), dim=1)
 
 
 @torch.no_grad()
 def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
-    """The training points that codes `z` (M, D) stand for: indices and weights, both `(M, k)`.
+    """The `k` training points that codes `z` (M, D) stand for, heaviest first: indices and w_n(z), both `(M, k)`.
 
-    Heaviest first; a weight is w_n(z), so a row sums to 1 where k points are all that weigh.
     Raises `ValueError` for `k` outside 1 .. N.
     """
     if not 1 <= k <= len(codes):
         raise ValueError(f"the {k} heaviest of {len(codes)} points")
     z, table = _checked(z, codes), _Table(codes)
-    indices = torch.empty(len(z), k, dtype=torch.long, device=z.device)
-    weights = z.new_empty(len(z), k)
-    log_q = log_density(z, codes)
+    weights, log_q = z.new_empty(len(z), k), log_density(z, codes)
+    indices = torch.empty_like(weights, dtype=torch.long)
     for block in _slices(len(z), max(1, min(ROWS, GATHERED // (k * table.width)))):
         best = z.new_empty(len(z[block]), 0)
         points = indices.new_empty(len(z[block]), 0)
@@ -150,14 +135,10 @@ def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
         for columns in _slices(len(codes), COLUMNS):
             tile = table.exponents(z[block], columns, exact)
             value, place = tile.topk(min(k, tile.shape[1]), dim=1)
-            best, points = (
-                torch.cat([best, value], 1),
-                torch.cat([points, place + columns.start], 1),
-            )
+            best, points = torch.cat([best, value], 1), torch.cat([points, place + columns.start], 1)
             best, place = best.topk(min(k, best.shape[1]), dim=1)
             points = points.gather(1, place)
-        exponents = table.differences(z[block], points)
-        exponents, place = exponents.sort(dim=1, descending=True, stable=True)
+        exponents, place = table.differences(z[block], points).sort(dim=1, descending=True, stable=True)
         indices[block] = points.gather(1, place)
         weights[block] = (exponents - log_q[block, None] - math.log(len(codes))).exp()
     return indices, weights
@@ -165,29 +146,25 @@ def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def conditional(
-    z: Tensor,
-    codes: Codes,
-    x: Tensor,
-    labels: Tensor | None = None,
-    *,
-    per_pixel: bool = True,
+    z: Tensor, codes: Codes, x: Tensor, labels: Tensor | None = None, *, per_pixel: bool = True
 ) -> Conditional:
     """Mean and variance of q(x|z) at codes `z` (M, D), its labels, effective size, and log q(z).
 
-    `x` (N, ...) are the training points in the order of `codes`, bool, uint8 or floating, in
-    whatever unit the results should have; they may lie on another device. `labels` (N,) are
-    integers from 0 to K - 1. Without `per_pixel` only the trace of the variance is made, in about
-    half the time.
+    `x` (N, ...) are the training points in the order of `codes`, bool, uint8 or floating, in whatever unit the results
+    should have; they may lie on another device. `labels` (N,) are integers from 0 to K - 1. Without `per_pixel` only
+    the trace of the variance is made, in about half the time.
 
-    Variances are right to 1e-5 relative, down to 1e-28 of a pixel's range squared; means to 1e-6
-    of its range. Raises `ValueError` for shapes or labels that do not fit.
+    Variances are right to 1e-5 relative, down to 1e-28 of a pixel's range squared; means to 1e-6 of its range. Raises
+    `ValueError` for shapes or labels that do not fit.
     """
     z, table = _checked(z, codes), _Table(codes)
     if len(x) != len(codes) or (labels is not None and labels.shape != (len(codes),)):
         raise ValueError(f"{len(codes)} codes, but {len(x)} points or other labels")
     if labels is not None and int(labels.min()) < 0:
         raise ValueError("labels are integers from 0")
-    one_hot = None if labels is None else torch.nn.functional.one_hot(labels.to(z.device, torch.long)).double()
+    one_hot = z.new_empty(len(x), 0)
+    if labels is not None:
+        one_hot = torch.nn.functional.one_hot(labels.to(z.device, torch.long)).double()
     flat = x.detach().reshape(len(x), -1)
     flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
     count, pixels = len(z), flat.shape[1]
@@ -197,30 +174,29 @@ def conditional(
         trace=z.new_empty(count),
         log_q=z.new_empty(count),
         ess=z.new_empty(count),
-        labels=None if one_hot is None else z.new_empty(count, one_hot.shape[1]),
+        labels=z.new_empty(count, one_hot.shape[1]),
     )
     for block in _slices(count, ROWS):
-        here = z[block]
-        top, many, bundles = _heavy(here, table, max(table.width, pixels))
+        top, many, bundles = _heavy(z[block], table, max(table.width, pixels))
         for rows, points, weights, log_q in bundles:
             _fill_by_differences(result, rows + block.start, points, weights, log_q, flat, one_hot)
         if len(many):
-            _fill_by_products(result, many + block.start, here[many], table, top[many], flat, one_hot)
+            _fill_by_products(result, many + block.start, z[block][many], table, top[many], flat, one_hot)
     return replace(
         result,
         mean=result.mean.reshape(count, *x.shape[1:]),
         variance=result.variance.reshape(count, *x.shape[1:]) if per_pixel else None,
         trace=result.variance.sum(1),
+        labels=None if labels is None else result.labels,
     )
 
 
 def _fill_by_differences(
-    result: Conditional, rows: Tensor, points: Tensor, weights: Tensor, log_q: Tensor, x: Tensor, one_hot: Tensor | None
+    result: Conditional, rows: Tensor, points: Tensor, weights: Tensor, log_q: Tensor, x: Tensor, one_hot: Tensor
 ) -> None:
     """The rows (R,) of `result` for which few `points` (R, K) weigh, by `weights` (R, K) that sum to 1."""
     result.log_q[rows], result.ess[rows] = log_q, 1 / weights.square().sum(1)
-    if one_hot is not None:
-        result.labels[rows] = (weights[:, None] @ one_hot[points])[:, 0]
+    result.labels[rows] = (weights[:, None] @ one_hot[points])[:, 0]
     near = x[points.to(x.device)].to(weights.device, torch.float64)
     base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
     shift = weights[:, None] @ near.sub_(base)
@@ -230,39 +206,21 @@ def _fill_by_differences(
     result.variance[rows] = (weights[:, None] @ near)[:, 0]
 
 
-def _fill_by_products(
-    result: Conditional, rows: Tensor, z: Tensor, table: "_Table", top: Tensor, x: Tensor, one_hot: Tensor | None
-) -> None:
-    """The rows (R,) of `result` for codes `z` (R, D) for which many points weigh; `top` are the largest exponents."""
-    per_pixel = result.variance.shape[1] == x.shape[1]
-    sums = _matrix_moments(z, table, top, x, one_hot, per_pixel)
-    result.mean[rows], result.variance[rows], total, squares, labelled = sums
-    result.log_q[rows] = top + total.log() - math.log(len(table.codes))
-    result.ess[rows] = total.square() / squares
-    if one_hot is not None:
-        result.labels[rows] = labelled / total[:, None]
-
-
 @torch.no_grad()
 def mutual_information(
-    codes: Codes,
-    *,
-    points: int | None = None,
-    generator: torch.Generator | None = None,
+    codes: Codes, *, points: int | None = None, generator: torch.Generator | None = None
 ) -> Information:
-    """I_q(x;z) in nats, by a code from each training point, against all N.
+    """I_q(x;z) in nats, by a code from each training point, or from `points` of them, against all N.
 
-    Unbiased for the N points at hand, taken as equally likely; for the data behind them it is a
-    lower bound that stops at log N. `points` draws only so many, without replacement, to sample
-    from. The standard error is over these (nan if only one of several was asked for). `generator`
-    is on the device of the codes.
+    Unbiased for the N points at hand, taken as equally likely; for the data behind them it is a lower bound that stops
+    at log N. The standard error is over the points drawn (nan for one of several). `generator` is on the device of the
+    codes. Raises `ValueError` for `points` outside 1 .. N.
     """
-    if points is not None and not 1 <= points <= len(codes):
+    points, part = len(codes) if points is None else points, codes
+    if not 1 <= points <= len(codes):
         raise ValueError(f"{points} of {len(codes)} points")
-    part = codes
-    if points is not None and points < len(codes):
-        device = codes.mean.device
-        part = codes[torch.randperm(len(codes), generator=generator, device=device)[:points]]
+    if points < len(codes):
+        part = codes[torch.randperm(len(codes), generator=generator, device=codes.mean.device)[:points]]
     z = sample_gaussian(part.mean, part.log_std, generator=generator)
     gain = gaussian_log_prob(z, part.mean, part.log_std) - log_density(z, codes)
     error = gain.std().item() / math.sqrt(len(part)) if len(part) > 1 else math.nan
@@ -285,8 +243,7 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 class _Table:
     """The codes as the right-hand side of a matrix product that gives log q(z|x_n).
 
-    -1/2 sum_d ((z_d - m_d) / s_d)^2 + log normaliser is linear in (z^2, z, 1), taken about the
-    centre of the means.
+    -1/2 sum_d ((z_d - m_d) / s_d)^2 + log normaliser is linear in (z^2, z, 1), taken about the centre of the means.
     """
 
     def __init__(self, codes: Codes) -> None:
@@ -333,11 +290,9 @@ class _Table:
 
 
 def _heavy(z: Tensor, table: _Table, width: int) -> tuple[Tensor, Tensor, Iterator]:
-    """Which points weigh for codes `z` (M, D).
-
-    Returns the largest exponents (M,), the rows for which many points weigh, and, for the others,
-    bundles of (rows (R,), points (R, K), weights (R, K) that sum to 1, log q (R,)), small enough
-    to gather (R, K, width).
+    """For codes `z` (M, D) the largest exponents (M,), the rows for which many points weigh, and, for the others,
+    bundles of (rows (R,), points (R, K), weights (R, K) that sum to 1, log q (R,)), small enough to gather
+    (R, K, width).
     """
     count = len(table.codes)
     limit = max(FEW, count // 128)
@@ -363,9 +318,7 @@ def _heavy(z: Tensor, table: _Table, width: int) -> tuple[Tensor, Tensor, Iterat
     return top, many, _bundles(z, table, counts, limit, torch.cat(hits, 1), width)
 
 
-def _bundles(
-    z: Tensor, table: _Table, counts: Tensor, limit: int, hits: Tensor, width: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _bundles(z: Tensor, table: _Table, counts: Tensor, limit: int, hits: Tensor, width: int) -> Iterator:
     """Rows with at most `limit` of the `hits` (2, Q), those with about equally many together."""
     hits = hits[:, counts[hits[0]] <= limit]
     points = hits[1, hits[0].argsort(stable=True)]
@@ -380,66 +333,68 @@ def _bundles(
             padding = place >= counts[rows, None]
             chosen = points[(start[rows, None] + place).masked_fill(padding, 0)]
             exponents = table.differences(z[rows], chosen).masked_fill_(padding, -torch.inf)
-            log_total = exponents.logsumexp(1)
-            weights = torch.softmax(exponents, 1)
-            yield rows, chosen, weights, log_total - math.log(len(table.codes))
+            log_q = exponents.logsumexp(1) - math.log(len(table.codes))
+            yield rows, chosen, torch.softmax(exponents, 1), log_q
         size *= 2
 
 
-def _weights(z: Tensor, table: _Table, top: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of exp(log q(z|x_n) - top), each in the memory of the one before, and the points that they are for."""
+def _weights(z: Tensor, table: _Table, top: Tensor) -> Tiles:
+    """exp(log q(z|x_n) - top), each tile in the memory of the one before."""
     exact = table.is_coarse(z)
     for columns in _slices(len(table.codes), COLUMNS):
         # Far below, weights would be denormal numbers, which are slow; exp(-REACH) is as good as 0.
         yield columns, table.exponents(z, columns, exact, top).clamp_(min=-REACH).exp_()
 
 
-def _matrix_moments(
-    z: Tensor, table: _Table, top: Tensor, x: Tensor, one_hot: Tensor | None, per_pixel: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Mean, variance or trace, sums of weights, of their squares, and of labels, by products.
+def _fill_by_products(
+    result: Conditional, rows: Tensor, z: Tensor, table: _Table, top: Tensor, x: Tensor, one_hot: Tensor
+) -> None:
+    """The rows (R,) of `result` for codes `z` (R, D) for which many points weigh; `top` are the largest exponents.
 
-    Each round does again the entries whose variance is below `share` of the second moment about
-    the round's centre, and so mostly rounding. Pixels that agree at black or white for all that
-    weighs are right in the rounds centred there.
+    Each round does again the entries whose variance is below `share` of the second moment about the round's centre, and
+    so mostly rounding. Pixels that agree at black or white for all that weighs are right in the rounds centred there.
     """
-    count, every = len(z), torch.arange(x.shape[1], device=z.device)
-    mean = z.new_empty(count, len(every))
-    variance = z.new_empty(count, len(every) if per_pixel else 1)
-    undone = torch.ones_like(variance, dtype=torch.bool)
-    totals = None
+    every, per_pixel = torch.arange(x.shape[1], device=z.device), result.variance.shape[1] == x.shape[1]
+    mean, variance = z.new_empty(len(z), len(every)), z.new_empty(len(z), result.variance.shape[1])
+    undone, totals = torch.ones_like(variance, dtype=torch.bool), None
     for dtype, centre, share in _rounds(x):
-        rows = undone.any(1).nonzero()[:, 0]
-        if not len(rows):
+        left = undone.any(1).nonzero()[:, 0]
+        if not len(left):
             break
         pixels = undone.any(0).nonzero()[:, 0] if per_pixel else every
-        entries = rows[:, None], pixels if per_pixel else every[:1]
+        entries = left[:, None], pixels if per_pixel else every[:1]
         about = centre().to(z.device)[pixels]
-        labels = one_hot if totals is None else None
-        weights = _weights(z[rows], table, top[rows])
-        first, second, *rest = _sums(weights, x, pixels, about, dtype, labels, per_pixel)
+        first, second, *rest = _sums(_weights(z[left], table, top[left]), x, pixels, about, dtype, one_hot, per_pixel)
         totals = totals or rest
         first, second = first / rest[0][:, None], second / rest[0][:, None]
         square = first.square()
         spread = second - (square if per_pixel else square.sum(1, keepdim=True))
-        mean[rows[:, None], pixels] = first + about
+        mean[left[:, None], pixels] = first + about
         variance[entries] = torch.where(undone[entries], spread, variance[entries])
         undone[entries] &= spread < share * second
     for row in undone.any(1).nonzero()[:, 0]:
-        left, total, squares = undone[row], 0, 0
-        for columns, (w,) in _weights(z[row, None], table, top[row, None]):
-            points = (w > FLOOR).nonzero()[:, 0]
-            near = x[columns][points.to(x.device)].to(w.device, torch.float64)
-            total += w.sum()
-            squares += w[points] @ near.sub_(mean[row]).square_()
-        variance[row, left] = (squares[left] if per_pixel else squares.sum(0, keepdim=True)) / total
-    return mean, variance, *totals
+        by_differences = _variance(_weights(z[row, None], table, top[row, None]), x, mean[row], per_pixel)
+        variance[row, undone[row]] = by_differences[undone[row]]
+    total, squares, labelled = totals
+    result.mean[rows], result.variance[rows] = mean, variance
+    result.log_q[rows], result.ess[rows] = top + total.log() - math.log(len(table.codes)), total.square() / squares
+    result.labels[rows] = labelled / total[:, None]
+
+
+def _variance(weights: Tiles, x: Tensor, mean: Tensor, per_pixel: bool) -> Tensor:
+    """Var_q[x|z] (P,) or its trace (1,) at one code, by differences from its `mean` (P,)."""
+    total = squares = 0
+    for columns, (w,) in weights:
+        points = (w > FLOOR).nonzero()[:, 0]
+        near = x[columns][points.to(x.device)].to(w.device, torch.float64)
+        total += w.sum()
+        squares += w[points] @ near.sub_(mean).square_()
+    return (squares if per_pixel else squares.sum(0, keepdim=True)) / total
 
 
 def _rounds(x: Tensor) -> Iterator[tuple[torch.dtype, Callable[[], Tensor], float]]:
-    """What `_matrix_moments` tries in turn: precision, centre (P,), and the share it needs.
-
-    The shares keep errors of 5e-7 and 1e-15 of the second moment below 3e-6 of the variance.
+    """What `_fill_by_products` tries in turn: precision, centre (P,), and the share that it needs, such that errors of
+    5e-7 and 1e-15 of the second moment stay below 3e-6 of the variance.
     """
     sample = x[:: max(1, len(x) // 1024)]
     # Reduced precision, where it has been asked for, would be used for float32 products too.
@@ -451,23 +406,15 @@ def _rounds(x: Tensor) -> Iterator[tuple[torch.dtype, Callable[[], Tensor], floa
 
 
 def _sums(
-    weights: Iterator[tuple[slice, Tensor]],
-    x: Tensor,
-    pixels: Tensor,
-    centre: Tensor,
-    dtype: torch.dtype,
-    one_hot: Tensor | None,
-    per_pixel: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    weights: Tiles, x: Tensor, pixels: Tensor, centre: Tensor, dtype: torch.dtype, one_hot: Tensor, per_pixel: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weighted sums of x - centre, its square, 1, the weight itself, and labels; in float64."""
-    first = second = total = squares = 0
-    labelled = None if one_hot is None else 0
+    first = second = total = squares = labelled = 0
     for columns, w in weights:
         total = total + w.sum(1)
         squares = squares + torch.linalg.vecdot(w, w)
-        if one_hot is not None:
-            labelled = labelled + w @ one_hot[columns]
-        near = _gather(x, columns, pixels)
+        labelled = labelled + w @ one_hot[columns]
+        near = x[columns] if len(pixels) == x.shape[1] else x[columns][:, pixels.to(x.device)]
         weigh = w.amax(0) > FLOOR
         if 2 * int(weigh.sum()) < len(near):
             w, near = w[:, weigh], near[weigh.to(near.device)]
@@ -478,8 +425,3 @@ def _sums(
         near.square_()
         second = second + (w @ (near if per_pixel else near.sum(1, keepdim=True))).double()
     return first, second, total, squares, labelled
-
-
-def _gather(x: Tensor, points: slice, pixels: Tensor) -> Tensor:
-    near = x[points]
-    return near if len(pixels) == x.shape[1] else near[:, pixels.to(x.device)]

@@ -1,9 +1,8 @@
-"""How long Markov chains remember.
-
-Their autocorrelation at lag l compares them with each other, at the same times, so that a drift that all share
-is no memory: with f_t the features at time t of 0 .. T-1, and covariances over chains,
+"""How long Markov chains remember: with f_t the features at time t of 0 .. T-1, and covariances over chains,
 
     (a)  sum_t tr cov(f_t, f_(t+l))  /  sum_t [tr cov(f_t) + tr cov(f_(t+l))] / 2,   both over t = 0 .. T-1-l.
+
+Chains are compared with each other at the same times, so that a drift that all share is no memory.
 """
 
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 
 from paperlib.runs.estimate import Estimate
-from paperlib.stats.intervals import Points, jackknife
-from paperlib.stats.two_sample import to_float64, to_points
+from paperlib.stats.intervals import Points, jackknife, to_float64
+from paperlib.stats.two_sample import to_points
 
 
 def autocorrelation(states: Points, lags: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -34,13 +33,9 @@ def autocorrelation(states: Points, lags: Sequence[int]) -> tuple[np.ndarray, np
     x = states - states[:, :1]  # exactly 0 where all chains agree
     x -= x.mean(1, keepdims=True)
     squares = np.einsum("tnd,tnd->tn", x, x)
-    # (2, len(lags), N): what each chain adds to the covariances and to the variances.
-    parts = np.array(
-        [
-            [np.einsum("tnd,tnd->n", x[:-lag], x[lag:]) for lag in lags],
-            [(squares[:-lag] + squares[lag:]).sum(0) / 2 for lag in lags],
-        ]
-    ).reshape(2, len(lags), chains)
+    shared = [np.einsum("tnd,tnd->n", x[:-lag], x[lag:]) for lag in lags]
+    own = [(squares[:-lag] + squares[lag:]).sum(0) / 2 for lag in lags]
+    parts = np.array([shared, own])  # (2, len(lags), N): what each chain adds to the covariances and to the variances
     total = parts.sum(2)
     # Without chain i the means move too: together, a covariance loses N / (N - 1) times what the chain adds to it.
     without = total[:, None] - chains / (chains - 1) * parts.transpose(0, 2, 1)

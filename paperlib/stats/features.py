@@ -1,22 +1,12 @@
-"""Features of images, in which sets of images are compared: of a small classifier, and of a network left random.
+"""Features of images, in which sets of images are compared: of a small classifier, and of networks left untrained.
 
-The published kernel distance takes the features of an Inception network trained on ImageNet. Here there are two that
-need no download: the pooled layer of a small convolutional `Classifier` trained on the data set itself,
-`fit_classifier`, which sees what tells classes apart, and means and stds of the layers of a `RandomNetwork`,
-which has learned nothing and sees textures and contrast. Neither's distances are comparable to published ones.
-
-`extractor` binds a network to a scale: each feature has mean 0 and std 1 on the training images, the order of 1
-that the kernel of `two_sample.kernel_distance` asks for.
-
-    trained = features.fit_classifier(dataset, folder, width=128, seed=0, device=device)
-    extract = features.extractor(trained.model, dataset.train.images, dataset.levels)
-    two_sample.kernel_distance(extract(samples), extract(dataset.held_out.images))
+The published kernel distance takes the features of an Inception network trained on ImageNet; these need no download.
+Their distances are not comparable to published ones.
 """
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +25,10 @@ BATCH = 250  # images at a time without gradients
 class Classifier(nn.Module):
     """Logits of `classes` for images (B, C, H, W) in [-1, 1]: four convolutions, the last two of `width` channels.
 
-    The side is halved three times, so it must be 8 or more. No layer mixes images. An image of 32 x 32 x 3 takes 12.6
-    million multiplications at a `width` of 128. Raises `ValueError` for a width that is no multiple of 16.
+    The side is halved three times, so it must be 8 or more. Raises `ValueError` for a width that is no multiple of 16.
     """
 
-    def __init__(self, channels: int, width: int, classes: int = 10) -> None:
+    def __init__(self, channels: int, width: int, classes: int) -> None:
         super().__init__()
         if width < 16 or width % 16:
             raise ValueError(f"width is {width}, but must be a multiple of 16")
@@ -79,9 +68,9 @@ def fit_classifier(
 ) -> train.Trained:
     """Train a `Classifier` on the labels of a data set's training images, by cross entropy; see `train.fit`.
 
-    Images are shifted by up to 1/8 of their side, borders repeated, and those in colour mirrored half the time. The
-    history ends with `held_out_cross_entropy`, in nats, and `held_out_accuracy`: 73 % on CIFAR-10 for a width of 128
-    and 4,500 steps of 64, which take about five minutes on one core. Raises `ValueError` for a data set without labels.
+    Images are `augmented`, those in colour also mirrored. The history ends with `held_out_cross_entropy`, in nats, and
+    `held_out_accuracy`: 73 % on CIFAR-10 for a width of 128 and 4,500 steps of 64, which take about five minutes on one
+    core. Raises `ValueError` for a data set without labels.
     """
     if dataset.train.labels is None or dataset.held_out.labels is None:
         raise ValueError(f"{dataset.name} has no labels to learn")
@@ -97,32 +86,24 @@ def fit_classifier(
         return augmented(datasets.to_float(images[rows], dataset.levels), mirror=channels == 3), labels[rows]
 
     def loss(model: nn.Module, inputs: tuple[Tensor, Tensor], progress: train.Progress) -> tuple[Tensor, dict]:
-        logits = model(inputs[0])
-        right = (logits.argmax(1) == inputs[1]).float().mean()
-        return F.cross_entropy(logits, inputs[1]), {"accuracy": right}
+        entropy, accuracy = _scores(model(inputs[0]), inputs[1])
+        return entropy, {"accuracy": accuracy}
 
     def evaluate(model: nn.Module) -> dict[str, Tensor]:
-        logits = torch.cat([model(part) for part in held_out.split(BATCH)])
-        right = (logits.argmax(1) == held_out_labels).float().mean()
-        return {"cross_entropy": F.cross_entropy(logits, held_out_labels), "accuracy": right}
+        scores = _scores(torch.cat([model(part) for part in held_out.split(BATCH)]), held_out_labels)
+        return dict(zip(("cross_entropy", "accuracy"), scores, strict=True))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(channels, width, classes=int(labels.max()) + 1)
+        model = Classifier(channels, width, int(labels.max()) + 1)
     recipe = train.Recipe(steps, batch_size, learning_rate=2e-3, schedule="cosine", evaluate_every=max(1, steps // 10))
-    return train.fit(
-        model,
-        loss,
-        batch,
-        len(images),
-        recipe,
-        directory,
-        seed=seed,
-        device=device,
-        evaluate=evaluate,
-        provenance=provenance,
-        name="classifier",
-    )
+    options = {"seed": seed, "device": device, "evaluate": evaluate, "provenance": provenance, "name": "classifier"}
+    return train.fit(model, loss, batch, len(images), recipe, directory, **options)
+
+
+def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy in nats, and accuracy."""
+    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
 
 
 def augmented(x: Tensor, *, mirror: bool, reach: int | None = None) -> Tensor:
@@ -144,50 +125,46 @@ def augmented(x: Tensor, *, mirror: bool, reach: int | None = None) -> Tensor:
 class RandomNetwork(nn.Module):
     """A convolutional network that is never trained: its weights are a function of `seed` alone, and are buffers.
 
-    Three convolutions of 3 x 3 with stride 2, of `width` / 4, `width` / 2 and `width` channels, each followed by a
-    ReLU; Gaussian weights of variance 2 / inputs. torch's global generator is not touched.
+    Three convolutions of 3 x 3 with stride 2, of 16, 32 and 64 channels, each followed by a ReLU; Gaussian weights of
+    variance 2 / inputs. torch's global generator is not touched.
     """
 
-    def __init__(self, seed: int, channels: int, width: int = 64) -> None:
+    def __init__(self, seed: int, channels: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        sizes = (channels, width // 4, width // 2, width)
-        for k, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        for k, (inputs, outputs) in enumerate(itertools.pairwise((channels, 16, 32, 64))):
             weight = torch.randn(outputs, inputs, 3, 3, generator=generator) * math.sqrt(2 / (9 * inputs))
             self.register_buffer(f"weight{k}", weight)
 
     def features(self, x: Tensor) -> Tensor:
-        """Mean, then std, over positions of each channel of each layer: (B, C, H, W) to (B, 7 / 2 width)."""
+        """Mean, then std, over positions of each channel of each layer: (B, C, H, W) to (B, 224)."""
         moments = []
         for weight in self.buffers():
             x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
             moments += [x.mean((2, 3)), x.std((2, 3), correction=0)]
         return torch.cat(moments, 1)
 
-    forward = features
-
 
 class Thumbnails(nn.Module):
-    """Nothing learned and nothing drawn: means over a grid of `cells` x `cells`, which see colour and layout alone."""
+    """Nothing learned and nothing drawn: means over a grid of 8 x 8, which see colour and layout alone."""
 
-    def __init__(self, cells: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.cells = cells
         self.register_buffer("where", torch.zeros(0), persistent=False)  # on the device that this is moved to
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C cells^2)."""
-        return F.adaptive_avg_pool2d(x, self.cells).flatten(1)
+        """(B, C, H, W) to (B, 64 C)."""
+        return F.adaptive_avg_pool2d(x, 8).flatten(1)
 
     forward = features
 
 
 @torch.no_grad()
-def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int = 256) -> Tensor:
+def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int) -> Tensor:
     """`network.features` of images, uint8 (N, H, W, C) of `levels` grey levels, some at a time: (N, d) float64, CPU.
 
-    The network sees them in [-1, 1], on its own device and in evaluation mode. Each unit is the network's own: see
-    `extractor`. Raises `TypeError` and `ValueError` as `datasets.to_unit`, and `ValueError` for no images.
+    The network sees them in [-1, 1], on its own device and in evaluation mode. Raises `TypeError` and `ValueError` as
+    `datasets.to_unit`, and `ValueError` for no images.
     """
     if not len(images):
         raise ValueError("there are no images")
@@ -200,20 +177,10 @@ def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int = 
     return torch.cat(parts)
 
 
-@dataclass(frozen=True, eq=False)
-class Extractor:
-    """Features on the scale of reference images: uint8 (N, H, W, C) to (N, d), float64 on the CPU; see `extractor`."""
-
-    network: nn.Module
-    mean: Tensor
-    std: Tensor
-    levels: int
-
-    def __call__(self, images: np.ndarray | Tensor) -> Tensor:
-        return (raw_features(self.network, images, self.levels) - self.mean) / self.std
+Extractor = Callable[[np.ndarray | Tensor], Tensor]  # images, uint8 (N, H, W, C), to features (N, d), float64, CPU
 
 
-def extractor(network: nn.Module, reference: np.ndarray | Tensor, levels: int = 256) -> Extractor:
+def extractor(network: nn.Module, reference: np.ndarray | Tensor, levels: int) -> Extractor:
     """What makes features of `network` with mean 0 and std 1 on the `reference` images, uint8 (N, H, W, C).
 
     Features that do not vary there are only centred. Use the training images, and one extractor for all sets that are
@@ -221,4 +188,5 @@ def extractor(network: nn.Module, reference: np.ndarray | Tensor, levels: int = 
     """
     raw = raw_features(network, reference, levels)
     mean, std = raw.mean(0), raw.std(0, correction=0)
-    return Extractor(network, mean, torch.where(std > 1e-6 * mean.abs(), std, 1.0), levels)
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+    return lambda images: (raw_features(network, images, levels) - mean) / std

@@ -12,32 +12,41 @@ from paperlib.runs.estimate import Estimate
 Points = np.ndarray | Tensor
 
 
+def to_float64(values: Points) -> Tensor:
+    """`values` as a float64 tensor without gradient, on the device where they are."""
+    if not torch.is_tensor(values):
+        values = torch.from_numpy(np.array(values, dtype=np.float64))  # a copy: torch warns of read-only memory
+    return values.detach().double()
+
+
 def mean_interval(values: Points, unit: str = "") -> Estimate:
     """The mean of independent examples' values (n,), and 1.96 standard errors to both sides.
 
     For losses of two models on the same examples give the differences. Raises `ValueError` for fewer than two values,
     another shape, and values that are not finite.
     """
-    values = values.numpy(force=True) if torch.is_tensor(values) else np.asarray(values)
-    values = values.astype(np.float64)
+    return _around_mean(values, unit, 1.96)
+
+
+def interval_over_seeds(values: Points | Sequence[float], unit: str = "") -> Estimate:
+    """The mean of one number per seed, with Student's 95 % interval over further seeds. Raises as above."""
+    return _around_mean(values, unit)
+
+
+def _around_mean(values: Points | Sequence[float], unit: str, errors: float | None = None) -> Estimate:
+    """The mean, and so many standard errors to both sides, or Student's number of them."""
+    values = to_float64(values).cpu().numpy()
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise ValueError(f"an interval takes two or more finite numbers (n,), not {values.shape}")
-    mean, half = values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    return Estimate.from_row((mean, mean - half, mean + half), unit)
+    half = (errors or _student(len(values))) * values.std(ddof=1) / math.sqrt(len(values))
+    return Estimate.from_row((values.mean(), values.mean() - half, values.mean() + half), unit)
 
 
-def interval_over_seeds(values: np.ndarray | Sequence[float], unit: str = "") -> Estimate:
-    """The mean of one number per seed: Student's 95 % interval for the mean over further seeds.
-
-    Raises `ValueError` for fewer than two values, or for one that is not finite.
-    """
+def _student(count: int) -> float:
+    """The 97.5 % point of Student's t for `count` - 1 degrees of freedom."""
     from scipy.stats import t
 
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"an interval over seeds takes two or more finite numbers, not {values.tolist()}")
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return Estimate.from_row((values.mean(), values.mean() - half, values.mean() + half), unit)
+    return t.ppf(0.975, count - 1)
 
 
 def accuracy_gain(right: Points, baseline: Points) -> Estimate:
@@ -77,8 +86,5 @@ def jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.nd
     To value, low and high: v +- t s with s^2 = (G - 1) / G sum_g (v_g - mean of v_g)^2, Student's t of G - 1 degrees of
     freedom.
     """
-    from scipy.stats import t
-
-    count = len(without)
-    half = t.ppf(0.975, count - 1) * math.sqrt(count - 1) * without.std(0)
+    half = _student(len(without)) * math.sqrt(len(without) - 1) * without.std(0)
     return value, value - half, value + half

@@ -12,9 +12,8 @@ def linear_probe(train: Points, train_labels: Points, test: Points, test_labels:
     """Which test examples a linear classifier of the features gets right: bool (n_test,).
 
     Multinomial logistic regression on features (n, d), each standardised on `train`, in float32, with a penalty of
-    `PENALTY` / 2 times the squared weights on the mean cross entropy. Labels are (n,) integers. Deterministic. For the
-    45,000 x 3,072 pixels of CIFAR-10 it takes a minute on one core and 2.5 GB. Raises `ValueError` for shapes that do
-    not fit, labels of one class only, and features that are not finite.
+    `PENALTY` / 2 times the squared weights on the mean cross entropy. Labels are (n,) integers. Deterministic. Raises
+    `ValueError` for shapes that do not fit, labels of one class only, and features that are not finite.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler

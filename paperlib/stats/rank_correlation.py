@@ -9,8 +9,7 @@ import numpy as np
 def rank_residuals(values: Sequence[np.ndarray], controls: Sequence[np.ndarray] = ()) -> np.ndarray:
     """Ranks of each of `values`, less what a line in the ranks of `controls` predicts: k of (n,) to (k, n).
 
-    Raises `ValueError` for lengths that differ, values that are not finite, and fewer observations than a residual
-    takes.
+    Raises `ValueError` for lengths that differ, values that are not finite, and too few observations.
     """
     from scipy.stats import rankdata
 

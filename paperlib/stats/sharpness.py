@@ -1,21 +1,17 @@
-"""How fuzzy an image is: two measures of single images, neither of which knows
-how bright they are:
+"""How fuzzy single images are, whatever their brightness.
 
 `edge_width`, in pixels. A ramp is a stretch of a row or column over which the grey level never falls, or never rises.
-Its width is its height over the steepest gradient on it: how far it would have to climb at its steepest. The image's
-edge width is the mean over all ramps, each weighted by the part of the image's gradient that it carries,
+Its width is its height h over the steepest gradient g on it; an image's edge width is the mean over all ramps, by the
+part w of the image's gradient that each carries. With sums and maximum over the ramp's steps d from pixel to pixel,
 
     (a)  sum_ramps w h / g  /  sum_ramps w,   h = sum |d|,  g = max |grad|,  w = sum d^2 / |grad|
 
-with sums and maximum over the ramp's steps d from pixel to pixel. The weights make it the same for all directions:
-d_x^2 + d_y^2 = |grad|^2, so rows and columns together weigh the total variation. A straight edge blurred by a Gaussian
-of std s has width sqrt(2 pi) s, a thin line sqrt(e) s. Each ramp counts by its own height, so a faint stroke with
-crisp borders is crisp; measures that divide by the range of the whole image call it wide. Noise breaks ramps up: this
-is for smooth images.
+The weights make it the same for all directions, as d_x^2 + d_y^2 = |grad|^2. A straight edge blurred by a Gaussian of
+std s has width sqrt(2 pi) s, a thin line sqrt(e) s. A faint stroke with crisp borders is crisp. Noise breaks ramps up:
+this is for smooth images.
 
-`spectral_slope`, of log power against log frequency: about -2.8 for MNIST's digits and lower where high frequencies are
-missing. It tells blurs apart up to a std of about two pixels; beyond, most frequencies hold nothing but what
-leaks from the low ones, and it no longer falls.
+`spectral_slope`, of log power against log frequency, lower where high frequencies are missing: about -2.8 for MNIST's
+digits. It tells blurs apart up to a std of about two pixels; beyond, power that leaks from low frequencies holds it up.
 """
 
 from collections.abc import Iterator
@@ -31,16 +27,13 @@ LEAST = torch.finfo(torch.float64).tiny  # in place of a gradient of 0, so that 
 def edge_width(images: Tensor) -> Tensor:
     """The mean width of the ramps of each image, equation (a): (N, H, W) or (N, C, H, W) to (N,), pixels, float64.
 
-    Any unit of grey level will do: width does not change with contrast or sign. 1 is the least that a straight edge
-    along rows or columns can have. Channels are pooled. nan for an image without any ramp. Raises `ValueError` for
-    another shape and for images of less than 2 x 2 pixels.
+    It does not change with contrast or sign. 1 is the least that a straight edge along rows or columns can have.
+    Channels are pooled. nan for an image without any ramp. Raises `ValueError` for another shape and for images of less
+    than 2 x 2 pixels.
     """
-    _check(images, least=2)
-    results = []
-    for x in _blocks(images):
-        weight, weighted = (sum(pair) for pair in zip(_ramps(x), _ramps(x.mT), strict=True))
-        results.append(weighted / weight)
-    return torch.cat(results)
+    sums = [torch.stack(_ramps(x)) + torch.stack(_ramps(x.mT)) for x in _blocks(images, least=2)]
+    weight, weighted = torch.cat(sums, 1)
+    return weighted / weight
 
 
 def _ramps(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,14 +61,12 @@ def power_spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
 
     Frequencies are in cycles per pixel, power in the squared unit of the images, both float64. Annulus k = 1 .. K holds
     the two-dimensional frequencies whose distance from 0 rounds to k / S, up to K = S // 2, the Nyquist frequency; its
-    frequency is their mean distance. White noise has its variance as power everywhere. The mean of each channel is
-    taken out first; channels are averaged. A Hann window tapers to the border (without one, borders that do not match
-    show as edges), normalised so that the power stays, but for 7 % of noise in the first annulus, which go with the
-    mean.
+    frequency is their mean distance. White noise has its variance as power everywhere (7 % less in the first annulus).
+    The mean of each channel is taken out first; channels are averaged. A Hann window hides borders that do not match.
 
     Raises `ValueError` for another shape and for images of less than 4 x 4 pixels.
     """
-    _check(images, least=4)
+    blocks = _blocks(images, least=4)
     size = images.shape[-1]
     if images.shape[-2] != size:
         raise ValueError(f"a radial spectrum is for square images, not {tuple(images.shape)}")
@@ -89,7 +80,7 @@ def power_spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
     taper = torch.hann_window(size, dtype=torch.float64, device=images.device)
     taper = taper[:, None] * taper
     results = []
-    for x in _blocks(images):
+    for x in blocks:
         x = (x - x.mean((-2, -1), keepdim=True)) * taper
         power = torch.fft.fft2(x).abs().square().mean(1) / taper.square().sum()
         results.append(power.flatten(1)[:, inside] @ member)
@@ -109,15 +100,11 @@ def spectral_slope(images: Tensor) -> Tensor:
     return torch.where(slope.isfinite(), slope, torch.nan)
 
 
-def _check(images: Tensor, least: int) -> None:
+def _blocks(images: Tensor, least: int) -> Iterator[Tensor]:
+    """The images as (B, C, H, W) in float64, some at a time, if they are of at least `least` x `least` pixels."""
     if images.ndim not in (3, 4) or 0 in images.shape:
         raise ValueError(f"images are (N, H, W) or (N, C, H, W), not {tuple(images.shape)}")
     if min(images.shape[-2:]) < least:
         raise ValueError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels: it takes {least} x {least}")
-
-
-def _blocks(images: Tensor) -> Iterator[Tensor]:
-    """The images as (B, C, H, W) in float64, some at a time."""
     images = images[:, None] if images.ndim == 3 else images
-    for block in images.detach().split(max(1, PIXELS // images[0].numel())):
-        yield block.double()
+    return (block.double() for block in images.detach().split(max(1, PIXELS // images[0].numel())))

@@ -21,10 +21,9 @@ from paperlib.system.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called "auto" (CUDA where there is one, otherwise the CPU), "cpu", "cuda" or "cuda:N".
+    """The device called "auto" (CUDA where there is one), "cpu", "cuda" (under torchrun this process's) or "cuda:N".
 
-    Under torchrun "cuda" is the one of this process. Raises `UserError` for another name, and for CUDA on a machine
-    without it.
+    Raises `UserError` for another name, and for a CUDA device that is not there.
     """
     kind, colon, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
@@ -44,10 +43,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """`model` under `torch.compile`, with the same parameters.
-
-    Without a C++ compiler it is `model` itself, and stderr says so.
-    """
+    """`model` under `torch.compile`, with the same parameters; itself, with a line on stderr, without C++ compiler."""
     chosen = os.environ.get("CXX")
     names = [chosen] if chosen else ["g++", "clang++", "c++"]
     compiler = next((name for name in names if shutil.which(name)), None)
@@ -77,18 +73,17 @@ def oom_as_user_error(advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-        if not told and not isinstance(error, MemoryError):
-            raise
-        raise UserError(f"out of memory: {advice}") from error
+        said = str(error).lower()
+        if isinstance(error, MemoryError) or "can't allocate memory" in said or "out of memory" in said:
+            raise UserError(f"out of memory: {advice}") from error
+        raise
 
 
 @contextmanager
 def interrupt_deferred() -> Iterator[list[int]]:
-    """Within, a first Ctrl-C is noted in the list yielded, and only a second one raises.
+    """Within, a first Ctrl-C is noted in the list yielded, for the caller to end where its state is whole.
 
-    So the caller can end at a point where its state is whole. Outside the main thread, and where Ctrl-C is ignored,
-    nothing changes.
+    A second one raises. Outside the main thread, and where Ctrl-C is ignored, nothing changes.
     """
     asked: list[int] = []
 
@@ -112,14 +107,15 @@ def interrupt_deferred() -> Iterator[list[int]]:
 
 @contextmanager
 def progress_bar(name: str, step: int, steps: int, hidden: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, from `step` to `steps`, for the caller to keep up to date.
+    """A bar on stderr, from `step` to `steps`; TQDM_DISABLE=1 hides it.
 
-    Yields `show(step, elapsed, numbers, force=False)`, to be called after each step: `elapsed` in seconds, and
-    `numbers()`, called only when something is drawn, a dict of floats of which "loss" is one. Where the variable
-    PAPERLIB_PROGRESS names a file there is no bar: that file is replaced at most once a second with JSON of name, step,
-    steps, loss and elapsed, for another process to draw. TQDM_DISABLE=1 hides the bar; `hidden` turns off both.
+    Yields `show(step, elapsed, numbers, force=False)`, to be called after each step, with `elapsed` in seconds and a
+    function `numbers` that returns floats by name, "loss" among them. Where the variable PAPERLIB_PROGRESS names a file
+    that file is replaced in place of a bar, at most once a second, with JSON for another process to draw. `hidden`
+    turns off both.
     """
     target = os.environ.get("PAPERLIB_PROGRESS")
+    partial = Path(f"{target}.{os.getpid()}.partial")
     pause, drawn = (1.0 if target else 5.0), -math.inf
     disable = {"disable": True} if target or hidden else {}  # otherwise TQDM_DISABLE decides
 
@@ -127,21 +123,15 @@ def progress_bar(name: str, step: int, steps: int, hidden: bool = False) -> Iter
         nonlocal drawn
         if hidden:
             return
-        due = force or time.monotonic() - drawn >= pause
-        if due:
+        if force or time.monotonic() - drawn >= pause:
             drawn, shown = time.monotonic(), numbers()
             if target:
                 content = {"name": name, "step": step, "steps": steps, "loss": shown["loss"], "elapsed": elapsed}
-                _replace_text(target, json.dumps(content))
+                with suppress(OSError):  # a lost bar must not end the computation
+                    partial.write_text(json.dumps(content))
+                    os.replace(partial, target)
             bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
         bar.update(step - bar.n)
 
     with tqdm(total=steps, initial=step, desc=name, mininterval=5, **disable) as bar:
         yield show
-
-
-def _replace_text(target: str, text: str) -> None:
-    partial = Path(f"{target}.{os.getpid()}.partial")
-    with suppress(OSError):  # a lost bar must not end the computation
-        partial.write_text(text)
-        os.replace(partial, target)

@@ -1,15 +1,8 @@
 """Several processes that train as one would: the same noise for the same samples, and sums over all.
 
-Each of `world` processes has a slice of every batch. Where noise belongs to the samples of a batch, all draw it for the
-whole batch, from equal streams, and keep their slice: so it is the noise that one process draws, for any `world`, and a
-training can go on with another number of them. What all draw beyond their slice is wasted, and is little beside a
-network's arithmetic.
-
-    with joined("cpu"):                      # under torchrun; alone nothing happens
-        with share(rank, world):             # what `train.fit` does around the loss
-            noise = randn(x.shape)           # of this process's samples
-
-Outside `share`, and with one process, the functions below are torch's own.
+Each of `world` processes has a slice of every batch. All draw the noise of the whole batch, from equal streams, and
+keep their slice; so it is the noise that one process draws, and a training can go on with another number of processes.
+Outside `share`, which `train.fit` puts around the loss, and with one process, the functions below are torch's own.
 """
 
 import os
@@ -103,8 +96,8 @@ def mean(value: Tensor) -> Tensor:
 def gathered(z: Tensor) -> Tensor:
     """All processes' `z` (B, ...) within `share`, (world B, ...), with gradients; else `z`.
 
-    For a loss that is no mean over samples. What each process adds to the loss is then the same function of all z, and
-    the mean of gradients that DistributedDataParallel takes is the gradient of that function.
+    A loss that is no mean over samples is then the same function of all z in each process, and the mean of gradients
+    that DistributedDataParallel takes is the gradient of that function.
     """
     if _place[1] == 1:
         return z

@@ -30,8 +30,17 @@ NOTEBOOKS = ROOT / "notebooks"
 
 LOCK = ".lock"  # a file in a folder that is worked in; it says by which process, and may stay when none does
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_MENDABLE = (  # errors of the system that a reader can mend, and what is said of them
+    (
+        {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+        "no space left to write {}: free some space (or move the folder with a PAPERLIB_ variable, see "
+        "docs/running.md) and run the same command again; nothing finished was lost",
+    ),
+    ({errno.EACCES, errno.EPERM, errno.EROFS}, "cannot write {}: {}; allow writing there and run again"),
+    ({errno.ENOENT}, "cannot write {}: no such folder can be made there; choose another"),
+    ({errno.EISDIR}, "cannot write {}: a folder stands where a file is needed; move it away"),
+    ({errno.EEXIST, errno.ENOTDIR}, "cannot write {}: a file stands where a folder is needed; move it away"),
+)
 
 
 def _root(variable: str, default: str) -> Path:
@@ -63,12 +72,10 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Write a file whole or not at all.
+    """Yield a path beside `path`, with the same ending; the file written there takes the place of `path` at the end.
 
-    Yields a path beside `path`, with the same ending; when the block ends without an error the file written there is
-    flushed to disk and takes the place of `path`. A kill at any moment leaves the old file or the new one.
-
-    Raises `UserError` when the disk is full or the folder cannot be written.
+    A kill at any moment, or an error within, leaves the old file or the new one. Raises `UserError` when the disk is
+    full or the folder cannot be written.
     """
     make_folder(path.parent)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -86,8 +93,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def locked(folder: Path, doing: str, patience: float = 3.0) -> Iterator[None]:
     """Within, no other process is in a block like this for the same folder. The system ends the lock with the process.
 
-    Waits for the lock `patience` seconds, as a notebook's kernel that lost its parent takes a moment to end, and then
-    raises `UserError`; `doing` says what the other does, such as "training".
+    Waits for `patience` seconds, as a notebook's kernel that lost its parent takes a moment to end. Then raises
+    `UserError`, where `doing` says what the other does, such as "training".
     """
     path = make_folder(folder) / LOCK
     lock = FileLock(path, timeout=patience)
@@ -113,19 +120,9 @@ def os_errors_as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise UserError(
-                f"no space left to write {path}: free some space (or move the folder with a PAPERLIB_ variable, "
-                f"see docs/running.md) and run the same command again; nothing finished was lost"
-            ) from error
-        if error.errno in _NO_PERMISSION:
-            raise UserError(f"cannot write {path}: {error.strerror}; allow writing there and run again") from error
-        if error.errno == errno.ENOENT:
-            raise UserError(f"cannot write {path}: no such folder can be made there; choose another") from error
-        if error.errno == errno.EISDIR:
-            raise UserError(f"cannot write {path}: a folder stands where a file is needed; move it away") from error
-        if error.errno in {errno.EEXIST, errno.ENOTDIR}:
-            raise UserError(f"cannot write {path}: a file stands where a folder is needed; move it away") from error
+        for numbers, said in _MENDABLE:
+            if error.errno in numbers:
+                raise UserError(said.format(path, error.strerror)) from error
         raise
 
 
