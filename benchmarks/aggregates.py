@@ -38,30 +38,30 @@ def main() -> None:
 def _rows(asked, points, codes):
     cases = [(2, 0.1)] if asked.quick else [(d, s) for d in (2, 10, 50) for s in (1.0, 0.1, 0.01)]
     x = np.random.default_rng(0).integers(256, size=(points, PIXELS), dtype=np.uint8)
-    for dims, deviation in cases:
+    for dims, std in cases:
         generator = torch.Generator().manual_seed(0)
         mean = torch.randn(points, dims, generator=generator, dtype=torch.float64)
-        table = aggregate_posterior.Codes(mean, torch.full((dims,), deviation).log())
-        z = table.mean[:codes] + deviation * torch.randn(codes, dims, generator=generator, dtype=torch.float64)
-        yield _variance(asked, table, z, x, dims, deviation)
-        yield _information(asked, table, dims, deviation)
+        table = aggregate_posterior.Codes(mean, torch.full((dims,), std).log())
+        z = table.mean[:codes] + std * torch.randn(codes, dims, generator=generator, dtype=torch.float64)
+        yield _variance(asked, table, z, x, dims, std)
+        yield _information(asked, table, dims, std)
 
 
-def _variance(asked, table, z, x, dims, deviation):
-    tensor, few, found = torch.from_numpy(x), slice(0, 20), {}
+def _variance(asked, table, z, x, dims, std):
+    tensor, few, computed = torch.from_numpy(x), slice(0, 20), {}
     works = {
-        "ours": lambda: found.update(ours=aggregate_posterior.conditional(z, table, tensor).variance.numpy()),
-        "usual": lambda: found.update(usual=usual_variance(z.numpy(), table.mean.numpy(), deviation, x)),
+        "ours": lambda: computed.update(ours=aggregate_posterior.conditional(z, table, tensor).variance.numpy()),
+        "usual": lambda: computed.update(usual=usual_variance(z.numpy(), table.mean.numpy(), std, x)),
     }
     memory = [peak_memory(work) for work in works.values()]
     times = side_by_side(works, asked.device, max(1, asked.rounds // 2), warm=False)
-    exact = exact_variance(z[few].numpy(), table.mean.numpy(), deviation, x)
-    errors = [float(np.abs(one[few] - exact).max() / 255**2) for one in found.values()]
+    exact = exact_variance(z[few].numpy(), table.mean.numpy(), std, x)
+    errors = [float(np.abs(one[few] - exact).max() / 255**2) for one in computed.values()]
     medians = [statistics.median(times[name]) for name in works]
-    return ["Var q(x|z)", dims, deviation, *medians, ratio(times["usual"], times["ours"]), *memory, *errors]
+    return ["Var q(x|z)", dims, std, *medians, ratio(times["usual"], times["ours"]), *memory, *errors]
 
 
-def _information(asked, table, dims, deviation):
+def _information(asked, table, dims, std):
     count, draw = len(table), torch.Generator().manual_seed(1)
     times = []
     memory = peak_memory(
@@ -70,63 +70,63 @@ def _information(asked, table, dims, deviation):
         )
     )
     few = min(100, count)
-    z = table.mean[:few] + deviation * torch.randn(few, dims, generator=draw, dtype=torch.float64)
-    usual = seconds(lambda: usual_log_density(z.numpy(), table.mean.numpy(), deviation), asked.device) * count / few
-    exact = exact_log_density(z[:20].numpy(), table.mean.numpy(), deviation)
+    z = table.mean[:few] + std * torch.randn(few, dims, generator=draw, dtype=torch.float64)
+    usual = seconds(lambda: usual_log_density(z.numpy(), table.mean.numpy(), std), asked.device) * count / few
+    exact = exact_log_density(z[:20].numpy(), table.mean.numpy(), std)
     ours = aggregate_posterior.log_density(z[:20], table).numpy()
-    theirs = usual_log_density(z[:20].numpy(), table.mean.numpy(), deviation)
+    theirs = usual_log_density(z[:20].numpy(), table.mean.numpy(), std)
     errors = [float(np.abs(one - exact).max()) for one in (ours, theirs)]
     whole = 8 * count**2 / 2**30
-    return ["I_q(x;z)", dims, deviation, times[0], usual, usual / times[0], memory, whole, *errors]
+    return ["I_q(x;z)", dims, std, times[0], usual, usual / times[0], memory, whole, *errors]
 
 
 # The usual way
 
 
-def usual_weights(z, mean, deviation):
-    """Tiles of exp(-|z - mean|^2 / 2 deviation^2): (tile, N) each."""
+def usual_weights(z, mean, std):
+    """Tiles of exp(-|z - mean|^2 / 2 std^2): (tile, N) each."""
     tile = max(1, TILE // mean.size)
     for first in range(0, len(z), tile):
         part = np.repeat(z[first : first + tile, None], len(mean), axis=1)
-        yield np.exp(-0.5 * np.sum(((part - mean) / deviation) ** 2, axis=2))
+        yield np.exp(-0.5 * np.sum(((part - mean) / std) ** 2, axis=2))
 
 
-def usual_variance(z, mean, deviation, x):
-    pixels, found = x.astype(np.float64), []
+def usual_variance(z, mean, std, x):
+    pixels, variances = x.astype(np.float64), []
     square = pixels**2
     with np.errstate(all="ignore"):
-        for weights in usual_weights(z, mean, deviation):
+        for weights in usual_weights(z, mean, std):
             weights = weights / weights.sum(1, keepdims=True)
-            found.append(weights @ square - (weights @ pixels) ** 2)
-    return np.concatenate(found)
+            variances.append(weights @ square - (weights @ pixels) ** 2)
+    return np.concatenate(variances)
 
 
-def usual_log_density(z, mean, deviation):
+def usual_log_density(z, mean, std):
     """log q(z) in nats."""
-    constant = 0.5 * mean.shape[1] * math.log(2 * math.pi * deviation**2)
+    constant = 0.5 * mean.shape[1] * math.log(2 * math.pi * std**2)
     with np.errstate(all="ignore"):
-        return np.concatenate([np.log(one.mean(1)) - constant for one in usual_weights(z, mean, deviation)])
+        return np.concatenate([np.log(one.mean(1)) - constant for one in usual_weights(z, mean, std)])
 
 
 # In float64, the long way
 
 
-def exact_weights(z, mean, deviation):
-    log = -0.5 * (((z[:, None] - mean) / deviation) ** 2).sum(2)
+def exact_weights(z, mean, std):
+    log = -0.5 * (((z[:, None] - mean) / std) ** 2).sum(2)
     top = log.max(1, keepdims=True)
     return np.exp(log - top), top[:, 0]
 
 
-def exact_variance(z, mean, deviation, x):
-    weights, _ = exact_weights(z, mean, deviation)
+def exact_variance(z, mean, std, x):
+    weights, _ = exact_weights(z, mean, std)
     weights /= weights.sum(1, keepdims=True)
     pixels = x.astype(np.float64)
     return np.stack([row @ (pixels - row @ pixels) ** 2 for row in weights])
 
 
-def exact_log_density(z, mean, deviation):
-    weights, top = exact_weights(z, mean, deviation)
-    return np.log(weights.mean(1)) + top - 0.5 * mean.shape[1] * math.log(2 * math.pi * deviation**2)
+def exact_log_density(z, mean, std):
+    weights, top = exact_weights(z, mean, std)
+    return np.log(weights.mean(1)) + top - 0.5 * mean.shape[1] * math.log(2 * math.pi * std**2)
 
 
 if __name__ == "__main__":

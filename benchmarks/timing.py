@@ -27,10 +27,10 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default 5)")
     parser.add_argument("--quick", action="store_true", help="the smallest cases, once; nothing is written")
-    found = parser.parse_args()
-    found.device = pick_device(found.device)
-    found.rounds = 1 if found.quick else found.rounds
-    return found
+    asked = parser.parse_args()
+    asked.device = pick_device(asked.device)
+    asked.rounds = 1 if asked.quick else asked.rounds
+    return asked
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -53,11 +53,11 @@ def side_by_side(
     """Seconds of each of `works`, by name, for each round; with `warm` each is called once beforehand."""
     for work in works.values() if warm else ():
         work()
-    found: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            found[name].append(seconds(work, device))
-    return found
+            times[name].append(seconds(work, device))
+    return times
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:

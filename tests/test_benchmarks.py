@@ -51,10 +51,10 @@ def test_the_usual_way_computes_what_ours_does(scripts, dims):
         aggregate_posterior.Codes(mean, torch.tensor(-0.5)),
         torch.randint(256, (300, 20), generator=generator).byte(),
     )
-    z, deviation = torch.randn(7, dims, generator=generator, dtype=torch.float64), np.exp(-0.5)
-    usual = aggregates.usual_variance(z.numpy(), mean.numpy(), deviation, x.numpy())
+    z, std = torch.randn(7, dims, generator=generator, dtype=torch.float64), np.exp(-0.5)
+    usual = aggregates.usual_variance(z.numpy(), mean.numpy(), std, x.numpy())
     np.testing.assert_allclose(usual, aggregate_posterior.conditional(z, codes, x).variance, rtol=1e-4)
-    density = aggregates.usual_log_density(z.numpy(), mean.numpy(), deviation)
+    density = aggregates.usual_log_density(z.numpy(), mean.numpy(), std)
     np.testing.assert_allclose(density, aggregate_posterior.log_density(z, codes), atol=1e-6)
 
 
