@@ -71,19 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
         if options.fresh:
             shutil.rmtree(job.directory, ignore_errors=True)
         outcomes.append(outcome := run_notebook(job))
-        print(_line(outcome), flush=True)
+        said = f"{job.notebook.stem}: {outcome.status} after {outcome.seconds:.0f} s"
+        print(said + (f": {outcome.message}" if outcome.message else ""), flush=True)
         if outcome.status == "interrupted" or (options.fail_fast and outcome.status != "ok"):
             break
     print("\n" + _table(outcomes))
     failed = len(outcomes) < len(jobs) or any(outcome.status != "ok" for outcome in outcomes)
-    if options.record and not failed:
-        for outcome in outcomes:
-            if experiment := EXPERIMENTS.get(outcome.job.notebook.stem):
-                for path in record(outcome.job.directory, experiment.presets[options.preset]):
-                    print(f"recorded {_short(path)}")
-    if any(outcome.status == "interrupted" for outcome in outcomes):
-        return 130
-    return int(failed)
+    for job in jobs if options.record and not failed else ():
+        if experiment := EXPERIMENTS.get(job.notebook.stem):
+            for path in record(job.directory, experiment.presets[options.preset]):
+                print(f"recorded {_short(path)}")
+    return 130 if any(outcome.status == "interrupted" for outcome in outcomes) else int(failed)
 
 
 def run_notebook(job: Job) -> Outcome:
@@ -91,24 +89,21 @@ def run_notebook(job: Job) -> Outcome:
 
     That of a failure is called `notebook.failed.ipynb`, so that it never takes the place of a finished one.
     """
+    import papermill
+
     started, claims = time.time(), None
-    if unknown := _unknown_parameters(job):
+    if unknown := sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook))):  # papermill only logs it
         return Outcome(job, "unknown parameter", 0.0, f"its parameters cell has no {', '.join(unknown)}")
     executed = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
     status, message = _execute(job, executed)
     if status == "ok":
-        claims = _fresh_claims(job, started)
+        file = job.directory / "run.json"
+        if file.exists() and file.stat().st_mtime >= started - 1:
+            claims = Verdicts(files.load_json(job.directory / "metrics.json")["claims"])
         message = _what_is_missing(job, executed, claims)
         status = "incomplete" if message else "ok"
     _keep(executed, job.directory / ("notebook.ipynb" if status == "ok" else "notebook.failed.ipynb"))
     return Outcome(job, status, time.time() - started, message, claims if status == "ok" else None)
-
-
-def _unknown_parameters(job: Job) -> list[str]:
-    """The names of parameters that the notebook does not have, which papermill only logs."""
-    import papermill
-
-    return sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook)))
 
 
 def _execute(job: Job, copy: Path) -> tuple[str, str]:
@@ -119,16 +114,9 @@ def _execute(job: Job, copy: Path) -> tuple[str, str]:
     with _kernel() as kernel, _progress(job.notebook.stem):
         try:
             files.make_folder(job.directory)
+            options = {"progress_bar": False, "km": kernel, "extra_arguments": ["--IPKernelApp.log_level=50"]}
             with files.os_errors_as_user_error(copy):
-                papermill.execute_notebook(
-                    job.notebook,
-                    copy,
-                    job.parameters,
-                    cwd=job.notebook.parent,
-                    progress_bar=False,
-                    km=kernel,
-                    extra_arguments=["--IPKernelApp.log_level=50"],
-                )
+                papermill.execute_notebook(job.notebook, copy, job.parameters, cwd=job.notebook.parent, **options)
         except UserError as error:
             return "not written", str(error)
         except papermill.PapermillExecutionError as error:
@@ -136,8 +124,7 @@ def _execute(job: Job, copy: Path) -> tuple[str, str]:
             status = "interrupted" if interrupted else f"failed in cell {error.exec_count}"
             return status, error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
         except DeadKernelError:
-            message = "its process ended in the middle of a cell; most often the memory did not suffice"
-            return "kernel died", message
+            return "kernel died", "its process ended in the middle of a cell; most often the memory did not suffice"
         except KeyboardInterrupt:
             return "interrupted", ""
     return "ok", ""
@@ -265,10 +252,8 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
     if (experiment := EXPERIMENTS.get(notebook.stem)) is None:
         return Job(notebook, parameters, files.runs_root() / notebook.stem / options.preset)
     try:
-        overrides = presets.parse(experiment.settings(options.preset), options.set)
-        settings = experiment.settings(options.preset, overrides)
-        # papermill writes a tuple as text
-        parameters["overrides"] = {name: list(v) if isinstance(v, tuple) else v for name, v in overrides.items()}
+        parameters["overrides"] = presets.parse(experiment.settings(options.preset), options.set)
+        settings = experiment.settings(options.preset, parameters["overrides"])
         pick_device(options.device)
         name = run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
     except UserError as error:
@@ -286,24 +271,11 @@ def _check_recordable(options: argparse.Namespace) -> None:
         raise UserError("--record needs committed code: commit (or stash) the changes first")
 
 
-def _fresh_claims(job: Job, started: float) -> Verdicts | None:
-    file = job.directory / "run.json"
-    if not file.exists() or file.stat().st_mtime < started - 1:
-        return None
-    return Verdicts(files.load_json(job.directory / "metrics.json")["claims"])
-
-
-def _line(outcome: Outcome) -> str:
-    text = f"{outcome.job.notebook.stem}: {outcome.status} after {outcome.seconds:.0f} s"
-    return text + (f": {outcome.message}" if outcome.message else "")
-
-
 def _table(outcomes: list[Outcome]) -> str:
     rows = [("notebook", "status", "seconds", "verdicts", "outputs")]
-    for outcome in outcomes:
-        verdicts = "-" if outcome.claims is None else outcome.claims.summary()
-        job, seconds = outcome.job, f"{outcome.seconds:.0f}"
-        rows.append((job.notebook.stem, outcome.status, seconds, verdicts, _short(job.directory)))
+    for one in outcomes:
+        verdicts = "-" if one.claims is None else one.claims.summary()
+        rows.append((one.job.notebook.stem, one.status, f"{one.seconds:.0f}", verdicts, _short(one.job.directory)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
@@ -312,14 +284,13 @@ def _table(outcomes: list[Outcome]) -> str:
 def _listing(notebooks: list[Path]) -> str:
     lines = []
     for notebook in notebooks:
-        experiment = EXPERIMENTS.get(notebook.stem)
         lines.append(notebook.stem)
-        if experiment is None:
+        if (experiment := EXPERIMENTS.get(notebook.stem)) is None:
             continue
-        names = list(experiment.presets)
-        lines.append(f"  presets: {', '.join(names)}")
-        for field in dataclasses.fields(experiment.presets[names[0]]):
-            values = [getattr(experiment.presets[name], field.name) for name in names]
+        lines.append(f"  presets: {', '.join(experiment.presets)}")
+        every = list(experiment.presets.values())
+        for field in dataclasses.fields(every[0]):
+            values = [getattr(settings, field.name) for settings in every]
             same = all(value == values[0] for value in values)
             text = str(values[0]) if same else ", ".join(map(str, values))
             lines.append(f"  {field.name:<20} {text:<32} {field.metadata.get('help', '')}")

@@ -181,13 +181,6 @@ def _wait(seconds, until):
         time.sleep(1)
 
 
-def _close(opened, lab):
-    opened.close()
-    for session in _json(f"{lab[0]}/api/sessions"):
-        request = urllib.request.Request(f"{lab[0]}/api/sessions/{session['id']}", method="DELETE")
-        urllib.request.urlopen(request, timeout=30).close()
-
-
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_run_all_in_jupyterlab(browser, lab, name):
     opened, saved = run_all(browser, lab, name)
@@ -196,17 +189,16 @@ def test_run_all_in_jupyterlab(browser, lab, name):
     assert [out["text"] for out in outputs if out.get("name") == "stderr"] == []
     assert opened.evaluate(BROKEN) == 0
     assert sum("image/png" in out.get("data", {}) for out in outputs) >= 3
-    if any("explore(" in "".join(cell["source"]) for cell in saved["cells"]):
-        _move_the_slider(opened)
-    _close(opened, lab)
-
-
-def _move_the_slider(opened):
-    handle, picture = opened.locator(".noUi-handle").first, opened.locator("img.widget-image").first
-    handle.scroll_into_view_if_needed()
-    picture.wait_for(timeout=20_000)
-    before = picture.get_attribute("src")
-    handle.focus()
-    for _ in range(20):
-        opened.keyboard.press("ArrowRight")
-    _wait(30, lambda: picture.get_attribute("src") != before)
+    if any("explore(" in "".join(cell["source"]) for cell in saved["cells"]):  # its slider moves the picture
+        handle, picture = opened.locator(".noUi-handle").first, opened.locator("img.widget-image").first
+        handle.scroll_into_view_if_needed()
+        picture.wait_for(timeout=20_000)
+        before = picture.get_attribute("src")
+        handle.focus()
+        for _ in range(20):
+            opened.keyboard.press("ArrowRight")
+        _wait(30, lambda: picture.get_attribute("src") != before)
+    opened.close()
+    for session in _json(f"{lab[0]}/api/sessions"):
+        request = urllib.request.Request(f"{lab[0]}/api/sessions/{session['id']}", method="DELETE")
+        urllib.request.urlopen(request, timeout=30).close()

@@ -75,7 +75,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped, message):
     ],
 )
 def test_a_checkpoint_of_another_training_names_what_differs(cut, changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"holds another training .*{message}.*--fresh to start over"):
         run(cut, **changes)
 
 

@@ -111,13 +111,10 @@ def test_the_seed_decides_the_random_models(run):
     assert repr(other.table) != repr(elbo.measure(run, "E1").table) == repr(elbo.measure(run, "E1").table)
 
 
-def test_a_count_below_one_is_explained():
+def test_the_smallest_run_still_gives_verdicts_and_a_smaller_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     with pytest.raises(UserError, match="starts is 0"):
         elbo.start("smoke", 0, "auto", "train", {"starts": 0})
-
-
-def test_the_smallest_run_still_gives_verdicts(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     least = elbo.start("smoke", 0, "auto", "train", dict.fromkeys(SMALL, 1) | {"samples": 50, "ascent_steps": 1})
     for claim in ("E3", "E5", "E6"):
         assert elbo.verdict(least, elbo.measure(least, claim))[claim]["holds"] is (claim == "E6")

@@ -56,19 +56,18 @@ def test_terms_equal_loops_also_where_a_code_is_not_used():
             assert float(function(model)) == pytest.approx(value, abs=1e-12), function.__name__
 
 
-@pytest.mark.parametrize("view", [finite.elbo, finite.elbo_from_evidence, finite.elbo_from_codes])
-def test_a_point_costs_nothing_and_impossible_data_infinitely_much(view):
+def test_a_point_costs_nothing_and_impossible_data_infinitely_much():
     code = [0.3, 0.7]
-    assert float(view(finite.from_lists([0, 1, 0], [code] * 3, code, [[0, 1, 0]] * 2))) == 0
-    assert float(view(finite.from_lists([0.5, 0.5], [code] * 2, code, [[1, 0]] * 2))) == -math.inf
+    for view in (finite.elbo, finite.elbo_from_evidence, finite.elbo_from_codes):
+        assert float(view(finite.from_lists([0, 1, 0], [code] * 3, code, [[0, 1, 0]] * 2))) == 0
+        assert float(view(finite.from_lists([0.5, 0.5], [code] * 2, code, [[1, 0]] * 2))) == -math.inf
 
 
 def test_what_is_no_table_is_refused():
     even = [0.5, 0.5]
-    with pytest.raises(ValueError, match="q_z_given_x"):
-        finite.from_lists(even, [[0.5, 0.6], even], even, [even, even])
-    with pytest.raises(ValueError, match="p_x "):
-        finite.from_lists([1.5, -0.5], [even, even], even, [even, even])
+    for p_x, row, told in ((even, [0.5, 0.6], "q_z_given_x"), ([1.5, -0.5], even, "p_x ")):
+        with pytest.raises(ValueError, match=told):
+            finite.from_lists(p_x, [row, even], even, [even, even])
     with pytest.raises(ValueError, match="sum to 3 and 4"):
         finite.most_informative_coupling((1, 2), (1, 3))
 
@@ -96,10 +95,9 @@ def least_entropy_by_bases(x_parts, z_parts):
     return float(finite.entropy(corners).min())
 
 
-MARGINALS = [((5, 3, 2), (4, 4, 2)), ((4, 0, 3), (3, 3, 1)), ((41, 30, 17, 12), (35, 28, 22, 15))]
-
-
-@pytest.mark.parametrize(("x_parts", "z_parts"), MARGINALS)
+@pytest.mark.parametrize(
+    ("x_parts", "z_parts"), [((5, 3, 2), (4, 4, 2)), ((4, 0, 3), (3, 3, 1)), ((41, 30, 17, 12), (35, 28, 22, 15))]
+)
 def test_the_most_informative_coupling_against_all_corners_by_linear_algebra(x_parts, z_parts):
     table = finite.most_informative_coupling(x_parts, z_parts)
     for dim, parts in ((1, x_parts), (0, z_parts)):

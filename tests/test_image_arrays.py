@@ -17,12 +17,6 @@ def photograph(rng, height=48, width=48):
     return np.asarray(Image.fromarray(image).resize((width, height)))
 
 
-def recompressed(image):
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=60)
-    return np.asarray(Image.open(file))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Six images, in the order in which they are read: name to array."""
@@ -72,10 +66,8 @@ def test_grey_transparent_and_turned_images(tmp_path):
     Image.fromarray(image).convert("RGBA").save(tmp_path / "2.png")
     exif[0x0112] = 6  # to be shown after a quarter turn clockwise
     Image.fromarray(np.rot90(image, 1).copy()).save(tmp_path / "3.png", exif=exif)
-    written = write(tmp_path, tmp_path, side=32)
-    np.testing.assert_array_equal(written[0], np.asarray(grey)[..., None].repeat(3, 2))
-    np.testing.assert_array_equal(written[1], image)
-    np.testing.assert_array_equal(written[2], image)
+    want = [np.asarray(grey)[..., None].repeat(3, 2), image, image]
+    np.testing.assert_array_equal(write(tmp_path, tmp_path, side=32), want)
 
 
 def test_a_folder_in_the_order_of_names_without_broken_images(folder, tmp_path, capsys):
@@ -99,12 +91,12 @@ def test_a_folder_in_the_order_of_names_without_broken_images(folder, tmp_path, 
 
 
 def test_shortening_keeps_the_first_images(tmp_path):
-    images = RNG.integers(256, size=(1000, 2, 2, 3), dtype=np.uint8)
+    images, file = RNG.integers(256, size=(1000, 2, 2, 3), dtype=np.uint8), tmp_path / "a.npy"
     for count in (999, 100, 9, 1):
-        array = image_arrays._new_array(tmp_path / "a.npy", images.shape)
+        array = image_arrays._new_array(file, images.shape)
         array[:] = images
-        image_arrays._shorten(tmp_path / "a.npy", array, count)
-        np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), images[:count])
+        image_arrays._shorten(file, array, count)
+        np.testing.assert_array_equal(np.load(file), images[:count])
 
 
 def test_an_array_is_copied(tmp_path, monkeypatch):
@@ -114,15 +106,11 @@ def test_an_array_is_copied(tmp_path, monkeypatch):
     np.testing.assert_array_equal(write(tmp_path / "a.npy", tmp_path), images)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 3, 16, 16), (3, 32, 32, 3), (), (0, 16, 16, 3)])
-def test_arrays_that_do_not_fit(tmp_path, shape):
+def test_arrays_that_do_not_fit_or_cannot_be_read(tmp_path):
     file = tmp_path / "a.npy"
-    np.save(file, np.zeros(shape, np.uint8))
-    assert f"{file} is uint8 {shape}, not uint8 (N, 16, 16, 3)" in complaint(file, tmp_path)
-
-
-def test_arrays_that_cannot_be_read(tmp_path):
-    file = tmp_path / "a.npy"
+    for shape in ((3, 16, 16), (3, 3, 16, 16), (3, 32, 32, 3), (), (0, 16, 16, 3)):
+        np.save(file, np.zeros(shape, np.uint8))
+        assert f"{file} is uint8 {shape}, not uint8 (N, 16, 16, 3)" in complaint(file, tmp_path)
     np.save(file, np.array([{}], object))
     assert f"cannot read {file} (" in complaint(file, tmp_path)
     np.save(file, np.zeros((3, 16, 16, 3), np.uint8))
@@ -142,29 +130,27 @@ def test_a_full_disk_is_an_error_at_the_start(folder, tmp_path, monkeypatch):
     assert "no space left to write" in complaint(folder[0], tmp_path)
 
 
-def test_near_copies_are_found_among_many(monkeypatch):
+def test_near_copies_follow_their_definition_and_are_one_photograph_twice(monkeypatch):
+    """Against correlations of block means written out in float64, on pairs around the threshold, mirrored or not."""
     monkeypatch.setattr(image_arrays, "_CHUNK", 7)
     rng = np.random.default_rng(1)
-    among = np.stack([photograph(rng) for _ in range(40)])
-    images = np.stack([photograph(rng) for _ in range(12)])
-    images[2] = among[0]
-    images[3] = recompressed(among[39])
-    images[5] = recompressed(among[20])[:, ::-1]
-    images[7] = (among[13] * 0.8 + 20).astype(np.uint8)
-    images[8] = np.asarray(Image.fromarray(among[14][1:, 1:]).resize((48, 48)))
-    images[9] = among[15].transpose(1, 0, 2)
-    images[10] = 255 - among[16]
-    images[11] = among[17] = 7  # of one grey
-    assert np.flatnonzero(image_arrays.near_copies(images, among)).tolist() == [2, 3, 5, 7, 8]
+    among, strangers = (np.stack([photograph(rng) for _ in range(40)]) for _ in range(2))
+    share = np.linspace(0.5, 1, 40)[:, None, None, None]
+    images = (share * among + (1 - share) * strangers).astype(np.uint8)
+    images[1::2] = images[1::2, :, ::-1]
+    Image.fromarray(among[20]).save(file := io.BytesIO(), "JPEG", quality=60)
+    cropped = np.asarray(Image.fromarray(among[14][1:, 1:]).resize((48, 48)))
+    copies = [among[0], np.asarray(Image.open(file))[:, ::-1], (among[13] * 0.8 + 20).astype(np.uint8), cropped]
+    among[17] = 7  # of one grey
+    others = [among[15].transpose(1, 0, 2), 255 - among[16], among[17]]
+    images = np.concatenate([images, copies, others])
 
+    def blocks(pixels):
+        means = pixels.reshape(-1, 16, 3, 16, 3, 3).mean((2, 4)).reshape(len(pixels), -1)
+        means -= means.mean(1, keepdims=True)
+        return means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-9)
 
-def test_near_copies_follow_their_definition():
-    """Against correlations of block means written out in float64, on pairs around the threshold."""
-    rng = np.random.default_rng(2)
-    one, other = photograph(rng), photograph(rng)
-    mixed = np.stack([(w * one + (1 - w) * other).astype(np.uint8) for w in np.linspace(0.5, 1, 41)])
-    blocks = mixed.reshape(-1, 16, 3, 16, 3, 3).mean((2, 4)).reshape(len(mixed), -1)
-    target = one.reshape(16, 3, 16, 3, 3).mean((1, 3)).reshape(-1)
-    want = np.array([np.corrcoef(block, target)[0, 1] for block in blocks]) > image_arrays.NEAR
-    assert 5 < want.sum() < 36
-    np.testing.assert_array_equal(image_arrays.near_copies(mixed, one[None]), want)
+    want = np.maximum(blocks(images) @ blocks(among).T, blocks(images[:, :, ::-1]) @ blocks(among).T).max(1)
+    want = want > image_arrays.NEAR
+    assert 5 < want[:40].sum() < 36 and want[40:].tolist() == [True] * 4 + [False] * 3
+    np.testing.assert_array_equal(image_arrays.near_copies(images, among), want)

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
-from commands import environment
 
 from paperlib.system import files
 
@@ -26,9 +26,8 @@ pytestmark = pytest.mark.slow
 def launch(name, runs, count, settings):
     """`python -m paperlib.<name>`, by torchrun where there are several processes."""
     by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, *by, "-m", f"paperlib.{name}", "--device", "cpu", *options]
-    variables = environment(runs, {"PAPERLIB_RUNS": str(runs), "PAPERLIB_PROGRESS": f"{runs}.json"})
+    command = [sys.executable, *by, "-m", f"paperlib.{name}", "--device", "cpu", *commands.settings(settings)]
+    variables = commands.environment(runs, {"PAPERLIB_RUNS": str(runs), "PAPERLIB_PROGRESS": f"{runs}.json"})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=files.ROOT, env=variables, **pipes)
 

@@ -1,6 +1,7 @@
 """Likelihoods against torch.distributions, scipy and loops in float64, and where float32 would lose them."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -45,13 +46,6 @@ def test_gaussians_and_bits_against_torch(generator, shape, small):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_numbers_as_parameters(generator):
-    z = draw(generator, 6, 3)
-    expected = Normal(0.5, torch.tensor(math.exp(-1), dtype=torch.float64)).log_prob(z).sum(1)
-    torch.testing.assert_close(likelihoods.gaussian_log_prob(z, 0.5, -1), expected, rtol=1e-12, atol=0)
-    assert likelihoods.gaussian_kl(torch.zeros(6, 3), 0).tolist() == [0] * 6
-
-
 def test_bernoulli_with_large_logits_in_float32():
     logits = torch.tensor([[1e4], [1e4], [-1e4], [-1e4]], requires_grad=True)
     result = likelihoods.bernoulli_log_prob(torch.tensor([[1.0], [0.0], [1.0], [0.0]]), logits)
@@ -61,22 +55,23 @@ def test_bernoulli_with_large_logits_in_float32():
 
 
 @pytest.mark.parametrize("small", [(3, 5, 4), (5, 1, 1), (3,)])
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x, other: likelihoods.gaussian_log_prob(x, x, other),
-        lambda x, other: likelihoods.gaussian_log_prob(x, other, x),
-        likelihoods.gaussian_kl,
-        likelihoods.bernoulli_log_prob,
-        likelihoods.sample_gaussian,
-    ],
-)
-def test_parameters_that_do_not_fit_are_refused(generator, function, small):
-    with pytest.raises((ValueError, RuntimeError), match=r"broadcast|must match"):
-        function(draw(generator, 5, 4), draw(generator, *small))
+def test_parameters_that_do_not_fit_are_refused(generator, small):
+    x, other = draw(generator, 5, 4), draw(generator, *small)
+    of_two = (likelihoods.gaussian_kl, likelihoods.bernoulli_log_prob, likelihoods.sample_gaussian)
+    calls = [(likelihoods.gaussian_log_prob, x, x, other), (likelihoods.gaussian_log_prob, x, other, x)]
+    for function, *arguments in calls + [(function, x, other) for function in of_two]:
+        with pytest.raises((ValueError, RuntimeError), match=r"broadcast|must match"):
+            function(*arguments)
 
 
-def test_kl_of_an_almost_unused_code_in_float32():
+def test_numbers_as_parameters(generator):
+    z = draw(generator, 6, 3)
+    expected = Normal(0.5, torch.tensor(math.exp(-1), dtype=torch.float64)).log_prob(z).sum(1)
+    torch.testing.assert_close(likelihoods.gaussian_log_prob(z, 0.5, -1), expected, rtol=1e-12, atol=0)
+
+
+def test_kl_of_an_unused_and_an_almost_unused_code_in_float32():
+    assert likelihoods.gaussian_kl(torch.zeros(6, 3), 0).tolist() == [0] * 6
     mean, log_std = torch.full((1, 1), 1e-3), torch.full((1, 1), 1e-4)
     exact = likelihoods.gaussian_kl(mean.double(), log_std.double())
     assert exact.item() == pytest.approx(0.5e-6 + 1e-8, rel=1e-3)
@@ -105,12 +100,6 @@ def test_bits_per_dim():
 # Mixtures of logistics
 
 
-def grid(levels, channels):
-    """Every pixel there is, (levels ** channels, channels, 1, 1) in [-1, 1]."""
-    values = torch.arange(levels, dtype=torch.float64) * 2 / (levels - 1) - 1
-    return torch.cartesian_prod(*[values] * channels).view(-1, channels, 1, 1)
-
-
 def mix_params(generator, channels, mixtures, spread, *shape):
     """Parameters whose means leave [-1, 1] and whose scales go from below a grey level to above the range."""
     params = spread * draw(generator, 1, likelihoods.mix_logistic_size(mixtures, channels), *(shape or (1, 1)))
@@ -118,20 +107,25 @@ def mix_params(generator, channels, mixtures, spread, *shape):
     return params
 
 
+def every_pixel(generator, channels, levels, mixtures, spread):
+    """Each pixel there is, (levels ** channels, channels, 1, 1) in [-1, 1], parameters, and its log p under them."""
+    values = torch.arange(levels, dtype=torch.float64) * 2 / (levels - 1) - 1
+    x = torch.cartesian_prod(*[values] * channels).view(-1, channels, 1, 1)
+    params = mix_params(generator, channels, mixtures, spread)
+    return x, params, mix_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels)
+
+
 @pytest.mark.parametrize(("channels", "levels"), [(1, 2), (1, 17), (1, 256), (3, 2), (3, 5), (3, 17)])
 @pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
 def test_mix_logistic_sums_to_one(generator, channels, levels, spread):
-    x, params = grid(levels, channels), mix_params(generator, channels, 4, spread)
-    log_p = mix_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels)
+    log_p = every_pixel(generator, channels, levels, 4, spread)[-1]
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-11)
     assert log_p.max() < 0
 
 
 @pytest.mark.parametrize(("channels", "levels"), [(1, 17), (3, 5)])
 def test_mix_logistic_against_loops_in_the_paper_layout(generator, channels, levels):
-    mixtures, x = 3, grid(levels, channels)
-    params = mix_params(generator, channels, mixtures, 0.7)
-    actual = mix_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels)
+    x, params, actual = every_pixel(generator, channels, levels, mixtures := 3, 0.7)
     p, weights = params.flatten().tolist(), torch.softmax(params.flatten()[:mixtures], 0).tolist()
     block = {1: 2, 3: 3}[channels] * mixtures  # of one channel
 
@@ -161,10 +155,10 @@ def test_mix_logistic_against_loops_in_the_paper_layout(generator, channels, lev
 
 @pytest.mark.parametrize(("channels", "levels"), [(1, 17), (3, 3)])
 def test_mix_logistic_samples_as_often_as_probable(generator, channels, levels):
-    mixtures, draws = 3, 200_000
-    x, params = grid(levels, channels), mix_params(generator, channels, mixtures, 0.6)
-    expected = draws * mix_log_prob(x, params.expand(len(x), -1, 1, 1), levels=levels).exp()
-    noise = likelihoods.mix_logistic_noise((draws, 1, 1), mixtures, channels, generator=generator, dtype=torch.float64)
+    draws = 200_000
+    x, params, log_p = every_pixel(generator, channels, levels, 3, 0.6)
+    expected = draws * log_p.exp()
+    noise = likelihoods.mix_logistic_noise((draws, 1, 1), 3, channels, generator=generator, dtype=torch.float64)
     params = params.expand(draws, -1, 1, 1)
     sample = likelihoods.sample_discretized_mix_logistic(params, noise, channels=channels, levels=levels).flatten(1)
     grey = ((sample + 1) * (levels - 1) / 2).round().long()
@@ -225,25 +219,20 @@ def test_mix_logistic_noise_has_its_moments_and_is_the_same_in_float32(generator
 
 def test_mix_logistic_refuses_what_does_not_fit():
     x, params, noise = torch.zeros(2, 3, 4, 4), torch.zeros(2, 20, 4, 4), torch.zeros(2, 5, 4, 4)
-    sample = likelihoods.sample_discretized_mix_logistic
-    assert mix_log_prob(x, params).shape == (2,) and sample(params, noise, channels=3).shape == x.shape
-    for wrong in (params[:, :19], params[:1], params[..., :3], params[:, :0]):
-        with pytest.raises(ValueError, match="do not fit"):
-            mix_log_prob(x, wrong)
-        with pytest.raises(ValueError, match="do not fit"):
-            sample(wrong, noise, channels=3)
-    for wrong in (noise[:, :4], noise[:1], noise[..., :1], noise[..., 0]):
-        with pytest.raises(ValueError, match="do not fit"):
-            sample(params, wrong, channels=3)
-    for call, told in [
-        (lambda: mix_log_prob(x, params, levels=1), "1 grey levels"),
-        (lambda: mix_log_prob(x[:, :2], params), "2 channels"),
-        (lambda: sample(params, noise, channels=3, levels=1), "1 grey levels"),
-        (lambda: sample(params, noise, channels=2), "2 channels"),
-        (lambda: likelihoods.mix_logistic_size(0, 3), "0 mixtures"),
-    ]:
-        with pytest.raises(ValueError, match=told):
-            call()
+    sample = partial(likelihoods.sample_discretized_mix_logistic, channels=3)
+    assert mix_log_prob(x, params).shape == (2,) and sample(params, noise).shape == x.shape
+    wrong_params = (params[:, :19], params[:1], params[..., :3], params[:, :0])
+    wrong_noise = (noise[:, :4], noise[:1], noise[..., :1], noise[..., 0])
+    unfit = [partial(mix_log_prob, x, wrong) for wrong in wrong_params]
+    unfit += [partial(sample, wrong, noise) for wrong in wrong_params]
+    unfit += [partial(sample, params, wrong) for wrong in wrong_noise]
+    one_level = [partial(mix_log_prob, x, params, levels=1), partial(sample, params, noise, levels=1)]
+    two_channels = [partial(mix_log_prob, x[:, :2], params), partial(sample, params, noise, channels=2)]
+    refused = {"do not fit": unfit, "1 grey levels": one_level, "2 channels": two_channels}
+    for told, calls in (refused | {"0 mixtures": [partial(likelihoods.mix_logistic_size, 0, 3)]}).items():
+        for call in calls:
+            with pytest.raises(ValueError, match=told):
+                call()
 
 
 def test_the_mass_of_every_grey_level_under_a_gaussian():

@@ -23,14 +23,9 @@ SIDE = 16  # as `write` writes
 
 
 def encoded(number):
-    """A photograph of sorts, as WebP or JPEG, upright, wide or square, some grey, with odd sizes among them."""
-    rng = np.random.default_rng(number)
-    height, width = [(48, 48), (31, 50), (67, 32), (33, 33), (16, 90)][number % 5]
-    image = Image.fromarray(rng.integers(256, size=(6, 7, 3), dtype=np.uint8)).resize((width, height))
-    if number % 7 == 0:
-        image = image.convert("L")
-    file = io.BytesIO()
-    image.save(file, "WEBP" if number % 3 else "JPEG", quality=90)
+    """A photograph of sorts, as WebP or JPEG, upright or wide."""
+    image = Image.fromarray(np.random.default_rng(number).integers(256, size=(6, 7, 3), dtype=np.uint8))
+    image.resize((50, 31 + number)).save(file := io.BytesIO(), "WEBP" if number % 3 else "JPEG", quality=90)
     return file.getvalue()
 
 
@@ -39,7 +34,7 @@ def key_of(number):
 
 
 def pack(folder, images):
-    """`images` (key: bytes) as an LMDB, put in an order that is not the keys'."""
+    """`images` (key: bytes) as an LMDB."""
     folder.mkdir(parents=True)
     with lmdb.open(str(folder), map_size=2**26) as opened, opened.begin(write=True) as transaction:
         for key, value in images.items():
@@ -50,9 +45,7 @@ def pack(folder, images):
 
 @pytest.fixture(scope="module")
 def images():
-    images = {key_of(number): encoded(number) for number in range(40)}
-    assert list(images) != sorted(images)
-    return images
+    return {key_of(number): encoded(number) for number in range(40)}
 
 
 @pytest.fixture
@@ -75,7 +68,7 @@ def squares(images, keys):
 
 def test_the_same_pixels_as_from_files_in_the_order_of_keys(images, packed, tmp_path):
     want = squares(images, sorted(images))
-    assert len(np.unique(want.reshape(40, -1), axis=0)) == 40
+    assert list(images) != sorted(images) and len(np.unique(want.reshape(40, -1), axis=0)) == 40
     for source in (packed, packed.parent):
         np.testing.assert_array_equal(write(source, tmp_path), want)
     assert [file.name for file in packed.iterdir()] == ["data.mdb"], "reading leaves no file behind"
@@ -111,13 +104,19 @@ def test_images_that_cannot_be_read_are_named(images, wanted, tmp_path, capsys):
     assert text.startswith(f"the image {cut} (") and text.endswith("cannot be read: copy or unpack the LMDB again")
 
 
-def test_lmdbs_of_other_things(images, wanted, tmp_path):
+def test_lmdbs_of_other_things_and_what_is_none(images, wanted, tmp_path):
     others = pack(tmp_path / "others", {"a": b"no image", "\xe9": b"no image"})
     assert f"none of the 2 images in {others} can be read, a (" in complaint(others, tmp_path)
     part = pack(tmp_path / "part", {key: value for key, value in images.items() if key not in wanted[2:5]})
     text = complaint(part, tmp_path, subset=True)
     assert "lacks 3 of the 10 images of the subset: name the whole bedroom_train_lmdb" in text
     assert "is an LMDB without images" in complaint(pack(tmp_path / "empty", {}), tmp_path)
+    file = tmp_path / "no lmdb" / "data.mdb"
+    file.parent.mkdir()
+    for content in (b"", b"hello", bytes(5000), b"x" * 100_000):
+        file.write_bytes(content)
+        text = complaint(file.parent, tmp_path)
+        assert text.startswith(f"cannot read {file} (") and text.count(str(file.parent)) == 1
 
 
 def test_which_source_is_meant(images, packed, tmp_path, monkeypatch):
@@ -133,42 +132,23 @@ def test_which_source_is_meant(images, packed, tmp_path, monkeypatch):
     assert f"holds images and an LMDB: name {packed}," in complaint(packed.parent, tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", bytes(5000), b"x" * 100_000])
-def test_a_file_that_is_no_lmdb(tmp_path, content):
-    folder = tmp_path / "lmdb"
-    folder.mkdir()
-    (folder / "data.mdb").write_bytes(content)
-    text = complaint(folder, tmp_path)
-    assert text.startswith(f"cannot read {folder / 'data.mdb'} (") and text.count(str(folder)) == 1
-
-
-@pytest.fixture
-def large(tmp_path):
-    """An LMDB of 2 MB: overflow pages, several leaves."""
-    return pack(tmp_path / "lmdb", {key_of(number): encoded(number) + bytes(8000) for number in range(200)})
-
-
-def test_a_file_cut_short(large, tmp_path):
-    file = large / "data.mdb"
+def test_a_file_cut_short_or_with_a_hole(tmp_path, monkeypatch):
+    """Of 2 MB: overflow pages, several leaves. LMDB is killed by a signal or aborts where it does not give an error."""
+    large = {key_of(number): encoded(number % 50) + bytes(8000) for number in range(200)}
+    file = (folder := pack(tmp_path / "lmdb", large)) / "data.mdb"
     whole = file.read_bytes()
-    assert len(write(large, tmp_path)) == 200
+    assert len(write(folder, tmp_path)) == 200
     for length in (2 * 4096, len(whole) // 2):
         file.write_bytes(whole[:length])
         said = f"{file} is cut short ({length:,} of {len(whole):,} bytes): copy or unpack"
-        assert said in complaint(large, tmp_path)
-    file.write_bytes(whole[:-4096])  # little, but the last image; LMDB would be killed by a signal
-    text = complaint(large, tmp_path)
+        assert said in complaint(folder, tmp_path)
+    file.write_bytes(whole[:-4096])  # little, but the last image
+    text = complaint(folder, tmp_path)
     assert f"{file} is damaged: reading it ended after" in text and "of 200 images (exit code -" in text
-
-
-@pytest.mark.parametrize("subset", [False, True])
-def test_a_file_with_a_hole(large, tmp_path, monkeypatch, subset):
-    """Pages of zeros, as an interrupted copy may leave them, on which LMDB aborts or gives an error."""
-    monkeypatch.setattr(lsun, "subset_keys", lambda: [key_of(number).encode() for number in range(200)])
-    file = large / "data.mdb"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))
-    assert f"{file} is damaged: reading it ended after" in complaint(large, tmp_path, subset=subset)
+    monkeypatch.setattr(lsun, "subset_keys", lambda: [key.encode() for key in large])
+    file.write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))  # as an interrupted copy may leave it
+    for subset in (False, True):
+        assert f"{file} is damaged: reading it ended after" in complaint(folder, tmp_path, subset=subset)
 
 
 def test_a_reader_that_ends_early_without_an_error(packed, tmp_path, monkeypatch):
@@ -197,7 +177,5 @@ def test_images_are_drawn_as_they_are_needed(packed, monkeypatch):
     monkeypatch.setattr(image_arrays, "_THREADS", 1)
     drawn = []
     images = ((drawn.append(key), io.BytesIO(value)) for key, value in lsun.read(packed)[1])
-    squares = image_arrays._squares(images, SIDE)
-    next(squares)
-    assert len(drawn) == 5
-    assert len(list(squares)) == 39
+    next(squares := image_arrays._squares(images, SIDE))
+    assert len(drawn) == 5 and len(list(squares)) == 39

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import dataclass, replace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 
-from paperlib.runs import plotting
+from paperlib.runs import plotting, provenance
 from paperlib.runs import run as runs
 from paperlib.runs.claims import Claim, Verdicts, measured_text
 from paperlib.runs.estimate import Estimate
@@ -60,36 +61,31 @@ def test_the_folder_of_a_run_depends_on_settings_and_seed_alone():
 def test_verdicts_come_from_the_criteria_and_only_where_the_preset_may_claim():
     above = MEASURED | {"X2": {"gap": Estimate(2.0, 1.0, 5.0)}}
     unknown = MEASURED | {"X1": {"size": Estimate(float("nan"))}}
-    for preset, measured, holds in (
-        ("cpu", MEASURED, [True, False]),
-        ("smoke", MEASURED, [True, None]),
-        ("cpu", above, [True, True]),
-        ("cpu", unknown, [False, False]),
-    ):
+    cases = [("cpu", MEASURED, [True, False]), ("smoke", MEASURED, [True, None]), ("cpu", above, [True, True])]
+    for preset, measured, holds in [*cases, ("cpu", unknown, [False, False])]:
         verdicts, metrics, _ = finish(start(preset), measured)
         assert [entry["holds"] for entry in verdicts.values()] == holds
     unmeasured = metrics["claims"]["X1"]
     assert unmeasured["measured"]["size"]["value"] is None and "size nan" in measured_text(unmeasured)
-    with pytest.raises(KeyError):
-        finish(start(), {"X1": MEASURED["X1"]})
-    with pytest.raises(TypeError):
-        finish(start(), MEASURED | {"X2": {"wrong": Estimate(1.0)}})
+    for wrong in ({"X1": MEASURED["X1"]}, MEASURED | {"X2": {"wrong": Estimate(1.0)}}):
+        with pytest.raises((KeyError, TypeError)):
+            finish(start(), wrong)
 
 
-def test_metrics_and_provenance_are_written_and_plain_json():
+def test_metrics_and_provenance_are_written_and_plain_json(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "no-such-package"))
     numbers = {"a": np.float32(1.5), "b": np.arange(2), "c": float("nan"), "d": np.array(0.5)}
-    verdicts, metrics, provenance = finish(start(), numbers=numbers)
+    verdicts, metrics, origin = finish(start(), numbers=numbers)
     assert metrics["claims"] == dict(verdicts)
     assert metrics["numbers"] == {"a": 1.5, "b": [0, 1], "c": None, "d": 0.5}
     assert metrics["claims"]["X2"]["measured"]["gap"] == {"value": 2.0, "low": -1.0, "high": 5.0, "unit": "nats"}
-    assert provenance["settings"] == {"steps": 3, "hidden": [4, 4]}
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert origin["settings"] == {"steps": 3, "hidden": [4, 4]}
+    assert origin["versions"] == {"python": ANY, "numpy": np.__version__, "no-such-package": "not installed"}
 
 
 def test_verdicts_as_text():
     entries, *_ = finish(start())
     entries["X3"] = entries["X1"] | {"statement": "a | b"}
-    assert entries.decided() == {"X1": "holds", "X2": "fails", "X3": "holds"}
     assert entries.summary() == "holds: X1 X3; fails: X2" and Verdicts().summary() == "-"
     assert repr(entries).splitlines()[1] == "X2: fails (gap 2 [-1, 5] nats)"
     assert entries._repr_markdown_().splitlines()[1:] == [

@@ -105,10 +105,8 @@ def test_fit_is_the_loop_by_hand(tmp_path, changes, seed):
 def test_held_out_numbers_are_those_of_the_average_with_the_same_noise(whole):
     _, trained = whole
     torch.manual_seed(train._mixed(3, 2))
-    with torch.no_grad():
-        expected = evaluate(trained.model)["error"].item()
-    assert trained.history[-1]["held_out_error"] == expected
-    assert list(trained.history[-1]) == [*("step", "loss", "error", "twice", "held_out_error", "held_out_other")]
+    assert trained.history[-1]["held_out_error"] == evaluate(trained.model)["error"].item()
+    assert list(trained.history[-1]) == ["step", "loss", "error", "twice", "held_out_error", "held_out_other"]
 
 
 def test_neither_evaluation_nor_the_caller_s_state_changes_training(tmp_path):
@@ -130,17 +128,14 @@ def test_bfloat16_is_for_the_loss_alone(tmp_path):
         return (y.float() - x).square().mean()
 
     recipe = dataclasses.replace(BASE, precision="bfloat16")
-    trained = run(
-        tmp_path,
-        recipe,
-        nn.Linear(6, 6),
-        loss=lambda model, x, progress: (error(model, x, "loss"), {}),
-        batch=lambda indices: DATA[indices].float(),
-        evaluate=lambda model: {"error": error(model, DATA.float(), "evaluate")},
-    )
+    changes = {
+        "loss": lambda model, x, progress: (error(model, x, "loss"), {}),
+        "batch": lambda indices: DATA[indices].float(),
+        "evaluate": lambda model: {"error": error(model, DATA.float(), "evaluate")},
+    }
+    trained = run(tmp_path, recipe, nn.Linear(6, 6), **changes)
     assert seen == {("loss", torch.bfloat16), ("evaluate", torch.float32)}
     assert trained.model.weight.dtype == torch.float32
-    assert trained.history[-1]["loss"] < trained.history[0]["loss"]
 
 
 # Stopping and continuing
@@ -215,8 +210,7 @@ def test_a_finished_training_is_returned_without_a_step(whole):
     before = (folder / "last.pt").read_bytes()
     again = run(folder, batch=never, evaluate=never)
     assert_same(dict(again.model.state_dict()), dict(trained.model.state_dict()))
-    assert (again.history, again.seconds) == (trained.history, trained.seconds)
-    assert again.stopped == "finished" and not again.resumed
+    assert dataclasses.replace(again, model=None) == dataclasses.replace(trained, model=None)
     assert (folder / "last.pt").read_bytes() == before and not again.model.training
 
 
@@ -261,34 +255,23 @@ def test_checkpoints_come_by_the_clock_and_at_the_end(tmp_path, monkeypatch):
 # What goes wrong
 
 
-def exploding(model, x, progress):
-    value, terms = toy_training.loss(model, x, progress)
-    return value * (math.inf if progress.step == 6 else 1.0), terms
-
-
-def steep(model, x, progress):
-    """Finite itself, but with an infinite slope at 0."""
-    value, terms = toy_training.loss(model, x, progress)
-    return value + ((model[4].weight * 0).square().sum().sqrt() if progress.step == 6 else 0.0), terms
-
-
 @pytest.mark.parametrize(
-    ("loss", "message"),
+    ("term", "message"),
     [
-        (exploding, r"loss is not finite at step 6 \(loss inf, error [\d.]+, twice 12\)"),
-        (steep, "weights are not finite at step 7"),
+        (lambda w: math.inf, r"loss is not finite at step 6 \(loss inf, error [\d.]+, twice 12\)"),
+        (lambda w: (w * 0).square().sum().sqrt(), "weights are not finite at step 7"),  # finite, of infinite slope
     ],
 )
-def test_what_is_not_finite_stops_before_it_is_saved(tmp_path, loss, message):
+def test_what_is_not_finite_stops_before_it_is_saved(tmp_path, term, message):
+    def loss(model, x, progress):
+        value, terms = toy_training.loss(model, x, progress)
+        return value + (term(model[4].weight) if progress.step == 6 else 0.0), terms
+
     with pytest.raises(UserError, match=message):
         run(tmp_path, OFTEN, loss=loss)
     saved = load(tmp_path)
     assert saved["state"]["step"] == 6
     assert all(v.isfinite().all() for v in leaves(saved).values() if torch.is_tensor(v))
-
-
-def changing(model, x, progress):
-    return model(x).square().mean(), {"a" if progress.step < 2 else "b": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -303,7 +286,7 @@ def changing(model, x, progress):
         ({"patience": 2}, {"evaluate": None}, "no held-out data"),
         ({}, {"count": 0}, "no training examples"),
         ({}, {"evaluate": lambda model: {"error": math.nan}}, "held-out error is nan at step 4"),
-        ({}, {"loss": changing}, "terms"),
+        ({}, {"loss": lambda model, x, progress: (model(x).sum(), {str(progress.step): 1.0})}, "returned the terms"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, recipe, others, message):

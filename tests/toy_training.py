@@ -36,13 +36,12 @@ def batch(indices):
 
 
 def run(folder, recipe=BASE, model=None, **changes):
-    settings = {"loss": loss, "batch": batch, "count": len(DATA), "seed": 3, "device": "cpu"}
-    settings |= {"evaluate": evaluate} | changes
-    return fit(model or network(), recipe=recipe, directory=folder, **settings)
+    settings = {"loss": loss, "batch": batch, "evaluate": evaluate, "count": len(DATA), "seed": 3, "device": "cpu"}
+    return fit(model or network(), recipe=recipe, directory=folder, **settings | changes)
 
 
-def load(folder, name="last.pt"):
-    return torch.load(folder / name, weights_only=True)
+def load(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
 
 
 def leaves(value, path=""):
@@ -69,13 +68,12 @@ class Killed(Exception):
     pass
 
 
-def killed_at(step, start=0):
-    """A batch function that dies at the given step of a training that begins at `start`."""
-    calls = []
+def killed_at(step):
+    """A batch function that dies at the given step of a training."""
+    steps = iter(range(step))
 
     def dying(indices):
-        calls.append(indices)
-        if start + len(calls) > step:
+        if next(steps, None) is None:
             raise Killed
         return batch(indices)
 

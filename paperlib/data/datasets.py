@@ -1,16 +1,9 @@
 """Named data sets as uint8 arrays with explicit splits, and the only place where pixels are scaled.
 
-| name | images | training | held out |
-| --- | --- | --- | --- |
-| `digits` | 8 x 8, grey levels 0 to 16 | 1,500 | 297, stratified |
-| `photos` | patches of two photographs | of their left 4/5 | of their right 1/5 |
-| `mnist` | 28 x 28, grey | 60,000 | the 10,000 test images |
-| `cifar10` | 32 x 32, colour | 45,000 | the last 5,000 training images |
-| `lsun_bedroom` | 64 x 64, colour | all but the last 500 | the last 500, less near-copies |
-| `own_images` | a side of choice, colour | all but the last tenth, 500 at most | the last, less near-copies |
-
-The first two come with scikit-learn. The others are memory-mapped from `prepared/<name>/` below `data_root()`, where
-`prepare` writes them once.
+Held out are of `digits` 297 of 1,797, stratified; of `photos` the patches in the right fifth of each photograph; of
+`mnist` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images` the last tenth,
+500 at most, less near-copies of others. The first two come with scikit-learn, the others are memory-mapped from
+`prepared/<name>/` below `data_root()`, where `prepare` writes them once.
 """
 
 import contextlib
@@ -56,10 +49,7 @@ class Split:
         return Split(self.images[rows], None if self.labels is None else self.labels[rows])
 
     def describe(self) -> dict:
-        """Count, shape, and the SHA-256 of the bytes of `images` in C order.
-
-        Above 1 GiB only 4,096 evenly spaced images are hashed, the first and the last among them; `hashed` says which.
-        """
+        """Count, shape, and the SHA-256 of the images' bytes in C order, above 1 GiB of 4,096 images only."""
         images, rows, hashed = self.images, np.arange(len(self.images)), "all images"
         if images.nbytes > _HASH_WHOLE:
             rows = np.linspace(0, len(images) - 1, _HASH_SAMPLE).round().astype(np.int64)
@@ -76,10 +66,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """`levels` counts the grey levels (17 or 256); `source` says whose images these are.
-
-    `train` and `held_out` share no image. `test` is CIFAR-10's test set, otherwise None.
-    """
+    """`levels` of grey, 17 or 256; `train` and `held_out` share no image; `test` is CIFAR-10's, otherwise None."""
 
     name: str
     train: Split
@@ -91,20 +78,15 @@ class Dataset:
     def describe(self) -> dict:
         """What a run records of its data."""
         parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
-        return {
-            "name": self.name,
-            "source": self.source,
-            "levels": self.levels,
-            "parts": {key: part.describe() for key, part in parts.items() if part is not None},
-        }
+        parts = {key: part.describe() for key, part in parts.items() if part is not None}
+        return {"name": self.name, "source": self.source, "levels": self.levels, "parts": parts}
 
 
 def load(name: str, side: int | None = None) -> Dataset:
-    """The data set called `name`, one of `SETS`.
+    """The data set called `name`, one of `SETS`; MNIST and CIFAR-10 are prepared on first use.
 
-    `side` is the patch size of `photos`, from 4 to 128 pixels (default 32); their patches lie half a side apart. For
-    another set `side` only demands images of that size. MNIST and CIFAR-10 are prepared on first use.
-    Raises `UserError` for an unknown name, data that is missing and cannot be had, and unfit files.
+    `side` is the patch size of `photos`, from 4 to 128 pixels (default 32); patches lie half a side apart. For another
+    set it only demands images of that size. Raises `UserError` for an unknown name and data that is missing or unfit.
     """
     _check_name(name)
     if name == "photos":
@@ -141,10 +123,7 @@ def to_float(images: _Images, levels: int = 256, device: torch.device | str | No
 
 
 def from_unit(images: torch.Tensor, levels: int = 256) -> np.ndarray:
-    """Float (N, C, H, W) in [0, 1] to uint8 (N, H, W, C), the inverse of `to_unit`.
-
-    Values go to the nearest level within the range. Raises `ValueError` where one is not a number.
-    """
+    """Float (N, C, H, W) in [0, 1] to the nearest level, uint8 (N, H, W, C). Raises `ValueError` for shape or nan."""
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (N, C, H, W)")
     images = images.detach().to(torch.float32)
@@ -162,9 +141,8 @@ def to_uint8(images: torch.Tensor, levels: int = 256) -> np.ndarray:
 def prepare(name: str, source: str | Path | None = None, side: int = 64, subset: bool = False) -> Path:
     """Write the arrays of `name` into `data_root()/prepared/<name>`, each whole or not at all, and return that folder.
 
-    `mnist` and `cifar10` come from the original archives below `data_root()`, or by download; `lsun_bedroom` and
-    `own_images` from `source`, see `image_arrays.write`. `subset` takes from LSUN's `bedroom_train_lmdb` the images of
-    `lsun.subset_keys` only. Raises `UserError`.
+    `mnist` and `cifar10` come from the original archives below `data_root()`, or by download; the others from `source`,
+    which with `subset` is as in `image_arrays.write`. Raises `UserError`.
     """
     _check_name(name)
     if name not in PREPARED:
@@ -251,9 +229,26 @@ def _read_prepared(name: str) -> Dataset:
         if name not in downloads.NAMES:
             raise UserError(f"{_folder(name)} has no {', '.join(missing)}; write it with {_command(name)}")
         _prepare_original(name)
+    full, source = _read_split(name, "train"), SETS[name]
+    test = _read_split(name, "test") if name in downloads.NAMES else None
     if name == "mnist":
-        return Dataset(name, _read_split(name, "train"), _read_split(name, "test"), levels=256, source=SETS[name])
-    return _cifar10() if name == "cifar10" else _prepared_here(name)
+        return Dataset(name, full, test, levels=256, source=source)
+    if (count := len(full.images)) < 2:
+        raise UserError(f"{_folder(name)} holds 1 image, too few: write more with {_command(name)}")
+    first = count - min(5000 if name == "cifar10" else 500, max(1, count // 10))
+    train, held_out = full[:first], full[first:]
+    if name != "cifar10":
+        copies = _near_copies(name, train.images, held_out.images)
+        if copies.all():
+            raise UserError(
+                f"{_folder(name)} holds nothing to hold out: its last {len(copies)} images are near-copies of others; "
+                f"write other images with {_command(name)}"
+            )
+        source += f"; held out: the last {len(copies)}, less {copies.sum()} near-copies of training images"
+        held_out = held_out[~copies]
+    elif len(test.images) < 10_000:
+        source += f"; test: only the first {len(test.images):,} of the 10,000 test images"
+    return Dataset(name, train, held_out, levels=256, source=source, test=test)
 
 
 def _prepare_original(name: str, again: bool = False) -> None:
@@ -266,38 +261,9 @@ def _prepare_original(name: str, again: bool = False) -> None:
                 image_arrays.save(_folder(name) / f"{part}-{kind}.npy", array)
 
 
-def _cifar10() -> Dataset:
-    full, test, source = _read_split("cifar10", "train"), _read_split("cifar10", "test"), SETS["cifar10"]
-    first = _first_held_out("cifar10", len(full.images), most=5000)
-    if len(test.images) < 10_000:
-        source += f"; test: only the first {len(test.images):,} of the 10,000 test images"
-    return Dataset("cifar10", full[:first], full[first:], levels=256, source=source, test=test)
-
-
-def _prepared_here(name: str) -> Dataset:
-    full = _read_split(name, "train")
-    first = _first_held_out(name, len(full.images), most=500)
-    train, last = full[:first], full[first:]
-    copies = _near_copies(_folder(name) / "train-images.npy", train.images, last.images)
-    if copies.all():
-        raise UserError(
-            f"{_folder(name)} holds nothing to hold out: its last {len(copies)} images are near-copies of others; "
-            f"write other images with {_command(name)}"
-        )
-    source = f"{SETS[name]}; held out: the last {len(copies)}, less {copies.sum()} near-copies of training images"
-    return Dataset(name, train, last[~copies], levels=256, source=source)
-
-
-def _first_held_out(name: str, count: int, most: int) -> int:
-    if count < 2:
-        raise UserError(f"{_folder(name)} holds 1 image, too few: write more with {_command(name)}")
-    return count - min(most, max(1, count // 10))
-
-
-def _near_copies(path: Path, train: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Which of `last` have a near-copy in `train`: looked for once, which takes minutes for millions of images,
-    and kept beside the array in `path`."""
-    kept, file = path.with_name("near-copies.json"), path.stat()
+def _near_copies(name: str, train: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Which of `last` have a near-copy in `train`: looked for once, which takes minutes for millions, and kept."""
+    kept, file = _folder(name) / "near-copies.json", (_folder(name) / "train-images.npy").stat()
     key = {"bytes": file.st_size, "changed_ns": file.st_mtime_ns, "above": image_arrays.NEAR}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
         content = json.loads(kept.read_text())

@@ -11,10 +11,7 @@ from paperlib.data import datasets
 
 @dataclass(frozen=True)
 class Images:
-    """Images uint8 (N, S, S, C), labels (N,) or None.
-
-    `train` may be a NumPy array, such as a memory map of what the device cannot hold; then a batch is read at a time.
-    """
+    """Images uint8 (N, S, S, C), labels (N,) or None; a NumPy array as `train` is read a batch at a time."""
 
     dataset: datasets.Dataset
     train: Tensor | np.ndarray
@@ -55,10 +52,8 @@ class Images:
     def __repr__(self) -> str:
         channels, side, _ = self.shape
         colour = "grey" if channels == 1 else "colour"
-        return (
-            f"{self.dataset.name}: {len(self.train):,} training and {len(self.held_out):,} held-out images, "
-            f"{side} x {side} pixels, {colour}, {self.dataset.levels} levels"
-        )
+        counts = f"{len(self.train):,} training and {len(self.held_out):,} held-out images"
+        return f"{self.dataset.name}: {counts}, {side} x {side} pixels, {colour}, {self.dataset.levels} levels"
 
 
 def load(dataset: datasets.Dataset, device: torch.device | str, *, training_set: bool = True) -> Images:

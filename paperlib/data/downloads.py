@@ -18,8 +18,8 @@ NAMES = ("mnist", "cifar10")
 def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The parts "train" and "test" of `name`: images uint8 (N, H, W, C) and labels uint8 (N,).
 
-    Archives that are missing or fail their checksum are downloaded. Raises `UserError` where that fails, naming the
-    files, their folder and the `command` to run when they are there.
+    Archives that are missing or fail their checksum are downloaded. Where that fails a `UserError` names them and the
+    `command` to run when they are there.
     """
     datasets = _torchvision().datasets
     if name == "mnist":
@@ -27,8 +27,8 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     else:
         kind, folder, sums = datasets.CIFAR10, data_root(), {datasets.CIFAR10.filename: datasets.CIFAR10.tgz_md5}
     states = {file: _state(folder / file, md5, datasets.utils) for file, md5 in sums.items()}
-    for file in sums:
-        if name == "mnist" and states[file] == "sound":
+    for file, state in states.items():
+        if name == "mnist" and state == "sound":
             # torchvision trusts an unpacked copy unseen, and a killed run may have left half of one.
             (folder / file).with_suffix("").unlink(missing_ok=True)
     patience = socket.getdefaulttimeout()
@@ -39,29 +39,21 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     except Exception as error:  # whatever urllib, gzip, tarfile, pickle and torch raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         bad = [f"{file} is {state}" for file, state in states.items() if state != "sound"]
-        if not bad:
-            raise UserError(
-                f"the archives of {name!r} in {folder} cannot be unpacked ({reason}): "
-                f"make room and allow writing there, then run {command}"
-            ) from error
-        raise UserError(
-            f"data set {name!r} cannot be had: in {folder} {', '.join(bad)}, and download failed "
-            f"({reason}); put {', '.join(sums)} into {folder} and run {command}"
-        ) from error
+        if bad:
+            what = f"data set {name!r} cannot be had: in {folder} {', '.join(bad)}, and download failed ({reason})"
+            raise UserError(f"{what}; put {', '.join(sums)} into {folder} and run {command}") from error
+        what = f"the archives of {name!r} in {folder} cannot be unpacked ({reason})"
+        raise UserError(f"{what}: make room and allow writing there, then run {command}") from error
     finally:
         socket.setdefaulttimeout(patience)
-    arrays = {}
-    for part, images in (("train", train), ("test", test)):
-        pixels = np.asarray(images.data)
-        arrays[part] = pixels.reshape(*pixels.shape[:3], -1), np.asarray(images.targets, dtype=np.uint8)
-    return arrays
+    return {
+        part: (np.asarray(x.data).reshape(*x.data.shape[:3], -1), np.asarray(x.targets, dtype=np.uint8))
+        for part, x in (("train", train), ("test", test))
+    }
 
 
 def _torchvision() -> ModuleType:
-    """The package, imported even where its compiled part does not load, as beside a torch from another source.
-
-    The import then stops at the first operator that its Python part describes. Data sets and transforms need none.
-    """
+    """The package, also where its compiled part, which data sets do not need, does not load beside another torch."""
     try:
         import torchvision
     except RuntimeError as error:

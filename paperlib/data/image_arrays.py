@@ -1,7 +1,4 @@
-"""Many images in one .npy file: written from a folder, an LMDB or another array, searched for near-copies.
-
-All works through memory maps and in chunks, so that three million images need little memory.
-"""
+"""Many images in one .npy file, written and searched for near-copies in chunks, so that millions need little memory."""
 
 import collections
 import contextlib
@@ -29,30 +26,24 @@ NEAR = 0.9
 _CHUNK = 2048
 _THREADS = min(8, os.cpu_count() or 1)
 _Encoded = Path | io.BytesIO
+_Named = Iterable[tuple[str, _Encoded]]
 
 
 def write(source: Path, path: Path, side: int, subset: bool = False) -> None:
     """Write `source` to `path` as uint8 (N, side, side, 3), whole or not at all.
 
-    `source` is one of three:
-
-    - A folder, read with its subfolders in the order of their names: each image is turned as its EXIF orientation
-      says, cropped to the central square and resized (Lanczos). Images that cannot be read are left out, and one line
-      on stderr says which.
-    - An LMDB of LSUN, or a folder that holds just one: the same, in the order of keys. With `subset` only the images
-      that `lsun.subset_keys` names, and an error where one of them cannot be read.
-    - An .npy file of uint8 (N, side, side, 3), which is checked and copied.
-
-    Raises `UserError` where `source` is none of them, has no good image, or `path` cannot be written.
+    `source` is an .npy file of that kind, a folder of images with its subfolders, in the order of names, or an LMDB of
+    LSUN, or a folder that holds just one, in the order of keys. Images are turned as their EXIF orientation says,
+    cropped to the central square and resized (Lanczos). Those that cannot be read are left out, and one line on stderr
+    says which. With `subset` all of those that `lsun.subset_keys` names are needed, and no others read.
+    Raises `UserError` where `source` is none of these, has no good image, or `path` cannot be written.
     """
     if side < 1:
         raise UserError(f"--side is {side}, but takes a number of pixels, 1 or more")
     array = source.suffix == ".npy" and source.is_file()
     if not array and not source.is_dir():
-        what = "is no .npy file" if source.exists() else "does not exist"
-        raise UserError(
-            f"{source} {what}: --source takes a folder of images, the folder of LSUN's LMDB or an .npy file"
-        )
+        what = f"{source} is no .npy file" if source.exists() else f"{source} does not exist"
+        raise UserError(f"{what}: --source takes a folder of images, the folder of LSUN's LMDB or an .npy file")
     folder = None if array else lsun.find(source)
     if subset and not folder:
         raise UserError(f"{source} is no LMDB: --subset takes LSUN's bedroom_train_lmdb as --source")
@@ -81,11 +72,10 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def near_copies(images: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Which of `images` (M, H, W, C) have a near-copy, maybe mirrored, in `among` (N, H, W, C).
+    """Which of `images` (M, H, W, C) have a near-copy, maybe mirrored, in `among` (N, H, W, C): bool (M,).
 
-    Returns bool (M,). Near-copies are images whose 16 x 16 colour thumbnails correlate by more than `NEAR`. In 10,000
-    LSUN bedrooms 38 pairs do. By eye, those above 0.907 were one photograph twice (recompressed, recoloured, mirrored,
-    cropped a little); from there down to 0.865 all were two rooms, but for one pair at 0.874.
+    Near-copies are images whose 16 x 16 colour thumbnails correlate by more than `NEAR`. In 10,000 LSUN bedrooms, by
+    eye, all pairs above 0.907 were one photograph twice, and all from there to 0.865 two rooms, but one at 0.874.
     """
     wanted = torch.cat([_thumbnails(images), _thumbnails(images[:, :, ::-1])])
     best = torch.full((len(wanted),), -1.0)
@@ -118,22 +108,12 @@ def _copy(source: Path, path: Path, side: int) -> None:
 
 
 def _write_squares(
-    images: Iterable[tuple[str, _Encoded]],
-    total: int,
-    source: Path,
-    path: Path,
-    side: int,
-    advice: str = "",
-    all_of_them: bool = False,
+    images: _Named, total: int, source: Path, path: Path, side: int, advice: str = "", all_of_them: bool = False
 ) -> None:
-    """Write the squares of `total` images, which come with their names, to `path`.
-
-    Those that cannot be read are left out, with `advice`, or are an error if `all_of_them` are wanted.
-    """
-    bad = []
+    """Write the squares of `total` images; those that cannot be read are left out, or an error, with `advice`."""
+    bad, count = [], 0
     with atomic_write(path) as partial:
         array = _new_array(partial, (total, side, side, 3))
-        count = 0
         for name, square in tqdm(_squares(images, side), desc="resizing", unit="image", total=total, delay=2):
             if isinstance(square, np.ndarray):
                 array[count] = square
@@ -144,9 +124,8 @@ def _write_squares(
                 raise UserError(f"the image {bad[0]} in {source} cannot be read: {advice}")
         array.flush()
         if not count:
-            raise UserError(
-                f"none of the {total} images in {source} can be read, {bad[0]} the first: name another folder"
-            )
+            none = f"none of the {total} images in {source} can be read"
+            raise UserError(f"{none}, {bad[0]} the first: name another folder")
         if bad:
             _shorten(partial, array, count)
     if bad:
@@ -155,7 +134,7 @@ def _write_squares(
         print(f"left out {len(bad)} of {total} images: {', '.join(bad[:3])}{more}{advice}", file=sys.stderr)
 
 
-def _squares(images: Iterable[tuple[str, _Encoded]], side: int) -> Iterator[tuple[str, np.ndarray | Exception]]:
+def _squares(images: _Named, side: int) -> Iterator[tuple[str, np.ndarray | Exception]]:
     """The square of each image in turn, or why it cannot be read. Pillow works in several threads at once."""
     Image.init()  # where two threads open a first image together, one may not find its format
     waiting = collections.deque()

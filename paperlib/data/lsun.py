@@ -46,10 +46,9 @@ def find(source: Path) -> Path | None:
 
 
 def read(folder: Path, keys: Sequence[bytes] = ()) -> tuple[int, Iterator[tuple[str, bytes]]]:
-    """The number of images in the LMDB, and the key and encoded image of each, in the order of keys.
+    """The number of images in the LMDB, and the key and encoded image of each, in the order of keys or of `keys`.
 
-    With `keys`, only those, in their order. Raises `UserError` where `folder` holds no LMDB or one without images, and
-    while the images are drawn where some of `keys` are missing, before the first, or the LMDB is damaged.
+    Raises `UserError` for no LMDB or one without images and, while images are drawn, for missing keys and damage.
     """
     import lmdb
 

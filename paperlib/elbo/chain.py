@@ -1,7 +1,6 @@
 """The Markov chain z ~ q(z|x), x' ~ p(x|z) on a finite set: where it rests, how fast, and with a wrong decoder.
 
-Tables are float64, as in `finite.Finite` without a batch; a kernel is (X, X) with rows that sum to one, and distances
-are total variation, in [0, 1]. As in notebook 01:
+Tables are those of one `finite.Finite`, a kernel is (X, X), and distances are total variation. As in notebook 01:
 
     (7)  K(x, x') = sum_z q(z|x) p(x'|z)
     (8)  eigenvalues of K = squared singular values of M(x, z) = q(x,z) / sqrt(p(x) q(z)),  where p(x|z) = q(x|z)
@@ -18,15 +17,12 @@ from torch import Tensor
 
 
 def transition(q_z_given_x: Tensor, p_x_given_z: Tensor) -> Tensor:
-    """The kernel (7), (X, X): row x holds the distribution of the next state."""
+    """The kernel (7): row x holds the distribution of the next state."""
     return q_z_given_x @ p_x_given_z
 
 
 def stationary(kernel: Tensor) -> Tensor:
-    """The distribution pi (X,) with pi K = pi, by solving that linear system.
-
-    Raises `ValueError` where the chain falls apart, so that there is more than one.
-    """
+    """pi (X,) with pi K = pi. Raises `ValueError` where the chain falls apart, so that there is more than one."""
     size = len(kernel)
     system = torch.cat([kernel.T - torch.eye(size, dtype=kernel.dtype), torch.ones(1, size, dtype=kernel.dtype)])
     if int(torch.linalg.matrix_rank(system[:-1], atol=1e-13)) < size - 1:
@@ -69,11 +65,8 @@ def spectrum(p_x: Tensor, q_z_given_x: Tensor) -> Spectrum:
 
 
 def maximal_correlation(q_xz: Tensor) -> Tensor:
-    """The greatest correlation of any f(x) with any g(z) under a joint table (X, Z), without a decomposition.
-
-    Alternating conditional expectations (Breiman and Friedman, 1985): g = E[f|z], f = E[g|x], each with mean 0 and
-    variance 1, until the correlation rises by less than 1e-15, or 20,000 times.
-    """
+    """The greatest correlation of any f(x) with any g(z) under a joint table (X, Z), by alternating conditional
+    expectations g = E[f|z], f = E[g|x], each with mean 0 and variance 1 (Breiman and Friedman, 1985)."""
     p_x, q_z = q_xz.sum(1), q_xz.sum(0)
 
     def standard(f: Tensor, weights: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The claims of notebook 01 and the criteria that decide them; all are mathematics, judged under every preset."""
 
 import math
+from functools import partial
 
 from paperlib.runs.claims import Claim
 from paperlib.runs.estimate import Estimate
@@ -35,8 +36,9 @@ def _mixes_as_stated(
     )
 
 
+Exact = partial(Claim, exact=True)
 CLAIMS = {
-    "E1": Claim(
+    "E1": Exact(
         "L = -KL(p(x) ‖ p_θ(x)) - E KL(q(z|x) ‖ p_θ(z|x)) - H(p), so L ≤ -H(p); without H(p) it is off by H(p).",
         "residuals at most 1e-12; the best L of 8 equal points is -log 8, of one point 0",
         lambda residual_below, without_entropy_below, best_elbo, best_elbo_of_a_point: (
@@ -44,10 +46,9 @@ CLAIMS = {
             and abs(best_elbo.value + math.log(8)) <= 1e-12
             and best_elbo_of_a_point.value == 0
         ),
-        exact=True,
         shows=("residual_below",),
     ),
-    "E2": Claim(
+    "E2": Exact(
         "For linear-Gaussian models the same holds with h(p): L + h(p) ≤ 0, while L itself may be positive.",
         "residual at most 1e-10; L + h(p) ≤ 0, and 0 at best; an L > 0; Monte Carlo within 4 standard errors",
         lambda residual_below, best_L_plus_h_below, greatest_L_plus_h, example_L, worst_standard_errors: (
@@ -55,45 +56,40 @@ CLAIMS = {
             and greatest_L_plus_h.value <= 0 < example_L.value
             and _within(4, worst_standard_errors)
         ),
-        exact=True,
         shows=("residual_below", "example_L"),
     ),
-    "E3": Claim(
+    "E3": Exact(
         "E_q log p(x|z) is greatest at p(x|z) = q(x|z), where it is I_q(x;z) - H(p); the gap is E KL(q(x|z) ‖ p(x|z)).",
         "identity within 1e-12; gradient ascent on free tables within 1e-9 of the closed form, at q(x|z) within 1e-4",
         lambda residual_below, ascent_short_by_below, table_apart_below: (
             _within(1e-12, residual_below) and _within(1e-9, ascent_short_by_below) and _within(1e-4, table_apart_below)
         ),
-        exact=True,
         shows=("residual_below",),
     ),
-    "E4": Claim(
+    "E4": Exact(
         "The best factored Gaussian has the mean and variances of q(x|z); it costs negentropy + ½ log(∏v / |Σ|).",
         "optimisation within 1e-6 of both; for Gaussians in bins it is false by more than 0.001 nat",
         lambda moments_apart_below, price_apart_below, false_in_bins_by: (
             _within(1e-6, moments_apart_below, price_apart_below) and false_in_bins_by.value > 1e-3
         ),
-        exact=True,
         shows=("price_apart_below",),
     ),
-    "E5": Claim(
+    "E5": Exact(
         "The ELBO has the same maximum at every I that q(z) = p(z) allows; without its KL the maximum is at I = H(p); "
         "the collapsed point is stationary for both.",
         "maxima attained and gradients 0 within 1e-12; the ELBO's end below H(p); 90 % of the flows under the ELBO "
         "come within 1e-3 of -H(p), at rates 0.5 nat apart; 90 % end with more I without the KL, not all of them "
         "short of distortion 0.01",
         _indifferent,
-        exact=True,
         shows=("elbo_attained_below", "ends_with_more_I"),
     ),
-    "E6": Claim(
+    "E6": Exact(
         "With p(x|z) = q(x|z) the chain is reversible at p(x); its eigenvalues are ≥ 0, the second is the squared "
         "maximal correlation; degrading a code slows nothing; a support in parts never mixes; more I can be faster; "
         "a wrong decoder moves the rest by at most √(½ E KL) / (1 - τ).",
         "residuals at most 1e-9, gap = exp(-2I) for the scalar Gaussian too; degrading raises no eigenvalue by more "
         "than 1e-12; one eigenvalue 1 per part; the bound never broken; a code with more I and a greater gap",
         _mixes_as_stated,
-        exact=True,
         shows=("residual_below",),
     ),
 }

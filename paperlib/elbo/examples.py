@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributions import MixtureSameFamily
 
 from paperlib.elbo import finite, gaussian
@@ -18,11 +18,7 @@ KIND_COVS = torch.tensor([
     [[0.35, 0.25], [0.25, 0.35]], [[0.30, -0.15], [-0.15, 0.20]], [[0.25, 0.0], [0.0, 0.45]],
     [[0.40, 0.30], [0.30, 0.40]], [[0.30, -0.22], [-0.22, 0.35]], [[0.25, 0.10], [0.10, 0.45]],
 ], **F64)  # fmt: skip
-KINDS_BY_CODE = {
-    "1 code": [[0, 1, 2, 3, 4, 5]],
-    "3 codes": [[0, 1], [2, 3], [4, 5]],
-    "6 codes": [[0], [1], [2], [3], [4], [5]],
-}
+KINDS_BY_CODE = {"1 code": [[*range(6)]], "3 codes": [[0, 1], [2, 3], [4, 5]], "6 codes": [[k] for k in range(6)]}
 BINNED = {
     "8 levels, in the middle": torch.tensor([0.0, 0.0, 0.1, 0.4, 0.4, 0.1, 0.0, 0.0], **F64),
     "8 levels, at the black end": torch.tensor([0.7, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0], **F64),
@@ -46,20 +42,16 @@ def best_elbos(count: int) -> Finite:
     return finite.matched(FLOW_P_X.expand(count, -1), joint / FLOW_P_X[:, None], FLOW_P_Z.expand(count, -1))
 
 
-def flow_starts(count: int, generator: torch.Generator) -> Finite:
+def flow_starts(count: int, generator: Generator) -> Finite:
     """`count` random pairs of encoder and decoder, each from nearly flat to sharp, independently of the other."""
     scale = torch.linspace(0.1, 3, count, **F64)[:, None, None]
     shuffled = scale[torch.randperm(count, generator=generator)]
-    encoder, decoder = (
-        (sharpness * torch.randn(count, 5, 5, generator=generator, **F64)).softmax(-1)
-        for sharpness in (scale, shuffled)
-    )
-    return Finite(FLOW_P_X.expand(count, -1), encoder, FLOW_P_Z.expand(count, -1), decoder)
+    encoder, decoder = (s * torch.randn(count, 5, 5, generator=generator, **F64) for s in (scale, shuffled))
+    return Finite(FLOW_P_X.expand(count, -1), encoder.softmax(-1), FLOW_P_Z.expand(count, -1), decoder.softmax(-1))
 
 
-def decoders_that_ignore_z(scales: Tensor, speeds: int, generator: torch.Generator) -> Finite:
-    """Models (scales, `speeds`, 12) of uniform p(x), p(z) and p(x|z) = p(x); encoder logits of std `scales`, the same
-    twelve for each of the `speeds`."""
+def decoders_that_ignore_z(scales: Tensor, speeds: int, generator: Generator) -> Finite:
+    """Models (scales, `speeds`, 12) of uniform p(x), p(z), p(x|z) = p(x), encoder logits of std `scales`, 12 each."""
     uniform, shape = torch.full((5,), 0.2, **F64), (len(scales), speeds, 12)
     noise = torch.randn(len(scales), 1, 12, 5, 5, generator=generator, **F64)
     encoder = (uniform.log() + scales[:, None, None, None, None] * noise).softmax(-1).expand(*shape, -1, -1)
@@ -95,10 +87,8 @@ def erased_bit(erased: float) -> Tensor:
 
 
 def tilted(model: Finite, tilt: Tensor, target: float) -> Finite:
-    """`model` with a decoder proportional to q(x|z) exp(s tilt), s > 0 such that E KL(q(x|z) || p(x|z)) is `target`.
-
-    `tilt` is (Z, X), `target` in nats.
-    """
+    """`model` with a decoder proportional to q(x|z) exp(s tilt), s > 0 such that E KL(q(x|z) || p(x|z)) is
+    `target` nats; `tilt` (Z, X)."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = 0.5 * (low + high)

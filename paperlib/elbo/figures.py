@@ -1,14 +1,13 @@
 """The figures of notebook 01, each drawn from a run's arrays alone."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from paperlib.runs.plotting import PALETTE, new
+from paperlib.runs.plotting import PALETTE, Arrays, new
 
 
-def flows(arrays: Mapping[str, np.ndarray]) -> Any:
+def flows(arrays: Arrays) -> Any:
     """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `measurements`."""
     figure, axes = new(2, height=3.3, sharex=True, sharey=True)
     entropy, most = float(arrays["flow_entropy"]), float(arrays["flow_most"])
@@ -25,19 +24,15 @@ def flows(arrays: Mapping[str, np.ndarray]) -> Any:
         axis.set(title=title, xlabel="rate  E KL(q(z|x) ‖ p(z)), nats", xlim=(0, reach), ylim=(0, top))
     axes[0].set_ylabel("distortion  −E log p(x|z), nats")
     axes[0].text(0.17, 0.17, "impossible", color="0.45", fontsize=8)
-    axes[0].annotate(
-        "rate + distortion = H(p):\nthe ELBO is the same all along\n(up to the bar)",
-        (0.62 * entropy, 0.38 * entropy),
-        (0.62 * entropy, 0.85 * entropy),
-        arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.8},
-        fontsize=8,
-        bbox={"color": "white", "alpha": 0.85, "pad": 1},
-    )
-    axes[1].legend(loc="upper right", frameon=False)
+    words = "rate + distortion = H(p):\nthe ELBO is the same all along\n(up to the bar)"
+    place, words_at = (0.62 * entropy, 0.38 * entropy), (0.62 * entropy, 0.85 * entropy)
+    line, box = {"arrowstyle": "-", "color": "black", "lw": 0.8}, {"color": "white", "alpha": 0.85, "pad": 1}
+    axes[0].annotate(words, place, words_at, arrowprops=line, fontsize=8, bbox=box)
+    axes[1].legend(loc="upper right")
     return figure
 
 
-def survival(arrays: Mapping[str, np.ndarray]) -> Any:
+def survival(arrays: Arrays) -> Any:
     """The share of I left after climbing the ELBO from a decoder that ignores z. Arrays `survival_*`."""
     figure, axis = new(width=4.6, height=2.9)
     speeds = arrays["survival_speeds"]
@@ -46,16 +41,15 @@ def survival(arrays: Mapping[str, np.ndarray]) -> Any:
     labels = ("weak codes at the start", "strong codes at the start")
     for k, (shares, label) in enumerate(zip(arrays["survival_shares"], labels, strict=True)):
         low, middle, high = np.quantile(shares, [0.1, 0.5, 0.9], axis=1)
-        bars = np.stack([middle - low, high - middle])
-        moved = speeds * (0.95, 1.05)[k]
-        axis.errorbar(moved, middle, bars, fmt="os"[k], ms=4, lw=1, color=PALETTE[(0, 1)[k]], label=label)
+        bars, moved = np.stack([middle - low, high - middle]), speeds * (0.95, 1.05)[k]
+        axis.errorbar(moved, middle, bars, fmt="os"[k], ms=4, lw=1, color=PALETTE[k], label=label)
     axis.set(xscale="log", ylim=(0, None), xlabel="s, step of the decoder / step of the encoder")
     axis.set_ylabel("I(x;z) left, share of the start's")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(loc="upper left")
     return figure
 
 
-def convergence(arrays: Mapping[str, np.ndarray]) -> Any:
+def convergence(arrays: Arrays) -> Any:
     """Distance to p(x) of the worst start for each code, with the prediction of (9). Arrays `chain_*`."""
     figure, axis = new(width=5.6, height=3.4)
     names = [name[6:] for name in arrays if name.startswith("chain_") and not name.endswith("_predicted")]
@@ -72,15 +66,14 @@ def convergence(arrays: Mapping[str, np.ndarray]) -> Any:
     axis.plot([], [], ":", color="black", lw=1.2, label="predicted by (9), no fit")
     axis.set(yscale="log", xlim=(0, len(distance) - 1), ylim=(1e-9, 2), xlabel="n, steps of the chain")
     axis.set_ylabel("TV distance to p(x), worst start")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(loc="lower right")
     return figure
 
 
-def price(arrays: Mapping[str, np.ndarray]) -> Any:
+def price(arrays: Arrays) -> Any:
     """q(x|z) of ever finer codes with the best factored Gaussians, and what these cost. Arrays `price_*`."""
     figure, axes = new(4, height=2.5, width=7.6, gridspec_kw={"width_ratios": [1, 1, 1, 0.9]})
-    ground = arrays["price_axis"]
-    counts = (1, 3, 6)
+    ground, counts = arrays["price_axis"], (1, 3, 6)
     for axis, count in zip(axes[:3], counts, strict=True):
         density = arrays["price_density"]
         groups = density.reshape(count, len(density) // count, *density.shape[1:]).sum(1)
@@ -91,30 +84,28 @@ def price(arrays: Mapping[str, np.ndarray]) -> Any:
             mean, std = arrays[f"price_{count}_fits"][k]
             axis.plot(mean[0] + 2 * std[0] * np.cos(turn), mean[1] + 2 * std[1] * np.sin(turn), "k--", lw=0.9)
             axis.plot(*mean, "k+", ms=6)
-        title = "1 code" if count == 1 else f"{count} codes"
-        axis.set(title=title, xlim=(-5, 5), ylim=(-5, 5), aspect="equal", xticks=[-4, 0, 4], yticks=[-4, 0, 4])
-        axis.set_xlabel("pixel 1")
+        axis.set(title="1 code" if count == 1 else f"{count} codes", xlabel="pixel 1", aspect="equal")
+        axis.set(xlim=(-5, 5), ylim=(-5, 5), xticks=[-4, 0, 4], yticks=[-4, 0, 4])
     axes[0].set_ylabel("pixel 2")
     parts = np.stack([arrays[f"price_{count}_parts"] for count in counts])
     place = np.arange(len(counts))
     axes[3].bar(place, parts[:, 1], 0.6, color=PALETTE[0], label="correlation")
     axes[3].bar(place, parts[:, 0], 0.6, bottom=parts[:, 1], color=PALETTE[1], label="negentropy")
     axes[3].set(xticks=place, xticklabels=counts, xlabel="codes", ylabel="price, nats", ylim=(0, 1.45))
-    axes[3].legend(frameon=False, loc="upper right")
+    axes[3].legend(loc="upper right")
     return figure
 
 
-def amplification(arrays: Mapping[str, np.ndarray]) -> Any:
+def amplification(arrays: Arrays) -> Any:
     """Error of the stationary distribution against the slowness of the chain, equal decoder error. Arrays `wrong_*`."""
     figure, axis = new(width=4.8, height=3.1)
-    slow, apart = arrays["wrong_slowness"], arrays["wrong_apart"]
+    slow, apart, along = arrays["wrong_slowness"], arrays["wrong_apart"], arrays["wrong_along_slowest"] == 1
     order = np.argsort(slow)
-    axis.plot(slow[order], np.minimum(arrays["wrong_bound"], 1)[order], "--", color="black", lw=1.2, label="bound (10)")
-    first_order = arrays["wrong_first_order"]
-    axis.plot(slow[order], first_order[order], ":", color="black", lw=1.4, label="first order (11)")
-    along = arrays["wrong_along_slowest"] == 1
+    bound, first_order = np.minimum(arrays["wrong_bound"], 1)[order], arrays["wrong_first_order"][order]
+    axis.plot(slow[order], bound, "--", color="black", lw=1.2, label="bound (10)")
+    axis.plot(slow[order], first_order, ":", color="black", lw=1.4, label="first order (11)")
     axis.plot(slow[~along], apart[~along], "o", ms=3, alpha=0.6, color=PALETTE[0], label="random errors")
     axis.plot(slow[along], apart[along], "D", ms=5, color=PALETTE[3], label="error along the slowest eigenfunction")
     axis.set(xscale="log", yscale="log", xlabel="1 / (1 − τ), slowness of the chain", ylabel="TV(π, p)")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(loc="upper left")
     return figure

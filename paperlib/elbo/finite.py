@@ -13,26 +13,23 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.special import xlogy
+
+Step = Tensor | float
 
 
 @dataclass(frozen=True)
 class Finite:
     """Data, encoder, prior and decoder as tables; what is written after `|` comes first.
 
-    p_x          (..., X)     data p(x)
-    q_z_given_x  (..., X, Z)  encoder q(z|x), each row sums to one
-    p_z          (..., Z)     prior p(z)
-    p_x_given_z  (..., Z, X)  decoder p(x|z), each row sums to one
-
     Raises `ValueError` if a table has a negative entry or a row that does not sum to one within 1e-9.
     """
 
-    p_x: Tensor
-    q_z_given_x: Tensor
-    p_z: Tensor
-    p_x_given_z: Tensor
+    p_x: Tensor  # (..., X), data
+    q_z_given_x: Tensor  # (..., X, Z), encoder
+    p_z: Tensor  # (..., Z), prior
+    p_x_given_z: Tensor  # (..., Z, X), decoder
 
     def __post_init__(self):
         for name, table in vars(self).items():
@@ -62,9 +59,7 @@ class Finite:
         return torch.where(used, q_zx / torch.where(used, q_z, 1.0), self.p_x[..., None, :])
 
 
-def from_lists(
-    p_x: list[float], q_z_given_x: list[list[float]], p_z: list[float], p_x_given_z: list[list[float]]
-) -> Finite:
+def from_lists(p_x: list, q_z_given_x: list, p_z: list, p_x_given_z: list) -> Finite:
     """One model written out by hand, shapes as in `Finite`. Raises `ValueError` for what is no table."""
     return Finite(*(torch.tensor(t, dtype=torch.float64) for t in (p_x, q_z_given_x, p_z, p_x_given_z)))
 
@@ -129,12 +124,10 @@ def mutual_information(model: Finite) -> Tensor:
 
 
 def random_model(
-    generator: torch.Generator, batch: int, x: int, z: int, sharpness: float = 1.5, zeros: float = 0.0
+    generator: Generator, batch: int, x: int, z: int, sharpness: float = 1.5, zeros: float = 0.0
 ) -> Finite:
-    """`batch` models with `x` data points and `z` codes: softmax tables of normal logits times `sharpness`.
-
-    With probability `zeros` an entry of the encoder is exactly zero (never the greatest of its row).
-    """
+    """`batch` models of `x` data points and `z` codes: softmax tables of normal logits times `sharpness`. With
+    probability `zeros` an entry of the encoder is exactly zero (never the greatest of its row)."""
 
     def logits(*shape: int) -> Tensor:
         return sharpness * torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
@@ -145,11 +138,9 @@ def random_model(
     return Finite(*(table.softmax(-1) for table in (logits(x), encoder, logits(z), logits(z, x))))
 
 
-def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpness: Tensor | float) -> Tensor:
-    """A random encoder (..., X, Z) with q(z) = p(z): a positive random table scaled to both marginals (Sinkhorn).
-
-    p_x (..., X) and p_z (..., Z) are positive. The marginals hold within 1e-14.
-    """
+def random_coupling(p_x: Tensor, p_z: Tensor, generator: Generator, sharpness: Tensor | float) -> Tensor:
+    """A random encoder (..., X, Z) with q(z) = p(z) within 1e-14: a random table scaled to both marginals (Sinkhorn),
+    which are positive."""
     shape = (*p_x.shape, p_z.shape[-1])
     joint = (sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)).exp()
     for _ in range(10_000):
@@ -163,10 +154,9 @@ def random_coupling(p_x: Tensor, p_z: Tensor, generator: torch.Generator, sharpn
 def most_informative_coupling(x_parts: tuple[int, ...], z_parts: tuple[int, ...]) -> Tensor:
     """The joint table (X, Z) with the greatest I(x;z) of all with marginals `x_parts` and `z_parts`, over their sum.
 
-    I is convex in the table, so one of the corners of the set of such tables is best. The support of a corner has no
-    cycle, so some row or column has a single cell left, again and again: corners are what comes from filling cells one
-    by one, each as far as its row and column allow. All orders are tried, each remainder once; whole numbers make
-    this exact. Raises `ValueError` if the sums differ.
+    I is convex in the table, so a corner of the set of such tables is best. The support of a corner has no cycle, so
+    corners are what comes from filling cells one by one, each as far as its row and column allow. All orders are tried,
+    each remainder once; whole numbers make this exact. Raises `ValueError` if the sums differ.
     """
     total = sum(x_parts)
     if total != sum(z_parts):
@@ -193,10 +183,7 @@ def most_informative_coupling(x_parts: tuple[int, ...], z_parts: tuple[int, ...]
 
 
 def gradients(model: Finite, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """Gradients of E_q log p(x|z) - kl_weight * rate in the logits of encoder (..., X, Z) and decoder (..., Z, X).
-
-    kl_weight 1 is the ELBO, 0 the ELBO without its KL. All tables must be positive.
-    """
+    """Gradients of E_q log p(x|z) - kl_weight * rate, by positive tables, in the logits of encoder and decoder."""
     q = model.q_z_given_x
     gain = model.p_x_given_z.log().mT - kl_weight * (q.log() - model.p_z.log()[..., None, :])
     gain = model.p_x[..., None] * q * (gain - (q * gain).sum(-1, keepdim=True))
@@ -212,17 +199,10 @@ class Flow:
     model: Finite
 
 
-def ascend(
-    model: Finite,
-    steps: int,
-    kl_weight: float,
-    decoder_step: Tensor | float,
-    encoder_step: Tensor | float | None = None,
-) -> Flow:
-    """Gradient ascent on E_q log p(x|z) - kl_weight * rate over free tables, from the tables of `model`.
+def ascend(model: Finite, steps: int, kl_weight: float, decoder_step: Step, encoder_step: Step | None = None) -> Flow:
+    """Gradient ascent on E_q log p(x|z) - kl_weight * rate in the logits of decoder and encoder, from those of `model`.
 
-    The parameters are the logits of the decoder and, where it has a step, of the encoder (a fixed one may have zeros).
-    A step is one number, or (..., 1, 1) to give each model its own. p(x) and p(z) never move.
+    A step is one number, or (..., 1, 1) to give each model its own; an encoder without one stays, and may have zeros.
     """
     encoder, decoder = model.q_z_given_x.log(), model.p_x_given_z.log()
     path = [(rate(model), distortion(model))]

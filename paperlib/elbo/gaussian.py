@@ -1,12 +1,11 @@
 """The ELBO of linear-Gaussian models, and what a factored Gaussian decoder costs, in closed form.
 
-Everything is float64 and in nats, and h is the differential entropy. As in notebook 01:
+float64, in nats; h is the differential entropy, q in (5) a mixture of K Gaussians in D dimensions. As in notebook 01:
 
     (2')  L = -KL(p(x) || p_theta(x)) - E_p(x) KL(q(z|x) || p_theta(z|x)) - h(p)
     (5)   min over factored Gaussians N of KL(q || N) = J(q) + 1/2 log(prod v / |Sigma|)
 
-with Sigma the covariance of q, v its diagonal, and J(q) = h(N(., Sigma)) - h(q) the negentropy. In (5) q is a mixture
-of K Gaussians in D dimensions.
+with Sigma the covariance of q, v its diagonal, and J(q) = h(N(., Sigma)) - h(q) the negentropy.
 """
 
 import math
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, kl_divergence
 
 from paperlib.nn import likelihoods
@@ -24,21 +23,17 @@ from paperlib.nn import likelihoods
 
 @dataclass(frozen=True)
 class LinearGaussian:
-    """Data, encoder and decoder that are Gaussian with linear means; the prior is N(0, I) in d dimensions.
+    """Data p(x) = N(mean, cov), encoder q(z|x) = N(enc x + enc_bias, enc_cov), decoder p(x|z) = N(dec z + dec_bias,
+    dec_cov); the prior is N(0, I) in d dimensions."""
 
-    p(x)   = N(mean, cov)                   mean (D,), cov (D, D)
-    q(z|x) = N(enc x + enc_bias, enc_cov)   enc (d, D), enc_bias (d,), enc_cov (d, d)
-    p(x|z) = N(dec z + dec_bias, dec_cov)   dec (D, d), dec_bias (D,), dec_cov (D, D)
-    """
-
-    mean: Tensor
-    cov: Tensor
-    enc: Tensor
-    enc_bias: Tensor
-    enc_cov: Tensor
-    dec: Tensor
-    dec_bias: Tensor
-    dec_cov: Tensor
+    mean: Tensor  # (D,)
+    cov: Tensor  # (D, D)
+    enc: Tensor  # (d, D)
+    enc_bias: Tensor  # (d,)
+    enc_cov: Tensor  # (d, d)
+    dec: Tensor  # (D, d)
+    dec_bias: Tensor  # (D,)
+    dec_cov: Tensor  # (D, D)
 
 
 def centred(cov: Tensor) -> MultivariateNormal:
@@ -46,9 +41,8 @@ def centred(cov: Tensor) -> MultivariateNormal:
     return MultivariateNormal(torch.zeros(len(cov), dtype=cov.dtype), cov)
 
 
-def linear_elbo(model: LinearGaussian) -> Tensor:
+def linear_elbo(m: LinearGaussian) -> Tensor:
     """L by its definition (1): E_q(x,z) log p(x|z) - E_p(x) KL(q(z|x) || N(0, I))."""
-    m = model
     code_mean = m.enc @ m.mean + m.enc_bias
     # the error x - dec z - dec_bias is (I - dec enc) x - dec noise - ...
     left = torch.eye(len(m.mean), dtype=m.mean.dtype) - m.dec @ m.enc
@@ -61,9 +55,8 @@ def linear_elbo(model: LinearGaussian) -> Tensor:
     return log_p - 0.5 * (rate - torch.logdet(m.enc_cov))
 
 
-def linear_elbo_from_evidence(model: LinearGaussian) -> Tensor:
+def linear_elbo_from_evidence(m: LinearGaussian) -> Tensor:
     """L by (2'), from p_theta(x) = N(dec_bias, dec dec' + dec_cov) and the posterior p_theta(z|x)."""
-    m = model
     data, evidence = MultivariateNormal(m.mean, m.cov), MultivariateNormal(m.dec_bias, m.dec @ m.dec.T + m.dec_cov)
     gain = torch.linalg.solve(evidence.covariance_matrix, m.dec).T  # posterior mean: gain (x - dec_bias)
     posterior = centred(torch.eye(m.dec.shape[1], dtype=m.dec.dtype) - gain @ m.dec)
@@ -75,9 +68,8 @@ def linear_elbo_from_evidence(model: LinearGaussian) -> Tensor:
     return -kl_divergence(data, evidence) - posterior_kl - data.entropy()
 
 
-def estimate_elbo(model: LinearGaussian, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def estimate_elbo(m: LinearGaussian, samples: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """The ELBO of a factored model as training estimates it, from one z per x: mean and standard error, in nats."""
-    m = model
     noise = torch.randn(samples, len(m.mean), generator=generator, dtype=torch.float64)
     x = m.mean + noise @ torch.linalg.cholesky(m.cov).T
     code_mean, code_log_std = x @ m.enc.T + m.enc_bias, 0.5 * m.enc_cov.diagonal().log()
@@ -87,11 +79,8 @@ def estimate_elbo(model: LinearGaussian, samples: int, generator: torch.Generato
     return elbos.mean(), elbos.std() / math.sqrt(samples)
 
 
-def random_linear_gaussian(generator: torch.Generator, x: int, z: int, factored: bool = False) -> LinearGaussian:
-    """A random model of x in `x` and z in `z` dimensions, its data of std about 1.
-
-    With `factored`, encoder and decoder have diagonal covariances, like the networks of the other notebooks.
-    """
+def random_linear_gaussian(generator: Generator, x: int, z: int, factored: bool = False) -> LinearGaussian:
+    """A random model of x in `x` and z in `z` dimensions, data of std about 1; `factored` with diagonal covariances."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -102,23 +91,15 @@ def random_linear_gaussian(generator: torch.Generator, x: int, z: int, factored:
         root = normal(size, size)
         return root @ root.T / size + 0.2 * torch.eye(size, dtype=torch.float64)
 
-    return LinearGaussian(
-        mean=normal(x),
-        cov=covariance(x, False),
-        enc=normal(z, x) / x**0.5,
-        enc_bias=0.3 * normal(z),
-        enc_cov=0.3 * covariance(z, factored),
-        dec=normal(x, z) / z**0.5,
-        dec_bias=normal(x),
-        dec_cov=2.0 * covariance(x, factored),
-    )
+    data = normal(x), covariance(x, False)
+    encoder = normal(z, x) / x**0.5, 0.3 * normal(z), 0.3 * covariance(z, factored)
+    decoder = normal(x, z) / z**0.5, normal(x), 2.0 * covariance(x, factored)
+    return LinearGaussian(*data, *encoder, *decoder)
 
 
 def matched(cov: Tensor, correlation: float) -> LinearGaussian:
-    """The best model of N(0, cov), x (D,) and z (D,): q(z) = N(0, I) and p(x|z) = q(x|z), so L = -h(p).
-
-    Each dimension of z has `correlation`, in [0, 1), with one whitened coordinate of x; L does not depend on it.
-    """
+    """The best model of N(0, cov), x (D,) and z (D,): q(z) = N(0, I) and p(x|z) = q(x|z), so L = -h(p), whatever
+    `correlation`, in [0, 1), each dimension of z has with one whitened coordinate of x."""
     root, rest = torch.linalg.cholesky(cov), 1 - correlation**2
     eye, zero = torch.eye(len(cov), dtype=cov.dtype), torch.zeros(len(cov), dtype=cov.dtype)
     encoder, decoder = (correlation * torch.linalg.inv(root), zero, rest * eye), (correlation * root, zero, rest * cov)
@@ -151,8 +132,7 @@ def entropy(q: MixtureSameFamily) -> Tensor:
 def grid(q: MixtureSameFamily) -> tuple[Tensor, Tensor]:
     """250 even steps to a dimension over 9 std of each component: points (N, D), and probabilities that sum to one."""
     parts = q.component_distribution
-    low = (parts.mean - 9 * parts.stddev).amin(0)
-    high = (parts.mean + 9 * parts.stddev).amax(0)
+    low, high = (parts.mean - 9 * parts.stddev).amin(0), (parts.mean + 9 * parts.stddev).amax(0)
     axes = [torch.linspace(float(a), float(b), 250, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
     x = torch.cartesian_prod(*axes).reshape(-1, len(axes))
     return x, q.log_prob(x).exp() * ((high - low) / 249).prod()
@@ -165,10 +145,8 @@ def factored_price(q: MixtureSameFamily) -> tuple[Tensor, Tensor]:
 
 
 def fit_factored(q: MixtureSameFamily) -> tuple[Tensor, Tensor, Tensor]:
-    """The factored Gaussian that maximises E_q log N, by L-BFGS on a grid that knows no moments of q.
-
-    Returns its mean (D,), its std (D,) and KL(q || N), summed over the grid.
-    """
+    """The factored Gaussian that maximises E_q log N, by L-BFGS on a grid that knows no moments of q: its mean (D,),
+    std (D,) and KL(q || N)."""
     x, mass = grid(q)
 
     def loss(parameters: Tensor) -> Tensor:

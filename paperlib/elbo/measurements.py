@@ -1,7 +1,4 @@
-"""The six sections of notebook 01, one per claim: each computes its equations in two independent ways.
-
-A random generator given is used up in the order of the code.
-"""
+"""The six sections of notebook 01, one per claim: each computes its equations in two independent ways."""
 
 import math
 from dataclasses import replace
@@ -9,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from paperlib.elbo import chain, examples, finite, gaussian
 from paperlib.elbo.examples import F64
@@ -33,7 +30,7 @@ def terms(model: Finite) -> Table:
     return Table(("one model", "nats"), list(rows.items()))
 
 
-def two_views(count: int, generator: torch.Generator, of_best: torch.Generator) -> Section:
+def two_views(count: int, generator: Generator, of_best: Generator) -> Section:
     """E1: the definition (1) against the two views (2) and (3), on random finite models with zeros in the encoder."""
     models = finite.random_model(generator, count, x=6, z=4, zeros=0.2)
     value, entropy = finite.elbo(models), finite.entropy(models.p_x)
@@ -55,23 +52,20 @@ def two_views(count: int, generator: torch.Generator, of_best: torch.Generator) 
     return Section("E1", measured, Table(heading, rows))
 
 
-def gaussian_views(count: int, estimated: int, samples: int, generator: torch.Generator) -> Section:
-    """E2: (1) against (2') in closed form for `count` random models, the same data in other units, and the estimator
-    that training uses, by `samples` draws for each of `estimated` factored models."""
-    residuals, slack = [], []
+def gaussian_views(count: int, estimated: int, samples: int, generator: Generator) -> Section:
+    """E2: (1) against (2') for `count` random models, `estimated` ones by `samples` draws too, and other units."""
+    residuals, slack, scores, rows = [], [], [], []
     for _ in range(count):
         model = gaussian.random_linear_gaussian(generator, x=4, z=2)
         value = gaussian.linear_elbo(model)
         residuals.append(value - gaussian.linear_elbo_from_evidence(model))
         slack.append(value + gaussian.centred(model.cov).entropy())
-    scores = []
     for _ in range(estimated):
         model = gaussian.random_linear_gaussian(generator, x=4, z=2, factored=True)
         mean, error = gaussian.estimate_elbo(model, samples, generator)
         scores.append((mean - gaussian.linear_elbo(model)).abs() / error)
 
     cov = gaussian.random_linear_gaussian(generator, x=4, z=2).cov
-    rows = []
     for unit, scale in (("metres", 1.0), ("decimetres", 10.0), ("kilometres", 1e-3)):
         model = gaussian.matched(cov * scale**2, correlation=0.8)
         value, entropy = gaussian.linear_elbo(model), gaussian.centred(model.cov).entropy()
@@ -86,9 +80,7 @@ def gaussian_views(count: int, estimated: int, samples: int, generator: torch.Ge
     return Section("E2", measured, Table(("best model", "L", "h(p)", "L + h(p)"), rows))
 
 
-def best_decoder(
-    count: int, steps: int, generator: torch.Generator, of_start: torch.Generator, of_decoder: torch.Generator
-) -> Section:
+def best_decoder(count: int, steps: int, generator: Generator, of_start: Generator, of_decoder: Generator) -> Section:
     """E3: identity (4) on random models, and gradient ascent on the decoder's table with one code never used."""
     models = finite.random_model(generator, count, x=6, z=4, zeros=0.2)
     closed = finite.mutual_information(models) - finite.entropy(models.p_x)
@@ -101,11 +93,8 @@ def best_decoder(
     flow = finite.ascend(start, steps, kl_weight=0, decoder_step=4.0)
     best = finite.mutual_information(start) - finite.entropy(start.p_x)
     apart = (flow.model.p_x_given_z - flow.model.q_x_given_z).abs().amax(-1)
-    rows = [
-        (step, -flow.distortion[step, 0], best[0], best[0] + flow.distortion[step, 0])
-        for step in sorted({0, 10, 100, steps})
-        if step <= steps
-    ]
+    shown = [step for step in sorted({0, 10, 100, steps}) if step <= steps]
+    rows = [(step, -flow.distortion[step, 0], best[0], best[0] + flow.distortion[step, 0]) for step in shown]
     measured = {
         "residual_below": below(1e-12, residual),
         "ascent_short_by_below": below(1e-9, best + flow.distortion[-1]),
@@ -115,11 +104,9 @@ def best_decoder(
 
 
 def factored_gaussians() -> Section:
-    """E4: the best factored Gaussian for codes that are ever finer on one density of two pixels, and for bins.
-
-    Arrays: the kinds on a grid, `price_axis` (161,) and `price_density` (6, 161, 161); for N codes `price_N_parts`
-    (2,), the average negentropy and correlation of (5), and `price_N_fits` (N, 2, 2), mean and std of each fit.
-    """
+    """E4: the best factored Gaussian for ever finer codes on one density of two pixels, and for bins. Arrays: the kinds
+    on a grid, `price_axis` (161,), `price_density` (6, 161, 161); for N codes `price_N_parts` (2,), the average
+    negentropy and correlation of (5), and `price_N_fits` (N, 2, 2), mean and std of each fit."""
     axis = torch.linspace(-5, 5, 161, **F64)
     kinds = examples.pictures([0, 1, 2, 3, 4, 5])
     density = kinds.component_distribution.log_prob(torch.cartesian_prod(axis, axis)[:, None]).exp()
@@ -153,12 +140,10 @@ def factored_gaussians() -> Section:
     return Section("E4", measured, Table(("q(x|z)", "negentropy", "½ log(∏v / det Σ)", "price"), rows), numpy(arrays))
 
 
-def indifference(count: int, starts: int, steps: int, generator: torch.Generator) -> Section:
+def indifference(count: int, starts: int, steps: int, generator: Generator) -> Section:
     """E5: both maxima attained by `count` models, the collapsed point stationary, and `starts` flows of free tables.
-
     Arrays, in nats: `flow_entropy` (), `flow_most` () the greatest rate of the ELBO's maximum; of the flows at shown
-    steps `flow_<elbo or none>_<rate or distortion>` (shown, starts); and those of `survival`.
-    """
+    steps `flow_<elbo or none>_<rate or distortion>` (shown, starts); and those of `survival`."""
     p_x, p_z = examples.FLOW_P_X, examples.FLOW_P_Z
     entropy, line = finite.entropy(p_x), examples.best_elbos(101)
     sharpness, many = torch.linspace(0, 4, count, **F64)[:, None, None], (p_x.expand(count, -1), p_z.expand(count, -1))
@@ -201,26 +186,20 @@ def _ends(start: Finite, under_elbo: Flow, without_kl: Flow, entropy: Tensor) ->
     return measured, Table(("nats", "least", "median", "greatest"), rows)
 
 
-def survival(steps: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The share of I left when the ELBO is climbed from a decoder that ignores z, s times as fast as the encoder.
-
-    Near the collapsed point it is (s / (1 + s))^2. Returns the s, `survival_speeds` (7,), `survival_scales` (2,) of the
-    encoder's logits, and `survival_shares` (2, 7, 12).
-    """
+def survival(steps: int, generator: Generator) -> dict[str, Tensor]:
+    """`survival_shares` (2, 7, 12) of I left when the ELBO is climbed from a decoder that ignores z, s times as fast as
+    the encoder: the s, `survival_speeds` (7,), and the scales of the encoder's logits, `survival_scales` (2,). Near the
+    collapsed point it is (s / (1 + s))^2."""
     speeds, scales = torch.logspace(-1.5, 1.5, 7, **F64), torch.tensor([0.1, 2.0], **F64)
-    start = examples.decoders_that_ignore_z(scales, len(speeds), generator)
-    speed = speeds[:, None, None, None]
+    start, speed = examples.decoders_that_ignore_z(scales, len(speeds), generator), speeds[:, None, None, None]
     step = 4.0 / speed.clamp(min=1)
     flow = finite.ascend(start, steps, 1, encoder_step=step, decoder_step=step * speed)
     left = finite.mutual_information(flow.model) / finite.mutual_information(start)
     return {"survival_speeds": speeds, "survival_scales": scales, "survival_shares": left}
 
 
-def markov_chain(count: int, decoders: int, generator: torch.Generator) -> Section:
-    """E6: enumerated kernels of `count` random codes, the codes of the figure, and `decoders` wrong ones per code.
-
-    Arrays: those of `mixing` and `wrong_decoders`.
-    """
+def markov_chain(count: int, decoders: int, generator: Generator) -> Section:
+    """E6: enumerated kernels of `count` random codes; `mixing`; and `wrong_decoders`, `decoders` of them per code."""
     residuals, raised = zip(*(chain_residuals(generator) for _ in range(count)), strict=True)
     agree = torch.tensor([parts_agree(generator) for _ in range(count)])
     (rows, arrays), wrong = mixing(), wrong_decoders(decoders, generator)
@@ -236,33 +215,27 @@ def markov_chain(count: int, decoders: int, generator: torch.Generator) -> Secti
         "gap_of_more_I": Estimate(gap["blur 2"]),
         "gap_of_less_I": Estimate(gap["soft bit"]),
     }
-    heading = ("code", "I(x;z), nats", "gap", "steps to halve", "parts")
-    return Section("E6", measured, Table(heading, rows), numpy(arrays | wrong))
+    table = Table(("code", "I(x;z), nats", "gap", "steps to halve", "parts"), rows)
+    return Section("E6", measured, table, numpy(arrays | wrong))
 
 
-def chain_residuals(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def chain_residuals(generator: Generator) -> tuple[Tensor, Tensor]:
     """One random code, connected: residuals of the exact statements, and how much degrading it raised an eigenvalue."""
     model = finite.random_model(generator, 1, x=6, z=4, sharpness=1.0)[0]
     p_x, q = model.p_x, model.q_z_given_x
     kernel = chain.transition(q, model.q_x_given_z)
     eigenvalues, by_kernel = chain.spectrum(p_x, q).eigenvalues, torch.linalg.eigvals(kernel)
     flow = p_x[:, None] * kernel
-    residuals = [
-        p_x @ kernel - p_x,
-        flow - flow.T,
-        by_kernel.imag,
-        by_kernel.real.sort(descending=True).values - eigenvalues,
-        by_kernel.real.clamp(max=0),
-        (eigenvalues[1] - chain.maximal_correlation(model.q_xz) ** 2)[None],
-    ]
+    residuals = [p_x @ kernel - p_x, flow - flow.T, by_kernel.imag, by_kernel.real.clamp(max=0)]
+    residuals.append(by_kernel.real.sort(descending=True).values - eigenvalues)
+    residuals.append(eigenvalues[1] - chain.maximal_correlation(model.q_xz) ** 2)
     channel = torch.randn(4, 4, generator=generator, **F64).softmax(-1)
     degraded = chain.spectrum(p_x, q @ channel).eigenvalues
     return torch.cat([part.flatten() for part in residuals]), (degraded - eigenvalues).max()
 
 
 def scalar_gaussian(correlation: float) -> Tensor:
-    """How far, on a fine grid, the gap of a scalar Gaussian with corr(x, z) = `correlation` is from exp(-2 I), and from
-    1 - correlation^2, added up."""
+    """How far, on a grid, the gap of a scalar Gaussian of this corr(x, z) is from exp(-2 I) and 1 - corr^2, summed."""
     x = torch.linspace(-8.5, 8.5, 300, **F64)
     p_x = torch.softmax(-0.5 * x**2, dim=0)
     q = torch.softmax(-0.5 * (x - correlation * x[:, None]) ** 2 / (1 - correlation**2), dim=-1)
@@ -270,7 +243,7 @@ def scalar_gaussian(correlation: float) -> Tensor:
     return (gap - torch.exp(-2 * information)).abs() + (gap - (1 - correlation**2)).abs()
 
 
-def parts_agree(generator: torch.Generator) -> bool:
+def parts_agree(generator: Generator) -> bool:
     """Whether a random sparse code has one eigenvalue 1 per connected component of its support."""
     model = finite.random_model(generator, 1, x=7, z=6, sharpness=0.5, zeros=0.75)[0]
     eigenvalues = chain.spectrum(model.p_x, model.q_z_given_x).eigenvalues
@@ -278,11 +251,9 @@ def parts_agree(generator: torch.Generator) -> bool:
 
 
 def mixing() -> tuple[list[tuple[Any, ...]], dict[str, Tensor]]:
-    """The chains of `LEVEL_CODES`: rows of name, I(x;z) in nats, gap, steps to halve, parts of the support; and arrays.
-
-    `chain_<name>` (201,) are distances to p(x) after 0, ..., 200 steps, `chain_<name>_predicted` those by (9). Where
-    the support falls apart the gap is 0, and 1 - p(the least part) is predicted: a start there never leaves it.
-    """
+    """The chains of `LEVEL_CODES`: rows of name, I(x;z) in nats, gap, steps to halve, parts of the support; arrays
+    `chain_<name>` (201,), distances to p(x) after 0, ..., 200 steps, and `chain_<name>_predicted`, those by (9) or,
+    where the support falls apart, 1 - p(the least part): a start there never leaves it."""
     p_x, steps, rows, arrays = examples.LEVELS, 200, [], {}
     for name, q in examples.LEVEL_CODES.items():
         model, spectrum = examples.with_best_decoder(p_x, q), chain.spectrum(p_x, q)
@@ -298,12 +269,10 @@ def mixing() -> tuple[list[tuple[Any, ...]], dict[str, Tensor]]:
     return rows, arrays
 
 
-def wrong_decoders(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+def wrong_decoders(count: int, generator: Generator) -> dict[str, Tensor]:
     """Bits ever more often erased, each with decoders of one E KL, 1e-5 nats: `count` random, one along the slowest f.
-
     Arrays (7 (1 + count),): `wrong_slowness` 1 / (1 - tau), `wrong_apart` TV(pi, p), `wrong_bound` (10),
-    `wrong_first_order` (11), `wrong_along_slowest` 1 where the error is along the slowest eigenfunction.
-    """
+    `wrong_first_order` (11), `wrong_along_slowest` 1 where the error is along the slowest eigenfunction."""
     p_x, rows = examples.LEVELS, []
     for erased in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9):
         q = examples.erased_bit(erased)

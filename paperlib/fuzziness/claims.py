@@ -98,10 +98,8 @@ def _at_ends(arrays: Arrays, values: np.ndarray) -> np.ndarray:
 def correlations(
     arrays: Arrays, name: str, prefix: str = "", *, within_classes: bool = False, also_fixed: tuple[str, ...] = ()
 ) -> np.ndarray:
-    """The partial rank correlation of tr Var_q with `name` (claim F2), ink and log q(z) held fixed, per seed: (S,).
-
-    `within_classes` also holds fixed which label weighs most. nan for a seed with fewer than ten codes to go by.
-    """
+    """The partial rank correlation of tr Var_q with `name`, ink and log q(z) held fixed, `within_classes` also which
+    label weighs most: (S,), nan for a seed with fewer than ten codes to go by."""
     results = []
     for k, reliable in enumerate(arrays[f"{prefix}reliable"]):
         chosen = reliable & np.isfinite(arrays[prefix + name][k])

@@ -1,15 +1,8 @@
-"""Fuzzy samples as averages of q(x|z): a Gaussian VAE with a small code, and the variance of q(x|z).
+"""Fuzzy samples as averages of q(x|z) (Zhao, Song, Ermon, section "Fuzzy Generation"), from a Gaussian VAE:
 
-The encoder alone defines a joint distribution with the data: q(x, z) = p(x) q(z|x). On N training points
-
-    (1)  q(z) = 1/N sum_n q(z|x_n)
-    (2)  q(x|z) = sum_n w_n(z) delta(x - x_n),   w_n(z) = q(z|x_n) / sum_m q(z|x_m)
-
-A Gaussian decoder N(mu(z), sigma^2 I) can do no better than mu(z) = E_q[x|z], and what it misses is, for every z,
-
-    (3)  E_q(x|z) |x - mu(z)|^2 = tr Var_q[x|z] + |mu(z) - E_q[x|z]|^2
-
-so where Var_q[x|z] is large the sample is fuzzy (Zhao, Song, Ermon, section "Fuzzy Generation").
+(1)  q(z) = 1/N sum_n q(z|x_n)
+(2)  q(x|z) = sum_n w_n(z) delta(x - x_n),   w_n(z) = q(z|x_n) / sum_m q(z|x_m)
+(3)  E_q(x|z) |x - mu(z)|^2 = tr Var_q[x|z] + |mu(z) - E_q[x|z]|^2,   mu(z) the decoder's mean
 """
 
 import math
@@ -25,11 +18,11 @@ from paperlib.fuzziness.claims import CLAIMS, controls, quantities
 from paperlib.fuzziness.measurements import COLUMNS, ROWS
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, pixels
 from paperlib.fuzziness.training import Models
-from paperlib.runs import presets, recorded, train
+from paperlib.runs import presets, recorded
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.recorded import load_recorded_arrays
 from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "02_mnist_fuzziness"
@@ -90,17 +83,15 @@ def load_images(run: Run) -> Images:
 def fit(run: Run, images: Images) -> Models:
     """Train all that the claims need, or load the one recorded VAE where the run says `weights = "recorded"`."""
     if run.weights == "recorded":
-        vae = VAE(math.prod(images.shape), run.settings).to(run.device).eval()
-        vae.load_state_dict(load_recorded_weights(run))
-        return Models([{MAIN: train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}], [{}])
+        vae = VAE(math.prod(images.shape), run.settings).to(run.device)
+        return Models([{MAIN: recorded.load_model(run, vae)}], [{}])
     return training.fit(run.settings, *pixels(images), run.directory, run.seed)
 
 
 def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
-    """All that the figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are.
+    """All that figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are.
 
-    The arrays are those of `at_prior_codes` and `error_split`, stacked over seeds; of `picture` and `plane`, for the
-    first seed; of `frozen_and_swept`; and those of the Bernoulli decoder that F2 needs, as `bernoulli_*`.
+    `at_prior_codes` and `error_split` are stacked over seeds, `picture` and `plane` are of the first.
     """
     if run.weights == "recorded":
         return load_recorded_arrays(run)
@@ -108,10 +99,8 @@ def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
     x, held_out = pixels(images)
 
     def at_prior_codes(variant: Variant) -> dict[str, np.ndarray]:
-        return _stacked(
-            measurements.at_prior_codes(settings, vaes[variant].model, x, labels, seed + k)
-            for k, vaes in enumerate(models.vaes)
-        )
+        vaes = [of_seed[variant].model for of_seed in models.vaes]
+        return _stacked(measurements.at_prior_codes(settings, vae, x, labels, seed + k) for k, vae in enumerate(vaes))
 
     at_prior, bernoulli = at_prior_codes(MAIN), at_prior_codes(BERNOULLI)
     return save_arrays(

@@ -24,12 +24,9 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, vae: VAE, x: torch.Tensor, labels: torch.Tensor) -> None:
         self._vae, self._codes, self._x, self._labels = vae, encode(vae, x), x, labels
-        self.sliders = [
-            ipywidgets.FloatSlider(0.0, min=-3, max=3, step=0.05, description=f"$z_{k}$", continuous_update=False)
-            for k in (1, 2)
-        ]
-        self.picture = ipywidgets.Image(format="png")
-        self.text = ipywidgets.HTML()
+        span = {"min": -3, "max": 3, "step": 0.05, "continuous_update": False}
+        self.sliders = [ipywidgets.FloatSlider(0.0, description=f"$z_{k}$", **span) for k in (1, 2)]
+        self.picture, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
         super().__init__([ipywidgets.HBox(self.sliders), self.picture, self.text])
         for slider in self.sliders:
             slider.observe(self._update, names="value")
@@ -49,10 +46,8 @@ class Explorer(ipywidgets.VBox):
         self.picture.value = _png(square(row))
         mixture = conditional.labels[0]
         best = [f"{k}: {mixture[k]:.0%}" for k in mixture.argsort(descending=True)[:4].tolist() if mixture[k] > 0.01]
-        digits = ", ".join(
-            f"{label} ({weight:.1%})"
-            for label, weight in zip(self._labels[points[0]].tolist(), weights[0].tolist(), strict=True)
-        )
+        heaviest = zip(self._labels[points[0]].tolist(), weights[0].tolist(), strict=True)
+        digits = ", ".join(f"{label} ({weight:.1%})" for label, weight in heaviest)
         self.text.value = (
             f"From left to right: &mu;(z), E<sub>q</sub>[x|z], standard deviation (white: 0.5), then the heaviest "
             f"training digits: {digits}.<br>tr Var<sub>q</sub>[x|z] {conditional.trace[0]:.1f}, effective sample size "
@@ -64,7 +59,6 @@ def _png(images: torch.Tensor) -> bytes:
     """Images (N, H, W) in [0, 1] side by side, as the bytes of a PNG."""
     grey = datasets.from_unit(images[:, None])[..., 0]
     sheet = np.concatenate([np.pad(image, 1, constant_values=128) for image in grey], axis=1)
-    sheet = sheet.repeat(MAGNIFIED, 0).repeat(MAGNIFIED, 1)
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="png")
+    Image.fromarray(sheet.repeat(MAGNIFIED, 0).repeat(MAGNIFIED, 1)).save(buffer, format="png")
     return buffer.getvalue()

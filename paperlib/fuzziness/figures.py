@@ -7,6 +7,7 @@ import numpy as np
 from paperlib.fuzziness.claims import Arrays, label_entropy, ranked
 from paperlib.fuzziness.measurements import COLUMNS, HEAVIEST, MADE_OF, MOSAIC, ROWS
 from paperlib.runs import plotting
+from paperlib.runs.plotting import BLUE, GREEN, ORANGE, RED
 from paperlib.stats.rank_correlation import rank_residuals
 
 
@@ -15,10 +16,10 @@ def error_split(arrays: Arrays) -> Any:
     figure, axis = plotting.new(width=4.2, height=3.4)
     limit = 1.05 * arrays["error"][0].max()
     axis.plot([0, limit], [0, limit], color="black", linewidth=0.8, label=r"$\mu(z) = E_q[x|z]$: the least possible")
-    axis.scatter(arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=plotting.BLUE, label="codes z ~ q(z)")
+    axis.scatter(arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=BLUE, label="codes z ~ q(z)")
     axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (grey levels², summed)")
     axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (grey levels², summed)")
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="lower right")
     return figure
 
 
@@ -31,14 +32,13 @@ def fuzziness(arrays: Arrays) -> Any:
     top.set_title("decoder mean of codes z ~ p(z), ordered from left to right by Var q(x|z) per ink")
 
     rank = np.linspace(0, 100, len(order))
-    left, right = plotting.BLUE, plotting.RED
-    bottom.plot(rank, (arrays["variance"][0] / arrays["ink"][0])[order], color=left)
+    bottom.plot(rank, (arrays["variance"][0] / arrays["ink"][0])[order], color=BLUE)
     bottom.set(xlabel="rank among the codes where Var q(x|z) can be trusted (%)", xlim=(0, 100))
-    bottom.set_ylabel("tr Var q(x|z)\nper ink", color=left)
+    bottom.set_ylabel("tr Var q(x|z)\nper ink", color=BLUE)
     other = bottom.twinx()
-    other.plot(rank, entropy[order], ".", markersize=2, color=right, alpha=0.3)
-    other.plot(rank, _running_mean(entropy[order]), color=right)
-    other.set_ylabel("label entropy under\nq(x|z) (nats)", color=right)
+    other.plot(rank, entropy[order], ".", markersize=2, color=RED, alpha=0.3)
+    other.plot(rank, _running_mean(entropy[order]), color=RED)
+    other.set_ylabel("label entropy under\nq(x|z) (nats)", color=RED)
     return figure
 
 
@@ -58,9 +58,8 @@ def made_of(arrays: Arrays) -> Any:
         per_ink = arrays["variance"][0][code] / arrays["ink"][0][code]
         column[0].set_title(f"{per_ink:.2f} per ink\n{arrays['samples'][0][code]:.0f} samples")
         column[1].set_title(_mixture(arrays["labels"][0][code]), fontsize=7)
-        for axis, digit, label, weight in zip(
-            column[3:], arrays["heaviest"][k], arrays["heaviest_labels"][k], arrays["weights"][k], strict=True
-        ):
+        heaviest = (arrays[name][k] for name in ("heaviest", "heaviest_labels", "weights"))
+        for axis, digit, label, weight in zip(column[3:], *heaviest, strict=True):
             plotting.show_images(axis, digit[None], 1)
             axis.set_title(f"{label}:  {100 * weight:.1f} %")
     names = (r"decoder $\mu(z)$", r"$E_q[x|z]$", "std\n(white: 0.5)", "heaviest\ntraining\ndigits")
@@ -85,9 +84,11 @@ def plane(arrays: Arrays) -> Any:
 
     span = {"extent": (-3, 3, -3, 3), "interpolation": "nearest"}
     trusted = np.where(arrays["plane_trusted"], arrays["plane_variance"], np.nan)
-    drawn = variance.imshow(trusted, cmap="viridis", **span)
-    figure.colorbar(drawn, ax=variance, shrink=0.85)
+    maps = (variance, trusted, "viridis"), (samples, np.log10(arrays["plane_samples"]), "cividis")
+    for axis, values, colours in maps:
+        figure.colorbar(axis.imshow(values, cmap=colours, **span), ax=axis, shrink=0.85)
     variance.set_title("tr Var q(x|z) per ink (white: too few samples)")
+    samples.set_title(r"$\log_{10}$ effective sample size")
     _draw_borders(variance, arrays["plane_labels"])
 
     best, purity = arrays["plane_labels"].argmax(-1), arrays["plane_labels"].max(-1)
@@ -95,14 +96,10 @@ def plane(arrays: Arrays) -> Any:
     labels.imshow(1 - purity[..., None] * (1 - colours), **span)
     labels.set_title("label that weighs most (paler: less pure)")
     for label in np.unique(best):
-        rows, columns = np.nonzero((best == label) & (purity >= np.quantile(purity[best == label], 0.5)))
-        side = len(best)
-        x, y = (np.median(columns) + 0.5) * 6 / side - 3, 3 - (np.median(rows) + 0.5) * 6 / side
+        row, column = np.median(np.nonzero((best == label) & (purity >= np.median(purity[best == label]))), axis=1)
+        x, y = (column + 0.5) * 6 / len(best) - 3, 3 - (row + 0.5) * 6 / len(best)
         labels.text(x, y, label, ha="center", va="center", fontweight="bold")
 
-    drawn = samples.imshow(np.log10(arrays["plane_samples"]), cmap="cividis", **span)
-    figure.colorbar(drawn, ax=samples, shrink=0.85)
-    samples.set_title(r"$\log_{10}$ effective sample size")
     for axis in (variance, labels, samples):
         axis.set(xlabel="$z_1$", ylabel="$z_2$")
     return figure
@@ -124,16 +121,13 @@ def sharpness(arrays: Arrays) -> Any:
     import seaborn
 
     figure, axes = plotting.new(3, height=2.9, sharex=True, sharey=True)
-    panels = {
-        "edge width": ("", "edge_width", 1),
-        "spectral slope (steeper upward)": ("", "slope", -1),
-        "edge width, Bernoulli decoder": ("bernoulli_", "edge_width", 1),
-    }
+    panels = {"edge width": ("", "edge_width", 1), "spectral slope (steeper upward)": ("", "slope", -1)}
+    panels["edge width, Bernoulli decoder"] = ("bernoulli_", "edge_width", 1)
     for axis, (title, (prefix, name, sign)) in zip(axes, panels.items(), strict=True):
         chosen = arrays[f"{prefix}reliable"][0] & np.isfinite(arrays[prefix + name][0])
         variance, value, ink, log_q = (arrays[prefix + n][0][chosen] for n in ("variance", name, "ink", "log_q"))
         x, y = rank_residuals((variance, sign * value), (ink, log_q)) / len(ink)
-        dots, line = {"s": 3, "alpha": 0.25}, {"color": plotting.RED, "linewidth": 1.2}
+        dots, line = {"s": 3, "alpha": 0.25}, {"color": RED, "linewidth": 1.2}
         seaborn.regplot(x=x, y=y, ax=axis, scatter_kws=dots, line_kws=line, n_boot=200, seed=0)
         axis.set(title=title, xlabel="")
     axes[1].set_xlabel("rank of tr Var q(x|z), ink and log q(z) regressed out (1: all codes)")
@@ -144,21 +138,19 @@ def sharpness(arrays: Arrays) -> Any:
 def better_q(arrays: Arrays) -> Any:
     """F4: the error of ever larger decoders for one frozen q, and what the weight of the KL does to q and samples."""
     figure, (frozen, error, width) = plotting.new(3, height=2.8)
-    blue, orange, green = plotting.BLUE, plotting.ORANGE, plotting.GREEN
     for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
-        frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=blue)
+        frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=BLUE)
         frozen.axhline(floor, color="black", linewidth=0.8)
-    frozen.set(xscale="log", xlabel="units per layer of the decoder")
+    frozen.set(xscale="log", xlabel="units per layer of the decoder", title="q frozen: E tr Var$_q$ is a floor")
     frozen.set_ylabel("squared error\n(grey levels², summed over pixels)")
     frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
     frozen.minorticks_off()
-    frozen.set_title("q frozen: E tr Var$_q$ is a floor")
     for k in range(len(arrays["swept_error"])):
         information = arrays["swept_information"][k]
         names = ("held-out error", "E tr Var$_q$") if k == 0 else (None, None)
-        error.plot(information, arrays["swept_error"][k], "o-", markersize=3, color=orange, label=names[0])
-        error.plot(information, arrays["swept_variance"][k], "s--", ms=3, color=blue, label=names[1])
-        width.plot(information, arrays["swept_width"][k], "o-", markersize=3, color=green)
+        error.plot(information, arrays["swept_error"][k], "o-", markersize=3, color=ORANGE, label=names[0])
+        error.plot(information, arrays["swept_variance"][k], "s--", ms=3, color=BLUE, label=names[1])
+        width.plot(information, arrays["swept_width"][k], "o-", markersize=3, color=GREEN)
     information = "information $I_q(x;z)$ (nats)"
     error.set(xlabel=information, ylabel="grey levels², summed", title="KL weight swept: error, variance")
     width.set(xlabel=information, ylabel="edge width (pixels)", title="KL weight swept: sharpness")
@@ -166,5 +158,5 @@ def better_q(arrays: Arrays) -> Any:
     for x, y, share in zip(*swept, strict=True):
         error.annotate(f"{share:.0%}", (x, y), (-6, -13), textcoords="offset points", fontsize=7, ha="center")
     error.margins(x=0.15, y=0.15)
-    error.legend(frameon=False, loc="upper right", fontsize=7)
+    error.legend(loc="upper right", fontsize=7)
     return figure

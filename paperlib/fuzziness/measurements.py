@@ -1,7 +1,4 @@
-"""What notebook 02 measures on trained VAEs: q(x|z), its variance, and the decoder's error.
-
-Pixels `x` and `held_out` (N, P) are in [0, 1]; variances and errors are summed over them.
-"""
+"""What notebook 02 measures on trained VAEs; pixels `x` and `held_out` (N, P) in [0, 1], variances summed over them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,18 +24,14 @@ SWEPT = ("swept_information", "swept_rate", "swept_error", "swept_variance", "sw
 
 @torch.no_grad()
 def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int) -> dict[str, np.ndarray]:
-    """q(x|z) and the decoded image at M codes z ~ p(z), `z` (M, D).
-
-    Of q(x|z): `variance` tr Var_q[x|z], `ink` the sum of E_q[x|z] (pixels of full white), `samples` the effective
-    sample size, `halves` the relative difference that leaving out half of the training points makes to the variance,
-    `log_q` log q(z) in nats, `labels` the label mixture (M, K), `reliable` whether the variance may be quoted. Of the
-    decoded image mu(z): `edge_width` in pixels, `slope` of its power spectrum, `greyness` sum m (1 - m).
+    """At M codes z ~ p(z), `z` (M, D): of q(x|z), `variance` tr Var_q[x|z], `ink` the sum of E_q[x|z], `samples` the
+    effective sample size, `halves` the relative change of the variance without half of the training points, `log_q`
+    log q(z) in nats, `labels` the label mixture (M, K), `reliable` whether the variance may be quoted; of the decoded
+    image mu(z), `edge_width` in pixels, `slope` of its power spectrum, `greyness` sum mu (1 - mu).
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator, codes = torch.Generator(x.device).manual_seed(seed), encode(vae, x)
     z = torch.randn(settings.codes, settings.code_dim, generator=generator, device=x.device)
-    codes = encode(vae, x)
-    conditional = aggregate_posterior.conditional(z, codes, x, labels, per_pixel=False)
-    halves, reliable = _reliable(settings, conditional, z, codes, x)
+    conditional, halves, reliable = _at_codes(settings, z, codes, x, labels)
     decoded = vae.p_x_given_z(z)
     arrays = {
         "z": z,
@@ -56,12 +49,15 @@ def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int
     return {name: array.numpy(force=True) for name, array in arrays.items()}
 
 
-def _reliable(settings: Any, conditional: Conditional, z: Tensor, codes: Codes, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`halves` and `reliable` of `at_prior_codes`, (M,) each."""
+def _at_codes(
+    settings: Any, z: Tensor, codes: Codes, x: Tensor, labels: Tensor | None = None
+) -> tuple[Conditional, Tensor, Tensor]:
+    """q(x|z) at codes z (M, D), and `halves` and `reliable` of `at_prior_codes`, (M,) each."""
+    conditional = aggregate_posterior.conditional(z, codes, x, labels, per_pixel=False)
     rows = random_half(len(x)).to(x.device)
     half = aggregate_posterior.conditional(z, codes[rows], x[rows], per_pixel=False)
     halves = (half.trace / conditional.trace - 1).abs()
-    return halves, (conditional.ess >= settings.min_samples) & (halves <= settings.max_halves)
+    return conditional, halves, (conditional.ess >= settings.min_samples) & (halves <= settings.max_halves)
 
 
 def random_half(count: int) -> Tensor:
@@ -71,18 +67,14 @@ def random_half(count: int) -> Tensor:
 
 @torch.no_grad()
 def picture(vae: VAE, x: Tensor, labels: Tensor, at_prior: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the post's picture shows of the first seed: `decoded` and `average` (E_q[x|z]) of ROWS x COLUMNS codes,
-    `shown`, from the least to the most variance per ink; and for MADE_OF of these, `made_of`, the decoded image,
-    average, std of each pixel, and the `heaviest` training digits with labels and `weights`.
-
-    Raises `UserError` where the variance may be quoted at fewer codes.
+    """Of the first seed: `decoded` and `average` E_q[x|z] of ROWS x COLUMNS codes, `shown`, from the least to the most
+    variance per ink; for MADE_OF of these, `made_of`, the decoded image, average, std of each pixel, and the `heaviest`
+    training digits with labels and `weights`. Raises `UserError` where the variance may be quoted at fewer codes.
     """
     order, z = ranked(at_prior, 0), torch.from_numpy(at_prior["z"][0]).to(x.device)
     if len(order) < ROWS * COLUMNS:
-        raise UserError(
-            f"Var q(x|z) can be trusted at {len(order)} of {len(z)} codes, and the picture needs "
-            f"{ROWS * COLUMNS}: draw more codes, or lower min_samples"
-        )
+        trusted = f"Var q(x|z) can be trusted at {len(order)} of {len(z)} codes"
+        raise UserError(f"{trusted}, and the picture needs {ROWS * COLUMNS}: draw more codes, or lower min_samples")
     shown = order[np.linspace(0, len(order) - 1, ROWS * COLUMNS).round().astype(int)]
     made_of = shown[np.linspace(0, len(shown) - 1, MADE_OF).round().astype(int)]
     codes, few = encode(vae, x), z[made_of]
@@ -104,21 +96,18 @@ def picture(vae: VAE, x: Tensor, labels: Tensor, at_prior: Mapping[str, np.ndarr
 
 @torch.no_grad()
 def plane(settings: Any, vae: VAE, x: Tensor, labels: Tensor) -> dict[str, Any]:
-    """A map of the first two dimensions of z, from -3 to 3, the others at 0.
-
-    On a grid of `plane` points per side, row 0 at the top: `plane_variance` per ink, `plane_samples`, `plane_trusted`
-    where these suffice, and `plane_labels`; besides, `plane_decoded`, MOSAIC x MOSAIC digits, uint8.
-    """
+    """A map of the first two dimensions of z, from -3 to 3, the others at 0: on a grid of `plane` points per side, row
+    0 at the top, `plane_variance` per ink, `plane_samples`, `plane_trusted` where these suffice, and `plane_labels`;
+    `plane_decoded`, MOSAIC x MOSAIC digits, uint8."""
     side = settings.plane
-    z = _grid(settings.code_dim, side, x.device)
+    z, mosaic = (_grid(settings.code_dim, points, x.device) for points in (side, MOSAIC))
     conditional = aggregate_posterior.conditional(z, encode(vae, x), x, labels, per_pixel=False)
-    mosaic = vae.p_x_given_z(_grid(settings.code_dim, MOSAIC, x.device))
     return {
         "plane_variance": (conditional.trace / conditional.mean.sum(1)).reshape(side, side),
         "plane_samples": conditional.ess.reshape(side, side),
         "plane_trusted": (conditional.ess >= settings.min_samples).reshape(side, side),
         "plane_labels": conditional.labels.reshape(side, side, -1).float(),
-        "plane_decoded": (square(mosaic) * 255).round().to(torch.uint8),
+        "plane_decoded": (square(vae.p_x_given_z(mosaic)) * 255).round().to(torch.uint8),
     }
 
 
@@ -126,20 +115,17 @@ def _grid(code_dim: int, side: int, device: torch.device) -> Tensor:
     """Centres of `side` x `side` cells of the square from -3 to 3, from the top left, as codes (side^2, D)."""
     edge = 3 * (1 - 1 / side)
     across = torch.linspace(-edge, edge, side, device=device)
-    down, right = torch.meshgrid(across.flip(0), across, indexing="ij")
     z = torch.zeros(side * side, code_dim, device=device)
-    z[:, 0], z[:, 1] = right.flatten(), down.flatten()
+    z[:, :2] = torch.cartesian_prod(across.flip(0), across).flip(1)
     return z
 
 
 @torch.no_grad()
 def error_split(settings: Any, vae: VAE, x: Tensor, held_out: Tensor, seed: int) -> dict[str, np.ndarray]:
     """The terms of equation (3) at M codes z ~ q(z): `error` its left side, `spread` tr Var_q[x|z], `gap`
-    |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes.
-
-    A better decoder cannot reduce all of the gap: `noise` tr Var_q[x|z] / (samples - 1) is about what the average of a
-    finite list misses of that of all possible images (the variance of a list of n is too small by 1 - 1/n).
-    `gap_held_out` and `noise_held_out` are the same with the list made of held-out images.
+    |mu(z) - E_q[x|z]|^2; `between`, the variance of E_q[x|z] over these codes; `noise` tr Var_q[x|z] / (samples - 1),
+    about what the average of a finite list misses of that of all possible images; `gap_held_out` and `noise_held_out`,
+    the same with the list made of held-out images.
     """
     codes = encode(vae, x)
     z = aggregate_codes(codes, settings.codes, seed)
@@ -163,7 +149,7 @@ def aggregate_codes(codes: Codes, count: int, seed: int) -> Tensor:
 
 
 def squared_error(mu: Tensor, z: Tensor, codes: Codes, x: Tensor) -> Tensor:
-    """E_q(x|z) |x - mu|^2 for each row of `mu` (M, P), by the weights of all N points: the left side of (3)."""
+    """The left side of (3) for each row of `mu` (M, P), by the weights of all N points: (M,)."""
     x = x.double()
     squares, errors = x.square().sum(1), []
     for mu_rows, z_rows in zip(mu.split(512), z.split(512), strict=True):
@@ -178,14 +164,15 @@ def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor,
 
     Frozen q, over those of M codes z ~ q(z) where the variance may be quoted: `floor` E tr Var_q[x|z] (S,), and
     `frozen_error` (S, decoders), the error of each decoder by (3). KL weight swept, (S, weights) each:
-    `swept_information` I_q(x;z) and `swept_rate`, the KL on held-out images, in nats; `swept_error`, their squared
-    error; `swept_variance`, E tr Var_q[x|z] over the codes where it may be quoted, times 1 / (1 - 1 / samples) because
-    the lists differ in length; `swept_reliable`, the share of these codes; `swept_width`, the mean edge width of the
-    decoded images of all M codes.
+    `swept_information` I_q(x;z) and `swept_rate`, the held-out KL, in nats; `swept_error`, squared, held out;
+    `swept_variance`, E tr Var_q[x|z] over codes where it may be quoted, times 1 / (1 - 1 / samples) because the lists
+    differ in length; `swept_reliable`, their share; `swept_width`, the mean edge width of decoded images of all codes.
     """
     rows: dict[str, list] = {name: [] for name in ("floor", "frozen_error", *SWEPT)}
     for vaes, decoders in zip(models.vaes, models.decoders, strict=True):
-        z, conditional, reliable = _at_aggregate_codes(settings, encode(vaes[MAIN].model, x), x, seed)
+        codes = encode(vaes[MAIN].model, x)
+        z = aggregate_codes(codes, settings.codes, seed)
+        conditional, _, reliable = _at_codes(settings, z, codes, x)
         means = (torch.sigmoid(trained.model(z.float())).double() for trained in decoders.values())
         gaps = [(mu - conditional.mean).square().sum(1) for mu in means]
         rows["floor"].append(conditional.trace[reliable].mean())
@@ -198,16 +185,10 @@ def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor,
     return {name: torch.stack(row) for name, row in rows.items()} | swept_over
 
 
-def _at_aggregate_codes(settings: Any, codes: Codes, x: Tensor, seed: int) -> tuple[Tensor, Conditional, Tensor]:
-    """M codes z ~ q(z), q(x|z) there, and where its variance may be quoted."""
-    z = aggregate_codes(codes, settings.codes, seed)
-    conditional = aggregate_posterior.conditional(z, codes, x, per_pixel=False)
-    return z, conditional, _reliable(settings, conditional, z, codes, x)[1]
-
-
 def _swept(settings: Any, vae: VAE, x: Tensor, held_out: Tensor, seed: int) -> dict[str, float]:
     codes = encode(vae, x)
-    z, conditional, reliable = _at_aggregate_codes(settings, codes, x, seed)
+    z = aggregate_codes(codes, settings.codes, seed)
+    conditional, _, reliable = _at_codes(settings, z, codes, x)
     generator = torch.Generator(x.device).manual_seed(seed)
     mean, log_std = vae.q_z_given_x(held_out)
     decoded = vae.p_x_given_z(likelihoods.sample_gaussian(mean, log_std, generator=generator))

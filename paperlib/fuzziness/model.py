@@ -27,10 +27,9 @@ MAIN, BERNOULLI = Variant(), Variant("bernoulli")
 
 
 class VAE(nn.Module):
-    """q(z|x) = N(mean(x), exp(2 log_std(x))) and p(x|z) = N(mu(z), sigma^2 I), pixels in [0, 1], mu(z) as well.
+    """q(z|x) = N(mean(x), exp(2 log_std(x))) and p(x|z) = N(mu(z), sigma^2 I), pixels and mu(z) in [0, 1].
 
-    Both networks are multilayer perceptrons with ReLU. sigma is one number for all pixels and codes, learned where it
-    is None. With the likelihood "bernoulli" p(x|z) are independent bits with mean mu(z), and sigma has no part.
+    sigma is one number, learned where it is None. With the likelihood "bernoulli" p(x|z) are bits of mean mu(z).
     """
 
     def __init__(self, pixels: int, settings: Any, likelihood: str = "gaussian") -> None:

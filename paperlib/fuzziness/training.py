@@ -44,10 +44,12 @@ def fit(settings: Any, x: Tensor, held_out: Tensor, directory: Path, seed: int) 
     weights = sorted({1.0, *settings.kl_weights})
     variants = [BERNOULLI, *(Variant(kl_weight=weight) for weight in weights)]
     vaes, decoders = [], []
-    for one in range(seed, seed + settings.seeds):
-        vaes.append({variant: fit_vae(settings, x, held_out, variant, directory, one) for variant in variants})
+    for this_seed in range(seed, seed + settings.seeds):
+        vaes.append({variant: fit_vae(settings, x, held_out, variant, directory, this_seed) for variant in variants})
         codes = encode(vaes[-1][MAIN].model, x)
-        decoders.append({units: fit_decoder(settings, x, codes, units, directory, one) for units in settings.decoders})
+        decoders.append(
+            {units: fit_decoder(settings, x, codes, units, directory, this_seed) for units in settings.decoders}
+        )
     return Models(vaes, decoders)
 
 

@@ -42,21 +42,15 @@ from paperlib.system import distributed
 
 @dataclass(frozen=True)
 class PixelCNNSettings:
-    """All that a network is built from; the defaults are the paper's for CIFAR-10. Raises `ValueError`.
+    """All that a network is built from; the defaults are the paper's for CIFAR-10. Raises `ValueError`."""
 
-    - `channels`: 1 or 3. `levels`: of grey, 2 or more. `mixtures`: logistics per pixel.
-    - `blocks`: gated blocks per resolution and pass, n above. `filters`: features of each stream.
-    - `dropout`: probability, within each block.
-    - `conditioning`: channels of h, 0 for none.
-    """
-
-    channels: int = 3
-    levels: int = 256
-    blocks: int = 5
-    filters: int = 160
-    mixtures: int = 10
-    dropout: float = 0.5
-    conditioning: int = 0
+    channels: int = 3  # 1 or 3
+    levels: int = 256  # of grey, 2 or more
+    blocks: int = 5  # per resolution and pass, n above
+    filters: int = 160  # features of each stream
+    mixtures: int = 10  # logistics per pixel
+    dropout: float = 0.5  # probability, within each block
+    conditioning: int = 0  # channels of h, 0 for none
 
     def __post_init__(self) -> None:
         mix_logistic_size(self.mixtures, self.channels)
@@ -69,34 +63,25 @@ class PixelCNNSettings:
 
 
 class PixelCNN(nn.Module):
-    """The network; see the module. `settings` is all it takes to build it again.
-
-    Parameters are drawn from torch's generator. Call `initialise` with a batch before training.
-    """
+    """The network. Parameters are drawn from torch's generator; call `initialise` with a batch before training."""
 
     def __init__(self, settings: PixelCNNSettings) -> None:
         super().__init__()
         self.settings, n, f = settings, settings.blocks, settings.filters
         pixel = settings.channels + 1  # a channel of ones tells the image from the padding
 
-        def vertical(short_cut: int) -> GatedBlock:
-            return GatedBlock(settings, DOWN, short_cut)
-
-        def horizontal(short_cut: int) -> GatedBlock:
-            return GatedBlock(settings, DOWN_RIGHT, short_cut)
+        def blocks(kernel: tuple[int, int], short_cut: int, counts: list[int]) -> nn.ModuleList:
+            return nn.ModuleList(
+                nn.ModuleList(GatedBlock(settings, kernel, short_cut) for _ in range(count)) for count in counts
+            )
 
         self.first_u = ShiftedConv(pixel, f, DOWN)
         self.first_above = ShiftedConv(pixel, f, (1, 3))
         self.first_left = ShiftedConv(pixel, f, (2, 1))
-        self.up_u, self.up_ul, self.down_u, self.down_ul = (
-            nn.ModuleList(nn.ModuleList(make(short_cut) for _ in range(count)) for count in counts)
-            for make, short_cut, counts in [
-                (vertical, 0, [n, n, n]),
-                (horizontal, 1, [n, n, n]),
-                (vertical, 1, [n + 1, n + 1, n]),
-                (horizontal, 2, [n + 1, n + 1, n]),
-            ]
-        )
+        self.up_u = blocks(DOWN, 0, [n, n, n])
+        self.up_ul = blocks(DOWN_RIGHT, 1, [n, n, n])
+        self.down_u = blocks(DOWN, 1, [n + 1, n + 1, n])
+        self.down_ul = blocks(DOWN_RIGHT, 2, [n + 1, n + 1, n])
         self.halve_u = nn.ModuleList(ShiftedConv(f, f, DOWN, stride=2) for _ in range(2))
         self.halve_ul = nn.ModuleList(ShiftedConv(f, f, DOWN_RIGHT, stride=2) for _ in range(2))
         self.double_u = nn.ModuleList(ShiftedUpsample(f, DOWN) for _ in range(2))
@@ -113,40 +98,38 @@ class PixelCNN(nn.Module):
         image = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         u = shift_down(self.first_u(image))
         ul = shift_down(self.first_above(image)) + shift_right(self.first_left(image))
-        us, uls = [], []  # the short-cuts, taken from the end
+        short_cuts = []  # taken from the end
         for level in range(3):
             if level:
                 u, ul = self.halve_u[level - 1](u), self.halve_ul[level - 1](ul)
-            us.append(u)
-            uls.append(ul)
+            short_cuts.append((u, ul))
             for block_u, block_ul in zip(self.up_u[level], self.up_ul[level], strict=True):
                 u = block_u(u, None, maps[level])
                 ul = block_ul(ul, u, maps[level])
-                us.append(u)
-                uls.append(ul)
-        u, ul = us.pop(), uls.pop()
+                short_cuts.append((u, ul))
+        short_cuts.pop()
         for level in (2, 1, 0):
             for block_u, block_ul in zip(self.down_u[level], self.down_ul[level], strict=True):
-                u = block_u(u, us.pop(), maps[level])
-                ul = block_ul(ul, torch.cat([u, uls.pop()], 1), maps[level])
+                from_u, from_ul = short_cuts.pop()
+                u = block_u(u, from_u, maps[level])
+                ul = block_ul(ul, torch.cat([u, from_ul], 1), maps[level])
             if level:
                 u, ul = self.double_u[level - 1](u), self.double_ul[level - 1](ul)
         return self.last(F.elu(ul))
 
 
 def log_prob(network: nn.Module, x: Tensor, h: Tensor | None = None, seen: Tensor | float = 1.0) -> Tensor:
-    """log p(x | h) in nats, (B,), for images (B, C, H, W) in [-1, 1]; `network` may be compiled, and sees `seen` x."""
+    """log p(x | h) in nats, (B,), for images (B, C, H, W) in [-1, 1]; `network`, perhaps compiled, reads seen * x."""
     return discretized_mix_logistic_log_prob(x, network(seen * x, h), levels=network.settings.levels)
 
 
 @torch.no_grad()
 def initialise(network: PixelCNN, x: Tensor, h: Tensor | None = None) -> None:
-    """Set every scale and bias so that, on this batch, each layer's output has mean 0 and std 1.
+    """Set every scale and bias so that, on this batch, each layer's output has mean 0 and std 1, 0.1 before the gates.
 
-    (0.1 before the gates, so that blocks start near the identity.) The layers are set one after another in one forward
-    pass, each seeing inputs that are already set. Channels that do not vary over the batch keep their scale. Dropout
-    acts or not as the network's mode says. `network` is the plain one, before compiling; x and h are as in `forward`.
-    Raises `ValueError` for no images and where an output is not finite; the network is then as it was.
+    Layers are set in turn in one forward pass of the network, in the mode that it is in, before it is compiled.
+    Channels that do not vary keep their scale. Raises `ValueError` for no images and where an output is not finite;
+    the network is then as it was.
     """
     if not len(x):
         raise ValueError("initialisation on no images")
@@ -175,9 +158,7 @@ def initialise(network: PixelCNN, x: Tensor, h: Tensor | None = None) -> None:
             hook.remove()
 
 
-# Kernels, as rows x columns.
-DOWN = (2, 3)
-DOWN_RIGHT = (2, 2)
+DOWN, DOWN_RIGHT = (2, 3), (2, 2)  # kernels, rows x columns
 
 
 class GatedBlock(nn.Module):
@@ -228,19 +209,15 @@ class _WeightNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape[out_dim]))
 
     def weight(self) -> Tensor:
-        shape = [1] * 4
-        shape[self.out_dim] = -1
         others = [k for k in range(4) if k != self.out_dim]
         norm = self.direction.square().sum(others, keepdim=True).sqrt()
-        return self.direction * (self.scale.view(shape) / norm)
+        return self.direction * (self.scale.view(norm.shape) / norm)
 
 
 class ShiftedConv(_WeightNorm):
     """Convolution of which the output stands at the kernel's last row and, if its width is even or 1, last column."""
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: tuple[int, int], *, stride: int = 1, gain: float = 1.0
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1, gain: float = 1.0) -> None:
         super().__init__((outputs, inputs, *kernel), 0, gain)
         rows, columns = kernel
         right = (columns - 1) // 2
@@ -259,8 +236,7 @@ class ShiftedUpsample(_WeightNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         whole = F.conv_transpose2d(x, self.weight(), self.bias, stride=2, output_padding=1)
-        rows, columns = 2 * x.shape[2], 2 * x.shape[3]
-        return whole[:, :, :rows, self.left : self.left + columns]
+        return whole[:, :, : 2 * x.shape[2], self.left : self.left + 2 * x.shape[3]]
 
 
 def conditioning_maps(settings: PixelCNNSettings, shape: torch.Size, h: Tensor | None) -> list[Tensor | None]:

@@ -6,13 +6,5 @@ from paperlib.pixelvae.experiment import conclude, continue_chain, fit, load_ima
 from paperlib.runs.run import save_figure
 
 __all__ = [
-    "conclude",
-    "continue_chain",
-    "figures",
-    "fit",
-    "load_images",
-    "measure",
-    "save_figure",
-    "start",
-    "table",
-]
+    "conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure", "start", "table",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,53 +105,53 @@ CLAIMS = {
 
 def quantities(arrays: Arrays) -> dict[str, Quantities]:
     """What each claim is judged by."""
+    mean, kernel = partial(_mean, arrays), partial(_kernel, arrays)
     right = dict(zip(PROBES, arrays["probe_right"], strict=True))
+    bound = _row(arrays, "bits_per_dim", "elbo") + _row(arrays, "kl", "elbo") / _nats_per_bit(arrays)
     return {
-        "P1": _elbo_ignores_z(arrays),
-        "P2": {
-            "shuffle_gap": _mean(arrays, "shuffle_gap", "none"),
-            "shuffle_gap_scratch": _mean(arrays, "shuffle_gap", "none-scratch"),
-            "kl": _mean(arrays, "kl", "none"),
+        "P1": {
+            "kl": mean("kl", "elbo"),
+            "shuffle_gap": mean("shuffle_gap", "elbo"),
+            "kl_scratch": mean("kl", "elbo-scratch"),
+            "shuffle_gap_scratch": mean("shuffle_gap", "elbo-scratch"),
+            "negative_elbo": intervals.mean_interval(bound, "bits/dim"),
+            "unconditional": mean("bits_per_dim", "unconditional", "bits/dim"),
         },
-        "P3": _chain_against_prior(arrays),
+        "P2": {
+            "shuffle_gap": mean("shuffle_gap", "none"),
+            "shuffle_gap_scratch": mean("shuffle_gap", "none-scratch"),
+            "kl": mean("kl", "none"),
+        },
+        "P3": {
+            "prior": kernel("none: prior"),
+            "chain": kernel("none: chain"),
+            "q_z": kernel("none: q(z)"),
+            "noise_to_data": Estimate.from_row(arrays["noise_to_data_classifier"]),
+            "fitted_gaussian": kernel("none: Gaussian"),
+            "fitted_mixture": kernel("none: mixture"),
+            "held_out_photographs": kernel("held-out photographs"),
+        },
         "P4": _gradual_chain(arrays),
         "P5": {
             "above_random": intervals.accuracy_gain(right["none"], right["random encoder"]),
             "above_components": intervals.accuracy_gain(right["none"], right["components"]),
             **{name: Estimate(float(right[name].mean())) for name in ("none", "elbo", "mmd", "pixels")},
         },
-        "P6": _mmd_has_both(arrays),
+        "P6": {
+            "shuffle_gap": mean("shuffle_gap", "mmd"),
+            "shuffle_gap_none": mean("shuffle_gap", "none"),
+            "prior": kernel("mmd: prior"),
+            "q_z": kernel("mmd: q(z)"),
+            "energy": Estimate.from_row(arrays["energy"][CODED.index("mmd")]),
+            "energy_none": Estimate.from_row(arrays["energy"][CODED.index("none")]),
+        },
         "P7": {name: Estimate(float(arrays[name])) for name in ("pixels_that_differ", "worst_parameter")},
         "D1": {
-            "shuffle_gap": _mean(arrays, "shuffle_gap", "linear"),
-            "shuffle_gap_conv": _mean(arrays, "shuffle_gap", "none"),
+            "shuffle_gap": mean("shuffle_gap", "linear"),
+            "shuffle_gap_conv": mean("shuffle_gap", "none"),
             "probe_gain": intervals.accuracy_gain(right["linear"], right["none"]),
         },
         "G1": _glasses(arrays),
-    }
-
-
-def _elbo_ignores_z(arrays: Arrays) -> Quantities:
-    bound = _row(arrays, "bits_per_dim", "elbo") + _row(arrays, "kl", "elbo") / _nats_per_bit(arrays)
-    return {
-        "kl": _mean(arrays, "kl", "elbo"),
-        "shuffle_gap": _mean(arrays, "shuffle_gap", "elbo"),
-        "kl_scratch": _mean(arrays, "kl", "elbo-scratch"),
-        "shuffle_gap_scratch": _mean(arrays, "shuffle_gap", "elbo-scratch"),
-        "negative_elbo": intervals.mean_interval(bound, "bits/dim"),
-        "unconditional": _mean(arrays, "bits_per_dim", "unconditional", "bits/dim"),
-    }
-
-
-def _chain_against_prior(arrays: Arrays) -> Quantities:
-    return {
-        "prior": _kernel(arrays, "none: prior"),
-        "chain": _kernel(arrays, "none: chain"),
-        "q_z": _kernel(arrays, "none: q(z)"),
-        "noise_to_data": Estimate.from_row(arrays["noise_to_data_classifier"]),
-        "fitted_gaussian": _kernel(arrays, "none: Gaussian"),
-        "fitted_mixture": _kernel(arrays, "none: mixture"),
-        "held_out_photographs": _kernel(arrays, "held-out photographs"),
     }
 
 
@@ -164,17 +165,6 @@ def _gradual_chain(arrays: Arrays) -> Quantities:
         "similarity": intervals.ratio(neighbours, scale),
         "after_60_steps": Estimate.from_row(none[LAGS.index(60)]),
         "similarity_elbo": intervals.ratio(Estimate.from_row(elbo[LAGS.index(1)]), scale),
-    }
-
-
-def _mmd_has_both(arrays: Arrays) -> Quantities:
-    return {
-        "shuffle_gap": _mean(arrays, "shuffle_gap", "mmd"),
-        "shuffle_gap_none": _mean(arrays, "shuffle_gap", "none"),
-        "prior": _kernel(arrays, "mmd: prior"),
-        "q_z": _kernel(arrays, "mmd: q(z)"),
-        "energy": Estimate.from_row(arrays["energy"][CODED.index("mmd")]),
-        "energy_none": Estimate.from_row(arrays["energy"][CODED.index("none")]),
     }
 
 
@@ -242,11 +232,8 @@ def _terms(arrays: Arrays) -> dict[str, dict[str, Any]]:
 
 
 def table(arrays: Arrays) -> Any:
-    """The terms of each model on held-out images, as a table (a pandas data frame).
-
-    `reconstruction` -E log p(x|z) in bits/dim, no bound on -log p(x) where z is learned without the KL; `bound`, with
-    the KL added (empty for the class, which is no draw from a prior); in nats per image `KL`, `shuffle gap`, `I_q`.
-    """
+    """A pandas data frame of each model's terms on held-out images: `reconstruction` -E log p(x|z) in bits/dim;
+    `bound`, with the KL added (empty for the class, no draw from a prior); in nats `KL`, `shuffle gap`, `I_q`."""
     import pandas
 
     terms = pandas.DataFrame(_terms(arrays)).T

@@ -1,13 +1,10 @@
 """A PixelVAE on CIFAR-10: what a decoder that can do everything does to z, and sampling by a Markov chain.
 
-Seen from the encoder, p(x|z) approximates q(x|z). A PixelCNN++ could be q(x|z) whatever the encoder is, and so could be
-p(x) while z says nothing: with the KL in the objective nothing is gained by using z, without it everything is (claims
-E5, P1, P2). What is given up is p(z): q(z) is then no N(0, I), and decoding draws from the prior fails (P3). But
+The ELBO against its reconstruction term alone, and sampling by a Markov chain in place of the prior:
 
     (4)  z ~ q(z|x),  x' ~ p(x|z)
 
-is a Markov chain that leaves p(x) as it is wherever p(x|z) = q(x|z) (claim E6), so it can be run in place of the prior
-(numbered as in the notebook).
+It leaves p(x) invariant where p(x|z) = q(x|z) (claim E6).
 """
 
 from collections.abc import Mapping
@@ -27,7 +24,7 @@ from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.recorded import load_recorded_arrays
 from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "04_cifar_pixelvae"
@@ -100,69 +97,22 @@ class Settings:
             raise ValueError(f"chain_steps is {self.chain_steps}, but the largest lag is {max(LAGS)}")
 
 
-_cpu = Settings(
-    dataset="cifar10",
-    code_dim=16,
-    encoder_channels=(64, 128, 256),
-    encoder_units=256,
-    code_channels=16,
-    filters=24,
-    mixtures=5,
-    pretrain_steps=6000,
-    finetune_steps=2000,
-    ablation_steps=1500,
-    batch_size=16,
-    learning_rate=1e-3,
-    ema=0.999,
-    compile=True,
-    evaluations=20,
-    evaluation_images=250,
-    measured_images=5000,
-    classifier_steps=4500,
-    classifier_width=128,
-    chains=200,
-    draws=1000,
-)
-_gpu = replace(
-    _cpu,
-    blocks=3,
-    filters=72,
-    mixtures=10,
-    code_channels=32,
-    dropout=0.05,
-    pretrain_steps=10_000,
-    finetune_steps=4500,
-    batch_size=256,
-    precision="bfloat16",
-    evaluation_images=2000,
-    chains=500,
-    draws=2000,
-)
-PRESETS = {
-    "smoke": Settings(),
-    "cpu": _cpu,
-    "gpu": _gpu,
-    "paper": replace(
-        _gpu,
-        encoder_units=512,
-        code_dim=2,
-        min_std=0.01,
-        blocks=5,
-        filters=120,
-        mixtures=8,
-        dropout=0.5,
-        mmd_weight=1e5,
-        pretrain_steps=0,
-        input_dropout=0.0,
-        finetune_steps=200_000,
-        ablation_steps=200_000,
-        batch_size=64,
-        schedule="exponential",
-        decay=0.999995,
-        betas=(0.95, 0.9995),
-        ema=0.9995,
-    ),
-}
+_cpu_network = {"code_dim": 16, "code_channels": 16, "filters": 24, "mixtures": 5, "compile": True}
+_cpu_network |= {"encoder_channels": (64, 128, 256), "encoder_units": 256}
+_cpu_training = {"pretrain_steps": 6000, "finetune_steps": 2000, "ablation_steps": 1500, "batch_size": 16}
+_cpu_training |= {"learning_rate": 1e-3, "ema": 0.999, "evaluations": 20, "evaluation_images": 250}
+_cpu_sizes = {"measured_images": 5000, "classifier_steps": 4500, "classifier_width": 128, "chains": 200, "draws": 1000}
+_cpu = Settings("cifar10", **_cpu_network, **_cpu_training, **_cpu_sizes)
+
+_gpu_network = {"blocks": 3, "filters": 72, "mixtures": 10, "code_channels": 32, "dropout": 0.05}
+_gpu_training = {"pretrain_steps": 10_000, "finetune_steps": 4500, "batch_size": 256, "precision": "bfloat16"}
+_gpu = replace(_cpu, **_gpu_network, **_gpu_training, evaluation_images=2000, chains=500, draws=2000)
+
+_paper_network = {"encoder_units": 512, "code_dim": 2, "min_std": 0.01, "blocks": 5, "filters": 120, "mixtures": 8}
+_paper_training = {"pretrain_steps": 0, "finetune_steps": 200_000, "ablation_steps": 200_000, "batch_size": 64}
+_paper_training |= {"dropout": 0.5, "input_dropout": 0.0, "mmd_weight": 1e5, "schedule": "exponential"}
+_paper_training |= {"decay": 0.999995, "betas": (0.95, 0.9995), "ema": 0.9995}
+PRESETS = {"smoke": Settings(), "cpu": _cpu, "gpu": _gpu, "paper": replace(_gpu, **_paper_network, **_paper_training)}
 
 
 def load_images(run: Run) -> Images:
@@ -173,17 +123,12 @@ def load_images(run: Run) -> Images:
 def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded model `none` alone."""
     if run.weights == "recorded":
-        vae = build(run.settings, images).eval()
-        vae.load_state_dict(load_recorded_weights(run))
-        return {"none": train.Trained(vae, [], 0, 0.0, "recorded", {}, [])}
+        return {"none": recorded.load_model(run, build(run.settings, images))}
     return training.fit(run.settings, images, run.directory, run.seed)
 
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
-    """All that the figures and claims need, written to the run's `arrays.npz` and returned.
-
-    With recorded weights, the arrays that were recorded with them. Estimates are rows of value, low, high.
-    """
+    """All that figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are."""
     if run.weights == "recorded":
         return load_recorded_arrays(run)
     settings, seed = run.settings, run.seed

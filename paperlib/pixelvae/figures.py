@@ -1,6 +1,5 @@
 """The figures of notebook 04, drawn from the arrays of a run alone (`measurements` says what they are)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,9 +7,7 @@ import numpy as np
 from paperlib.pixelvae.measurements import LAGS, PROBES, SETS
 from paperlib.pixelvae.training import CODED, PRETRAINING, VARIANTS
 from paperlib.runs import plotting
-from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, RED, show_pictures
-
-Arrays = Mapping[str, np.ndarray]
+from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, RED, Arrays, show_curve, show_pictures
 
 
 def chain(arrays: Arrays) -> Any:
@@ -22,17 +19,9 @@ def chain(arrays: Arrays) -> Any:
     return figure
 
 
-STYLES = {
-    PRETRAINING: (GREY, "-"),
-    "none": (BLUE, "-"),
-    "elbo": (RED, "-"),
-    "mmd": (GREEN, "-"),
-    "none-scratch": (BLUE, ":"),
-    "elbo-scratch": (RED, ":"),
-    "unconditional": ("black", "--"),
-    "label": (ORANGE, "--"),
-    "linear": (plotting.PALETTE[9], "-"),
-}
+STYLES = {PRETRAINING: (GREY, "-"), "none": (BLUE, "-"), "elbo": (RED, "-"), "mmd": (GREEN, "-")}
+STYLES |= {"none-scratch": (BLUE, ":"), "elbo-scratch": (RED, ":"), "unconditional": ("black", "--")}
+STYLES |= {"label": (ORANGE, "--"), "linear": (plotting.PALETTE[9], "-")}
 
 
 def training(arrays: Arrays) -> Any:
@@ -49,7 +38,7 @@ def training(arrays: Arrays) -> Any:
         right.axhline(limit, color="black", linewidth=0.6, linestyle=":")
     right.axhline(0, color="black", linewidth=0.6)
     right.set(ylabel="nats per image")
-    right.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    right.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
@@ -72,48 +61,30 @@ def _show_histories(axis: Any, arrays: Arrays) -> None:
     final = [history[-1, 2] for history in histories.values()]
     axis.set_ylim(min(final) - 0.05, max(final) + 0.6)
     axis.set(xlabel="steps", ylabel=r"$-E \log p(x|z)$ (bits/dim, held out)")
-    axis.legend(frameon=False, ncols=3, fontsize=7, loc="upper right")
+    axis.legend(ncols=3, fontsize=7, loc="upper right")
     inset.tick_params(labelsize=6)
 
 
 def ways_to_draw(arrays: Arrays) -> Any:
     """P3: images decoded from codes of several distributions, the same model; photographs beside them."""
-    titles = {
-        "held-out photographs": "photographs",
-        "none: q(z)": "z ~ q(z), from photographs",
-        "none: prior": "z ~ N(0, I)",
-        "none: Gaussian": "z ~ Gaussian fitted to q(z)",
-        "none: mixture": "z ~ mixture fitted to q(z)",
-        "none: chain": "the chain from noise, last states",
-    }
-    return _panels(arrays, titles)
+    titles = {"held-out photographs": "photographs", "none: q(z)": "z ~ q(z), from photographs"}
+    titles |= {"none: prior": "z ~ N(0, I)", "none: Gaussian": "z ~ Gaussian fitted to q(z)"}
+    titles |= {"none: mixture": "z ~ mixture fitted to q(z)", "none: chain": "the chain from noise, last states"}
+    return plotting.panels(arrays, titles, 3, 8, height=2.3)
 
 
 def regularised(arrays: Arrays) -> Any:
     """P6: the same with an MMD between q(z) and N(0, I), and under the ELBO."""
     titles = {"mmd: q(z)": "MMD: z ~ q(z)", "mmd: prior": "MMD: z ~ N(0, I)", "elbo: prior": "ELBO: z ~ N(0, I)"}
-    return _panels(arrays, titles)
-
-
-def _panels(arrays: Arrays, titles: Mapping[str, str]) -> Any:
-    rows = len(titles) // 3
-    figure, axes = plotting.new(3, rows, height=1.15 * rows)
-    for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
-        show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], 8, title)
-    return figure
+    return plotting.panels(arrays, titles, 3, 8, height=1.15)
 
 
 def distances(arrays: Arrays) -> Any:
     """P3, P6: squared kernel distance of each way of drawing to held-out photographs, on two kinds of features."""
-    figure, axes = plotting.new(2, height=4.0, sharey=True)
-    places = np.arange(len(SETS))[::-1]
     models = {"none": BLUE, "elbo": RED, "mmd": GREEN}
-    colours = [models.get(name.split(":")[0], "black") for name in SETS]
-    for axis, kind, what in zip(axes, ("classifier", "random"), ("classifier", "random network"), strict=True):
-        plotting.show_estimates(axis, places, arrays[f"kernel_{kind}"], colours)
-        axis.set(xlabel="squared kernel distance", title=f"features of a {what}")
-    axes[0].set_yticks(places, SETS)
-    return figure
+    colours = {name: models.get(name.split(":")[0], "black") for name in SETS}
+    titles = {"classifier": "features of a classifier", "random": "features of a random network"}
+    return plotting.kernel_distances(arrays, titles, colours, height=4.0)
 
 
 def memory(arrays: Arrays) -> Any:
@@ -122,9 +93,7 @@ def memory(arrays: Arrays) -> Any:
     views = {"pixels": "pixels", "classifier": "features of a classifier"}
     for axis, (view, words) in zip(axes, views.items(), strict=True):
         for model, colour in (("none", BLUE), ("elbo", RED)):
-            values, lows, highs = arrays[f"similarity_{model}_{view}"].T
-            ends = values - lows, highs - values
-            axis.errorbar(LAGS, values, ends, fmt="o-", ms=3, color=colour, label=model, lw=1)
+            show_curve(axis, LAGS, arrays[f"similarity_{model}_{view}"], colour, model)
             value = arrays[f"decodes_{model}_{view}"][0]
             axis.axhline(value, color=colour, linestyle=":", linewidth=1, label=f"{model}: two decodes of one z")
         axis.axhline(0, color="black", linewidth=0.6)
@@ -132,7 +101,7 @@ def memory(arrays: Arrays) -> Any:
         axis.set_xticks(LAGS, LAGS)
         axis.minorticks_off()
     axes[0].set_ylabel("autocorrelation")
-    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside lower center", ncols=4)
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
     return figure
 
 

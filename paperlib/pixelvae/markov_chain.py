@@ -22,9 +22,8 @@ class Decoder:
 
     def __init__(self, vae: PixelVAE, images: Images, batch: int) -> None:
         _, side, _ = images.shape
-        self.vae, self.images = vae, images
+        self.vae, self.images, self.batch = vae, images, batch
         self.sampler = Sampler(vae.decoder, batch, side, side)
-        self.batch = batch
 
     @torch.no_grad()
     def __call__(self, z: Tensor, generator: torch.Generator) -> Tensor:
@@ -41,10 +40,7 @@ class Decoder:
 def markov_chain(
     vae: PixelVAE, images: Images, start: Tensor, steps: int, generator: torch.Generator, name: str = "chain"
 ) -> Tensor:
-    """The chain from N images at once: all states, uint8 (steps + 1, N, S, S, C).
-
-    `start` (N, S, S, C) is uint8, noise (`noise_images`) or pictures, and the first state; `name` that of the bar.
-    """
+    """The chain from N images at once, uint8 `start` (N, S, S, C): this and all others, (steps + 1, N, S, S, C)."""
     decode = Decoder(vae, images, len(start))
     states = [start.cpu()]
     for _ in tqdm(range(steps), desc=name, leave=False):
@@ -57,5 +53,4 @@ def markov_chain(
 def noise_images(images: Images, count: int, generator: torch.Generator) -> Tensor:
     """Images of independent uniform grey levels, uint8 (count, S, S, C)."""
     shape = (count, *images.train.shape[1:])
-    pixels = torch.randint(images.dataset.levels, shape, generator=generator, device=generator.device)
-    return pixels.to(torch.uint8)
+    return torch.randint(images.dataset.levels, shape, generator=generator, device=generator.device).to(torch.uint8)

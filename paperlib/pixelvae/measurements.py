@@ -36,24 +36,13 @@ LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where s
 CHAINED = ("none", "elbo")  # models whose chains are run
 PROBES = ("pixels", "components", "random encoder", *CODED)
 SETS = (
-    "training photographs",
-    "held-out photographs",
-    "blurred",
-    "patches shuffled",
-    "none: q(z)",
-    "none: prior",
-    "none: Gaussian",
-    "none: mixture",
-    "none: chain",
-    "none: chain from data",
-    "elbo: q(z)",
-    "elbo: prior",
-    "elbo: chain",
-    "elbo: chain from data",
-    "mmd: q(z)",
-    "mmd: prior",
-)
-TOGETHER = {name: len(LATE) if "chain" in name else 1 for name in SETS}  # images in a row that are of one chain
+    "training photographs", "held-out photographs", "blurred", "patches shuffled",
+    "none: q(z)", "none: prior", "none: Gaussian", "none: mixture", "none: chain", "none: chain from data",
+    "elbo: q(z)", "elbo: prior", "elbo: chain", "elbo: chain from data",
+    "mmd: q(z)", "mmd: prior",
+)  # fmt: skip
+# Of the jackknife: the late states of one chain stand in a row and are one group.
+GROUP_SIZE = {name: len(LATE) if "chain" in name else 1 for name in SETS}
 
 
 # Terms and codes
@@ -66,9 +55,7 @@ def histories(trained: Mapping[str, train.Trained]) -> Arrays:
 
 
 def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """The objective's terms on held-out images, each (models, n): `bits_per_dim` of the reconstruction term, `kl` and
-    `shuffle_gap` in nats per image, nan where no code is learned; all models see the same noise.
-    """
+    """What `evaluate` says of held-out images, (models, n) each; nan where no code is learned. Same noise for all."""
     n = settings.measured_images
     pictures, labels = images.held_out[:n], images.held_out_labels[:n]
     table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
@@ -81,11 +68,9 @@ def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
 
 
 def codes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """How much the encoder tells and how far q(z) is from p(z), a row for each model of `CODED`.
-
-    `information` I_q(x;z) in nats over the training images, with `information_ceiling` log N; `energy`, the energy
-    distance of q(z) on held-out images to N(0, I) and, in the last row, of N(0, I) to itself from as many draws;
-    `mean_spread` and `std`, root mean squares of the means' std over images and of std(x).
+    """For each of `CODED`: `information` I_q(x;z) in nats over training images, at most `information_ceiling`, log N;
+    `energy`, the energy distance of q(z) on held-out images to N(0, I), with a last row for N(0, I) to itself from as
+    many draws; `mean_spread` and `std`, root mean squares of the means' std over images and of std(x).
     """
     n, device = settings.measured_images, images.device
     table: dict[str, list] = {"information": [], "energy": [], "mean_spread": [], "std": []}
@@ -140,31 +125,20 @@ def probes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
 
 
 def extractors(settings: Any, images: Images, directory: Path, seed: int) -> Extractors:
-    """The two kinds of features between which kernel distances are taken: a random network's, and those of a
-    classifier, trained into the folder `classifier` below `directory`.
-    """
+    """Features for kernel distances: a random network's, and a classifier's, trained into a folder of `directory`."""
     dataset, device = images.dataset, images.device
-    classifier = features.fit_classifier(
-        dataset,
-        directory / "classifier",
-        width=settings.classifier_width,
-        steps=settings.classifier_steps,
-        batch_size=64,
-        seed=seed,
-        device=device,
-        provenance=describe_code(),
-    ).model
+    size = {"width": settings.classifier_width, "steps": settings.classifier_steps, "batch_size": 64}
+    options = {"seed": seed, "device": device, "provenance": describe_code()}
+    classifier = features.fit_classifier(dataset, directory / "classifier", **size, **options).model
     networks = {"classifier": classifier, "random": features.RandomNetwork(0, images.shape[0]).to(device)}
     return {kind: features.extractor(one, dataset.train.images, dataset.levels) for kind, one in networks.items()}
 
 
 def samples(settings: Any, images: Images, models: Models, extract: Extractors, seed: int) -> dict[str, Any]:
-    """Images drawn in every way, with their kernel distances to photographs and the chains' memory.
+    """Images drawn in every way, `draws` of each of SETS, of a chain the LATE states of `chains`.
 
-    - `shown_<set>` (40, S, S, C): the first images of each of SETS, of chains the last states.
-    - all that `_distances` returns, and for each model of CHAINED what `_chain_arrays` does.
-
-    A set is `draws` images; of a chain it is the LATE states of `chains`.
+    `shown_<set>` (40, S, S, C), the first images, of chains the last states; and the arrays of `_distances`, and of
+    `_chain_arrays` for each model of CHAINED.
     """
     mixed = torch.randperm(len(images.held_out), generator=stream(seed, 12)).to(images.device)
     sources, reference = images.held_out[mixed[: settings.draws]], images.held_out[mixed[settings.draws :]]
@@ -184,10 +158,11 @@ def samples(settings: Any, images: Images, models: Models, extract: Extractors, 
             steps, begins = settings.chain_steps, sources[: settings.chains]
             from_noise = markov_chain(vae, images, noise, steps, generator, f"{name} from noise")
             from_data = markov_chain(vae, images, begins, steps, generator, f"{name} from data")
-            drawn[f"{name}: chain"], drawn[f"{name}: chain from data"] = _late(from_noise), _late(from_data)
+            for kind, states in (("chain", from_noise), ("chain from data", from_data)):
+                drawn[f"{name}: {kind}"] = states[list(LATE)].transpose(0, 1).flatten(0, 1)  # chain by chain
             pair = drawn[f"{name}: q(z)"], decode(z, generator)
             arrays |= _chain_arrays(name, from_noise, from_data, pair, extract["classifier"])
-    shown = {f"shown_{name}": drawn[name][TOGETHER[name] - 1 :: TOGETHER[name]][:40] for name in SETS}
+    shown = {f"shown_{name}": drawn[name][GROUP_SIZE[name] - 1 :: GROUP_SIZE[name]][:40] for name in SETS}
     return arrays | _distances(drawn, reference, extract) | shown
 
 
@@ -206,11 +181,9 @@ def _photographs(images: Images, sources: Tensor, seed: int) -> dict[str, Tensor
 def _chain_arrays(
     name: str, from_noise: Tensor, from_data: Tensor, pair: tuple[Tensor, Tensor], classifier: features.Extractor
 ) -> dict[str, Any]:
-    """The chains of one model, from noise and from photographs, and its `pair` of decodes of the same codes:
-
-    - `chain_<model>` (steps + 1, S, S, C), the first chain from noise; `many_<model>` (36, S, S, C), last states.
-    - `similarity_<model>_<pixels or classifier>` (LAGS, 3): autocorrelation of the chains from photographs.
-    - `decodes_<model>_<pixels or classifier>` (3,): correlation of the pair; `shown_decodes_<model>` (2, 10, S, S, C).
+    """`chain_<model>` (steps + 1, S, S, C), the first chain from noise; `many_<model>` (36, S, S, C), last states;
+    `similarity_<model>_<pixels or classifier>` (LAGS, 3), autocorrelation of chains from photographs; of a `pair` of
+    decodes of the same codes, `decodes_<...>` (3,), their correlation, and `shown_decodes_<model>` (2, 10, S, S, C).
     """
     arrays: dict[str, Any] = {
         f"chain_{name}": from_noise[:, 0],
@@ -231,17 +204,11 @@ def _distances(drawn: Mapping[str, Tensor], reference: Tensor, extract: Extracto
     arrays: dict[str, Any] = {}
     for kind, features_of in extract.items():
         points, kept = {name: features_of(drawn[name]) for name in SETS}, features_of(reference)
-        arrays[f"kernel_{kind}"] = rows(
-            two_sample.kernel_distance(points[name], kept, together=(TOGETHER[name], 1)) for name in SETS
-        )
+        to_kept = (two_sample.kernel_distance(points[name], kept, together=(GROUP_SIZE[name], 1)) for name in SETS)
+        arrays[f"kernel_{kind}"] = rows(to_kept)
         ends = points["none: chain"], points["none: chain from data"]
         arrays[f"noise_to_data_{kind}"] = two_sample.kernel_distance(*ends, together=(len(LATE), len(LATE))).row
     return arrays
-
-
-def _late(states: Tensor) -> Tensor:
-    """The LATE states of chains (steps + 1, N, S, S, C), those of one chain in a row: (N len(LATE), S, S, C)."""
-    return states[list(LATE)].transpose(0, 1).flatten(0, 1)
 
 
 def blurred(pictures: Tensor) -> Tensor:
@@ -276,11 +243,9 @@ def fitted(z: Tensor, count: int, seed: int) -> dict[str, Tensor]:
 
 
 def glasses(settings: Any, images: Images, label: PixelVAE, seed: int) -> dict[str, Any]:
-    """The class as a frozen feature (claim G1): what the best factored Gaussian of each class loses on held-out images.
-
-    `gaussian_nats` (n,) -log p of the Gaussian of the image's class, each grey level a bin; `gaussian_mean`,
-    `gaussian_sample` (10, S, S, C) of each class; `glasses_sample` (10, 4, S, S, C) draws of the PixelCNN++ given the
-    class; `glasses_photograph` (10, S, S, C) training images.
+    """G1: `gaussian_nats` (n,), -log p of held-out images under the Gaussian of their class, each grey level a bin; of
+    each class `gaussian_mean`, `gaussian_sample` and `glasses_photograph`, a training image, (10, S, S, C), and
+    `glasses_sample` (10, 4, S, S, C), draws of the PixelCNN++.
     """
     n, top = settings.measured_images, images.dataset.levels - 1
     classes = [images.train[images.labels == k] for k in range(images.classes)]
@@ -305,12 +270,10 @@ def glasses(settings: Any, images: Images, label: PixelVAE, seed: int) -> dict[s
 
 
 def exactness(images: Images, vae: PixelVAE, seed: int) -> Arrays:
-    """Claim P7 on the trained decoder, two codes: `pixels_that_differ` between images of the incremental sampler and of
-    one full pass per pixel, in float64; `worst_parameter`, greatest difference of parameters in float32, relative where
-    a parameter is above 1.
+    """P7 for two codes: `pixels_that_differ` between images of the incremental sampler and of full passes, in float64;
+    `worst_parameter`, greatest difference of parameters in float32, relative where one is above 1.
     """
-    device = images.device
-    x = images.to_float(images.held_out[:2])
+    device, x = images.device, images.to_float(images.held_out[:2])
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # TF32 has ten bits, also of float32
         h = vae.h(sampled(vae, images, images.held_out[:2], stream(seed, 9, device)))
         expected = vae.decoder(x, h)
@@ -319,8 +282,7 @@ def exactness(images: Images, vae: PixelVAE, seed: int) -> Arrays:
     error = ((given - expected).abs() / expected.abs().clamp(min=1)).max()
 
     network, h = copy.deepcopy(vae.decoder).double(), h.double()
-    sizes = shape, network.settings.mixtures, network.settings.channels
-    generator = stream(seed, 10, device)
-    noise = likelihoods.mix_logistic_noise(*sizes, generator=generator, dtype=torch.float64, device=device)
+    sizes, options = network.settings, {"generator": stream(seed, 10, device), "dtype": torch.float64, "device": device}
+    noise = likelihoods.mix_logistic_noise(shape, sizes.mixtures, sizes.channels, **options)
     differ = Sampler(network, *shape).draw(h, noise=noise) != draw_by_full_passes(network, noise, h)
     return {"pixels_that_differ": np.array(int(differ.any(1).sum())), "worst_parameter": np.array(error.item())}

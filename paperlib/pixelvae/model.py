@@ -31,8 +31,7 @@ class Terms(NamedTuple):
 class PixelVAE(nn.Module):
     """q(z|x) and p(x|z), see the module; images (B, C, S, S) in [-1, 1] with S a multiple of 8.
 
-    Encoders: "conv", "linear", "label" (z is the class of the image, one-hot, not learned) and "nothing" (no z: an
-    unconditional PixelCNN++).
+    Encoders: "conv", "linear", "label" (z is the class, one-hot, not learned), "nothing" (an unconditional PixelCNN++).
     """
 
     def __init__(self, settings: Any, channels: int, side: int, levels: int, classes: int, encoder: str) -> None:
@@ -46,17 +45,9 @@ class PixelVAE(nn.Module):
             self.encoder = _convolutions(channels, side, settings.encoder_channels, settings.encoder_units, outputs)
         if self.code_dim:
             self.expand = _deconvolutions(self.code_dim, side, settings.code_channels)
-        self.decoder = PixelCNN(
-            PixelCNNSettings(
-                channels=channels,
-                levels=levels,
-                blocks=settings.blocks,
-                filters=settings.filters,
-                mixtures=settings.mixtures,
-                dropout=settings.dropout,
-                conditioning=settings.code_channels if self.code_dim else 0,
-            )
-        )
+        sizes = {name: getattr(settings, name) for name in ("blocks", "filters", "mixtures", "dropout")}
+        sizes["conditioning"] = settings.code_channels if self.code_dim else 0
+        self.decoder = PixelCNN(PixelCNNSettings(channels, levels, **sizes))
         _keep_std(self)
 
     @property

@@ -6,10 +6,9 @@ All objectives have the reconstruction term; what they add is an entry of `OBJEC
                                         R = 0                             "none"
                                         R = lambda MMD^2(q(z), N(0, I))   "mmd"
 
-Only "elbo" with beta = 1 is a lower bound of log p(x). One model is pretrained without regulariser, and the `VARIANTS`
-are fine-tuned from its weights, each on what (2) says and nothing else. Against posterior collapse the decoder sees, in
-the first half of pretraining, no pixel of a falling share of the images (as Bowman et al. 2016, arXiv 1511.06349, do
-with words): for these, all must come from z; and std(x) begins near `min_std`.
+Only "elbo" with beta = 1 is a lower bound of log p(x). The `VARIANTS` are fine-tuned from one model that is pretrained
+without regulariser. Against posterior collapse the decoder sees no pixel of a share of the images, falling to 0 at half
+of pretraining (Bowman et al. 2016, arXiv 1511.06349, do so with words), and std(x) begins near `min_std`.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from paperlib.stats.two_sample import gaussian_mmd
 from paperlib.system import distributed, files
 from paperlib.system.devices import oom_as_user_error
 
-# What each objective adds to the reconstruction term, equation (2): nats per image, of mean, log_std and z, (B, D).
+# R of (2), nats per image, of mean, log_std and z, (B, D).
 OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "elbo": lambda settings, mean, log_std, z: settings.kl_weight * likelihoods.gaussian_kl(mean, log_std).mean(),
     "none": lambda settings, mean, log_std, z: z.new_zeros(()),
@@ -44,6 +43,7 @@ class Variant(NamedTuple):
     scratch: bool = False
 
 
+Weights = Mapping[str, Tensor] | None  # of a pretrained model
 PRETRAINING = "pretraining"
 VARIANTS = {
     "none": Variant(),
@@ -60,19 +60,15 @@ ABLATIONS = ("label", "linear")
 
 
 def fit(settings: Any, images: Images, directory: Path, seed: int) -> dict[str, train.Trained]:
-    """Pretrain, then train every one of `VARIANTS`, or continue, each in a folder of its name below `directory`.
+    """Train or continue `PRETRAINING`, where it has steps, and all `VARIANTS`, in folders below `directory`; by name.
 
-    By name; the pretrained model, as `PRETRAINING`, where that has steps. Raises `UserError` as `train.fit`, and where
-    `start_from` names no model.
+    Raises `UserError` as `train.fit`, and where `start_from` names no model.
     """
-    pretrained, trained = None, {}
-    if settings.start_from:
-        pretrained = train.load_weights(files.runs_root() / settings.start_from)
-    if settings.pretrain_steps:
-        trained[PRETRAINING] = fit_variant(
-            settings, images, PRETRAINING, Variant(), settings.pretrain_steps, directory, seed, pretrained
-        )
-        pretrained = trained[PRETRAINING].model.state_dict()
+    pretrained = train.load_weights(files.runs_root() / settings.start_from) if settings.start_from else None
+    trained = {}
+    if steps := settings.pretrain_steps:
+        first = fit_variant(settings, images, PRETRAINING, Variant(), steps, directory, seed, pretrained)
+        trained[PRETRAINING], pretrained = first, first.model.state_dict()
     for name, variant in VARIANTS.items():
         if variant.scratch and pretrained is None:  # nothing to do without
             trained[name] = trained[name.removesuffix("-scratch")]
@@ -90,7 +86,7 @@ def fit_variant(
     steps: int,
     directory: Path,
     seed: int,
-    pretrained: Mapping[str, Tensor] | None = None,
+    pretrained: Weights = None,
 ) -> train.Trained:
     """Train one model, into the folder `name` below `directory`, from the weights of `pretrained` that match it.
 
@@ -105,24 +101,14 @@ def fit_variant(
         measured = evaluate(vae, images, images.held_out[:n], images.held_out_labels[:n])
         return {key: float(value.mean()) for key, value in measured.items()}
 
-    return train.fit(
-        _initial(settings, images, variant, seed, pretrained),
-        _loss(settings, OBJECTIVES[variant.objective], settings.input_dropout if name == PRETRAINING else 0.0),
-        batch,
-        len(images.train),
-        _recipe(settings, steps, "constant" if name == PRETRAINING else settings.schedule),
-        directory / name,
-        seed=seed,
-        device=images.device,
-        evaluate=evaluated,
-        provenance=describe_code(),
-        name=name,
-    )
+    schedule, input_dropout = ("constant", settings.input_dropout) if name == PRETRAINING else (settings.schedule, 0.0)
+    vae, recipe = _initial(settings, images, variant, seed, pretrained), _recipe(settings, steps, schedule)
+    loss = _loss(settings, OBJECTIVES[variant.objective], input_dropout)
+    options = {"seed": seed, "device": images.device, "provenance": describe_code(), "name": name}
+    return train.fit(vae, loss, batch, len(images.train), recipe, directory / name, evaluate=evaluated, **options)
 
 
-def _initial(
-    settings: Any, images: Images, variant: Variant, seed: int, pretrained: Mapping[str, Tensor] | None
-) -> PixelVAE:
+def _initial(settings: Any, images: Images, variant: Variant, seed: int, pretrained: Weights) -> PixelVAE:
     """The model that a training starts with: matching weights of `pretrained`, or new ones set by a first batch."""
     torch.manual_seed(seed)
     vae = build(settings, images, variant.encoder)
@@ -150,28 +136,15 @@ def load_matching_weights(vae: PixelVAE, weights: Mapping[str, Tensor]) -> None:
 
 
 def _recipe(settings: Any, steps: int, schedule: str) -> train.Recipe:
-    return train.Recipe(
-        steps,
-        settings.batch_size,
-        settings.learning_rate,
-        schedule=schedule,
-        decay=settings.decay,
-        warmup=min(200, steps // 5),
-        betas=settings.betas,
-        ema=settings.ema,
-        precision=settings.precision,
-        clip_norm=settings.clip_norm,
-        evaluate_every=max(1, steps // settings.evaluations),
-        compile=settings.compile,
-    )
+    same = ("batch_size", "learning_rate", "decay", "betas", "ema", "precision", "clip_norm", "compile")
+    taken, every = {name: getattr(settings, name) for name in same}, max(1, steps // settings.evaluations)
+    return train.Recipe(steps, **taken, schedule=schedule, warmup=min(200, steps // 5), evaluate_every=every)
 
 
 def _loss(settings: Any, objective: Callable[..., Tensor], input_dropout: float) -> train.Loss:
     """-L of (2) in nats per image; `input_dropout` is the share of images not seen, falling to 0 at half the steps."""
 
-    def loss(
-        vae: nn.Module, batch: tuple[Tensor, Tensor], progress: train.Progress
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(vae: nn.Module, batch: Any, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batch
         hidden = input_dropout * max(0.0, 1 - 2 * progress.fraction)
         seen = distributed.rand((len(x), 1, 1, 1), device=x.device) >= hidden
@@ -189,10 +162,8 @@ def _loss(settings: Any, objective: Callable[..., Tensor], input_dropout: float)
 
 @torch.no_grad()
 def evaluate(vae: PixelVAE, images: Images, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Each (N,), for uint8 images `pictures`: `bits_per_dim` of the reconstruction term, and where z is learned `kl`
-    and `shuffle_gap`, equation (3): log p(x|z) - log p(x|z'), both in nats.
-
-    z ~ q(z|x) from torch's generator; z' is that of the next image, the last one's the first.
+    """Each (N,), for uint8 images `pictures`: `bits_per_dim` of the reconstruction term, and where z is learned,
+    in nats, `kl` and (3) `shuffle_gap` log p(x|z) - log p(x|z'), z' that of the next image, the last one's the first.
     """
     log_p, shuffled, kl = [], [], []
     for rows in torch.arange(len(pictures), device=pictures.device).split(BATCH):

@@ -67,9 +67,8 @@ def _figures(one: Recorded) -> list[dict[str, str]]:
     for name, caption in captions(one.notebook).items():
         path = files.figures_root() / one.preset / f"{name}.png"
         if path.exists():
-            png = base64.b64encode(path.read_bytes()).decode()
             alt = re.sub(r"[$\\{}]", "", caption) or name
-            figures.append({"png": png, "alt": alt, "caption": markdown(caption)})
+            figures.append({"png": _base64(path), "alt": alt, "caption": markdown(caption)})
     return figures
 
 
@@ -141,10 +140,13 @@ def _with_pictures(text: str, folder: Path) -> str:
     """Pictures of Markdown, embedded."""
 
     def embedded(match: re.Match) -> str:
-        picture = base64.b64encode((folder / match.group(2)).read_bytes()).decode()
-        return f"![{match.group(1)}](data:image/png;base64,{picture})"
+        return f"{match.group(1)}(data:image/png;base64,{_base64(folder / match.group(2))})"
 
-    return re.sub(r"!\[([^\]]*)\]\(([^)]+\.png)\)", embedded, text)
+    return re.sub(r"(!\[[^\]]*\])\(([^)]+\.png)\)", embedded, text)
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _title(notebook: str) -> str:

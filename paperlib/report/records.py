@@ -4,10 +4,11 @@ Nothing is trained: the quantities that judge a claim are computed from the reco
 (those of notebook 01, which trains nothing, from scratch).
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from paperlib.experiments import EXPERIMENTS
 from paperlib.runs.claims import Verdicts, judge, measured_text, verdict_text
@@ -40,7 +41,6 @@ class Recorded:
         return (trained or self.provenance["seconds"]) / 60
 
     def command(self) -> str:
-        """What repeats the run."""
         return f"make reproduce PRESET={self.preset} ONLY={self.notebook[:2]}"
 
     def origin(self) -> str:
@@ -93,10 +93,7 @@ def differences(one: Recorded) -> list[str]:
 
 def agree(a: Estimate, b: Estimate) -> bool:
     """Whether two estimates are the same but for rounding, ends of their intervals included."""
-    return all(
-        math.isclose(x, y, rel_tol=AGREES, abs_tol=1e-9) or (math.isnan(x) and math.isnan(y))
-        for x, y in zip(a.row, b.row, strict=True)
-    )
+    return np.allclose(a.row, b.row, rtol=AGREES, atol=1e-9, equal_nan=True)
 
 
 def show(only_list: bool = False) -> int:
@@ -110,7 +107,7 @@ def show(only_list: bool = False) -> int:
     if only_list:
         return 0
     wrong = [text for one in every for text in differences(one)]
-    count = sum(len(entry["measured"]) for *_, entry in rows(every))
+    count = sum(len(entry["measured"]) for one in every for entry in one.claims.values())
     print(*wrong, sep="\n")
     print(f"{count} numbers computed again from {len(every)} records: {len(wrong) or 'none'} differ")
     return int(bool(wrong))

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,12 @@ def notebook_block(notebook: str) -> str:
     if recorded is None:
         return "Nothing is recorded for this notebook yet."
     headline, caption = recorded.experiment.headline
-    picture = os.path.relpath(files.figures_root() / recorded.preset / f"{headline}.png", files.NOTEBOOKS)
-    return "\n\n".join(
-        [
-            f"**Recorded** ({recorded.origin()}):",
-            f"![{caption}]({Path(picture).as_posix()})",
-            f"*{caption}*",
-            recorded.claims._repr_markdown_(),
-            "Outputs below are those of a run under `smoke` and show that the cells work. *What was seen* is about the "
-            "recorded run, whose figures stand below the captions.",
-        ]
+    picture = _picture(recorded, headline)
+    return (
+        f"**Recorded** ({recorded.origin()}):\n\n![{caption}]({picture})\n\n*{caption}*\n\n"
+        f"{recorded.claims._repr_markdown_()}\n\n"
+        "Outputs below are those of a run under `smoke` and show that the cells work. *What was seen* is about the "
+        "recorded run, whose figures stand below the captions."
     )
 
 
@@ -57,22 +53,28 @@ def with_recorded_figure(source: str, name: str, notebook: str) -> str:
     recorded, source = best(notebook), _BELOW.sub("", source)
     if recorded is None:
         return source
-    path = os.path.relpath(files.figures_root() / recorded.preset / f"{name}.png", files.NOTEBOOKS)
-    picture = f"![{name}, recorded]({Path(path).as_posix()})"
-    if name == recorded.experiment.headline[0]:
-        picture = "the figure at the top."
+    at_top = name == recorded.experiment.headline[0]
+    picture = "the figure at the top." if at_top else f"![{name}, recorded]({_picture(recorded, name)})"
     caption, gap, rest = source.partition("\n\n")
     return f"{caption}\n\nAs recorded under `{recorded.preset}`: {picture}{gap}{rest}"
+
+
+def _picture(recorded: records.Recorded, name: str) -> str:
+    """The path of a recorded figure as seen from a notebook."""
+    return Path(os.path.relpath(files.figures_root() / recorded.preset / f"{name}.png", files.NOTEBOOKS)).as_posix()
 
 
 def readme_block() -> str:
     """The table of all claims with what was measured, at most three numbers each, in Markdown."""
     every = [one for one in map(best, EXPERIMENTS) if one is not None]
-    rows = [_readme_row(one, key) for one in every for key in one.claims]
-    held: dict[bool, list[bool]] = {True: [], False: []}  # by whether the claim is exact
+    rows, held = [], {True: [], False: []}  # what holds, by whether the claim is exact
     for one in every:
+        where = f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb), `{one.preset}`"
         for key, entry in one.claims.items():
-            held[one.experiment.claims[key].exact].append(bool(entry["holds"]))
+            claim = one.experiment.claims[key]
+            measured = measured_text(entry, claim.shows)
+            rows.append((f"**{key}** {entry['statement']}", measured, verdict_text(entry), where))
+            held[claim.exact].append(bool(entry["holds"]))
     exact, empirical = held[True], held[False]
     count = (
         f"Of {len(exact)} claims that are mathematics {sum(exact)} hold, of {len(empirical)} empirical ones "
@@ -80,16 +82,6 @@ def readme_block() -> str:
     )
     table = markdown_table(("claim", "measured", "verdict", "notebook, preset"), rows)
     return "\n\n".join([count, table, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in every)])
-
-
-def _readme_row(one: records.Recorded, key: str) -> tuple[str, str, str, str]:
-    entry = one.claims[key]
-    return (
-        f"**{key}** {entry['statement']}",
-        measured_text(entry, one.experiment.claims[key].shows),
-        verdict_text(entry),
-        f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb), `{one.preset}`",
-    )
 
 
 def speed_block() -> str:
@@ -149,7 +141,7 @@ def _table(name: str) -> dict[str, Any]:
     return files.load_json(files.results_root() / "benchmarks" / f"{name}-cpu.json")
 
 
-def texts() -> Iterable[tuple[Path, str, str]]:
+def texts() -> Iterator[tuple[Path, str, str]]:
     """Every file with a block, as (path, its text now, its text with the block rewritten)."""
     readme = files.ROOT / "README.md"
     text = readme.read_text()

@@ -27,7 +27,13 @@ def write(directory: Path, content: dict[str, Any]) -> None:
     """
     last = directory / "last.pt"
     with atomic_write(last) as partial:
-        _save(partial, content)
+        with partial.open("wb") as file:
+            try:
+                torch.save({"format": FORMAT, **content}, file)
+            except RuntimeError as error:  # torch hides that the disk is full
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         if last.exists():
             os.replace(last, directory / "previous.pt")
 
@@ -67,17 +73,6 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a state dict."""
     return {key: tuple(value.shape) for key, value in weights.items() if torch.is_tensor(value)}
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    """Write one file. A full disk is an `OSError`, which `atomic_write` explains."""
-    with path.open("wb") as file:
-        try:
-            torch.save({"format": FORMAT, **content}, file)
-        except RuntimeError as error:  # torch hides the reason
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
 
 
 def _load(path: Path) -> dict[str, Any] | None:

@@ -53,19 +53,15 @@ class Verdicts(dict):
     """
 
     def _repr_markdown_(self) -> str:
-        return markdown_table(
-            ("claim", "statement", "expected", "measured", "verdict"),
-            (
-                (key, entry["statement"], entry["expected"], measured_text(entry), verdict_text(entry))
-                for key, entry in self.items()
-            ),
-        )
+        header = ("claim", "statement", "expected", "measured", "verdict")
+        texts = {key: (e["statement"], e["expected"], measured_text(e), verdict_text(e)) for key, e in self.items()}
+        return markdown_table(header, [(key, *cells) for key, cells in texts.items()])
 
     def __repr__(self) -> str:
         return "\n".join(f"{key}: {verdict_text(entry)} ({measured_text(entry)})" for key, entry in self.items())
 
     def decided(self) -> dict[str, str]:
-        """The verdict of each claim alone, without the numbers that led to it."""
+        """The verdict of each claim alone."""
         return {key: verdict_text(entry) for key, entry in self.items()}
 
     def summary(self) -> str:

@@ -21,7 +21,7 @@ class Experiment:
     - `presets`: settings, one frozen dataclass for all, by name; `datasets` those that the setting `dataset` may name.
     - `claims`: by key, see `Claim`.
     - `recompute(run)`: the numbers that decide each claim, by claim and name, from what is recorded for `run`.
-    - `fit(run)`: train all models of a run without its notebook, by name; None for a chapter that trains nothing.
+    - `fit(run)`: train all models of a run without its notebook, by name; None where there is no such command (01, 02).
     """
 
     notebook: str

@@ -3,24 +3,18 @@
 seaborn and matplotlib are imported on use, since a test or a training needs neither.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+Arrays = Mapping[str, np.ndarray]
+
 WIDTH = 7.0  # inches: one column of a notebook or a paper
 
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "figure.dpi": 100,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-}
+STYLE = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
+STYLE |= dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
+STYLE |= {"legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 150, "figure.constrained_layout.use": True}
 # seaborn's "colorblind" palette: blue, orange, green, vermilion, purple, brown, pink, grey, yellow, sky blue
 PALETTE = (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc",
@@ -59,18 +53,38 @@ def show_images(axis: Any, images: np.ndarray, columns: int, *, high: float = 1.
         spine.set_visible(False)
 
 
-def show_pictures(
-    axis: Any, arrays: Mapping[str, np.ndarray], images: np.ndarray, columns: int, title: str = ""
-) -> None:
+def show_pictures(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, title: str = "") -> None:
     """`show_images` for (N, H, W, C), with the last of the data set's grey levels, `arrays["levels"]`, as white."""
     images = images[..., 0] if images.shape[-1] == 1 else images
     show_images(axis, images, columns, high=float(arrays["levels"]) - 1)
     axis.set_title(title)
 
 
-def show_estimates(axis: Any, places: np.ndarray, estimates: np.ndarray, colours: Sequence[str]) -> None:
-    """Draw each row of `estimates` (n, 3), value, low and high, as a dot on a bar at its height in `places`."""
-    for place, (value, low, high), colour in zip(places, estimates, colours, strict=True):
-        axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
-        axis.plot(value, place, "o", color=colour, markersize=4)
-    axis.axvline(0, color="black", linewidth=0.6)
+def panels(arrays: Arrays, titles: Mapping[str, str], across: int, columns: int, *, height: float) -> Any:
+    """A panel for each of `titles`, `across` to a row, with 24 images of `shown_<name>`, `columns` to a row of it."""
+    figure, axes = new(across, len(titles) // across, height=height)
+    for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
+        show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], columns, title)
+    return figure
+
+
+def kernel_distances(arrays: Arrays, titles: Mapping[str, str], colours: Mapping[str, str], *, height: float) -> Any:
+    """Squared kernel distances to held-out photographs: for each kind in `titles` the rows value, low and high of
+    `kernel_<kind>` (sets, 3), each as a dot on a bar; `colours` by the sets' names."""
+    figure, axes = new(len(titles), height=height, sharey=True)
+    places = np.arange(len(colours))[::-1]
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for place, (value, low, high), colour in zip(places, arrays[f"kernel_{kind}"], colours.values(), strict=True):
+            axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
+            axis.plot(value, place, "o", color=colour, markersize=4)
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set(xlabel="squared kernel distance", title=title)
+    axes[0].set_yticks(places, list(colours))
+    return figure
+
+
+def show_curve(axis: Any, places: Any, estimates: np.ndarray, colour: str, label: str | None = None) -> None:
+    """Draw the rows of `estimates` (n, 3), value, low and high, as dots with bars, joined by a line."""
+    values, lows, highs = estimates.T
+    bars = [values - lows, highs - values]
+    axis.errorbar(places, values, bars, fmt="o-", markersize=3, color=colour, linewidth=1, label=label)

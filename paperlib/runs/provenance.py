@@ -31,8 +31,15 @@ def describe_device(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a number may depend on, as really installed."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Versions of Python and of the packages that a number may depend on; "not installed" for one that is absent."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _git(*words: str) -> str:

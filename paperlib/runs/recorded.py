@@ -28,7 +28,7 @@ def conclude(
     trained: Mapping[str, Trained],
     kept: torch.nn.Module,
 ) -> Verdicts:
-    """`run.finish` for a run that trains, after writing the weights of `kept`, the model or models to be recorded."""
+    """`run.finish` for a run that trains, after writing the weights of `kept`, the model to be recorded."""
     if run.weights == "train":
         save_weights(run, kept.state_dict())
     trainings = {
@@ -39,10 +39,10 @@ def conclude(
 
 
 def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
-    """Write `weights.safetensors`: float32 in half precision, settings and seed in its header."""
+    """Write `weights.safetensors`: floating-point tensors in half precision, settings and seed in its header."""
     from safetensors.torch import save_file
 
-    half = {k: (v.half() if v.dtype == torch.float32 else v).contiguous().cpu() for k, v in state.items()}
+    half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
     header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True), "seed": str(run.seed)}
     with files.atomic_write(run.directory / "weights.safetensors") as file:
         save_file(half, file, metadata=header)
@@ -58,7 +58,7 @@ def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
 
 
 def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The weights recorded for this notebook and preset, half precision widened.
+    """The weights recorded for this notebook and preset, in float32.
 
     Raises `UserError` where none are recorded, or of other settings or another seed, or the file is damaged.
     """
@@ -70,7 +70,13 @@ def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
-    return {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load_model(run: Run, model: torch.nn.Module) -> Trained:
+    """`model` with the weights recorded for this notebook and preset. Raises as `load_recorded_weights` does."""
+    model.load_state_dict(load_recorded_weights(run))
+    return Trained(model.eval(), [], 0, 0.0, "recorded", {}, [])
 
 
 def _recorded(run: Run, name: str) -> Path:

@@ -9,7 +9,7 @@ A run writes to `runs/<notebook>/<preset>-<hash of settings and seed>/`:
 | `<content-name>.png` | the figures |
 | `metrics.json` | claims with verdicts, and further numbers |
 | `run.json` | provenance; written last, so a run that has one is finished |
-| `weights.safetensors` | the headline model in half precision |
+| `weights.safetensors` | the models to be recorded, in half precision |
 """
 
 import dataclasses
@@ -115,8 +115,7 @@ def finish(
 ) -> Verdicts:
     """Judge the claims by the quantities `measured`, write `metrics.json` and then `run.json`; the verdicts.
 
-    `numbers` holds whatever else is worth keeping, `data` the description of the data set, `trainings` those of
-    `provenance.describe_training`.
+    `numbers` holds whatever else is worth keeping, `data` describes the data set, `trainings` each training by name.
     """
     verdicts = decide(run.preset, claims, measured)
     files.write_json(run.directory / "metrics.json", {"claims": verdicts, "numbers": dict(numbers or {})})

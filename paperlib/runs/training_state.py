@@ -119,10 +119,7 @@ def result(training: Training) -> Trained:
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
-    """The weights of the training in `directory`, finished or not, as `train.fit` would return them now.
-
-    Raises `UserError` where there is no whole checkpoint.
-    """
+    """The weights that `train.fit` would return now for `directory`; `UserError` without a whole checkpoint there."""
     saved = checkpoints.read(directory)
     if saved is None:
         raise UserError(f"there is no checkpoint in {directory} to start from")

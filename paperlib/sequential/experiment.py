@@ -21,7 +21,7 @@ from paperlib.runs import presets, recorded, train
 from paperlib.runs.claims import Verdicts
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import option
-from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights
+from paperlib.runs.recorded import load_model, load_recorded_arrays
 from paperlib.runs.run import Run, save_arrays
 from paperlib.sequential import measurements, training
 from paperlib.sequential.claims import CLAIMS, quantities, summary
@@ -244,7 +244,7 @@ def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     if run.weights == "train":
         return training.fit(run.settings, images, run.directory, run.seed)
     models = nn.ModuleDict({name: build(run.settings, images.shape, name) for name in KEPT}).to(run.device).eval()
-    models.load_state_dict(load_recorded_weights(run))
+    load_model(run, models)
     return {name: train.Trained(vae, [], 0, 0.0, "recorded", {}, []) for name, vae in models.items()}
 
 

@@ -76,7 +76,7 @@ def reconstructions(arrays: Arrays) -> Any:
     error.set_ylabel("held-out squared error\nper dimension")
     for name, colour, label in (("lost", RED, "another image's code"), ("lost_without", GREY, "trained without")):
         values = rows(numbers[name])
-        _interval_line(lost, steps[-len(values) :], values, colour, label)
+        plotting.show_curve(lost, steps[-len(values) :], values, colour, label)
     lost.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     lost.set_ylabel("share of the step's gain\nthat is lost")
     lost.set_ylim(0, None)
@@ -87,15 +87,8 @@ def reconstructions(arrays: Arrays) -> Any:
         axis.set_xlabel("step t")
         axis.set_xticks(steps)
     for axis in (error, lost):
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(fontsize=7)
     return figure
-
-
-def _interval_line(axis: Any, places: np.ndarray, estimates: np.ndarray, colour: str, label: str = "") -> None:
-    """Values with 95 % intervals, rows of value, low and high, joined by a line."""
-    values, lows, highs = estimates.T
-    bars = [values - lows, highs - values]
-    axis.errorbar(places, values, bars, fmt="o-", markersize=3, color=colour, linewidth=1, label=label or None)
 
 
 def swapped(arrays: Arrays) -> Any:
@@ -114,16 +107,9 @@ def swapped(arrays: Arrays) -> Any:
 
 def models(arrays: Arrays) -> Any:
     """S2 to S4: samples of the three models, means of the last step, beside photographs."""
-    figure, axes = plotting.new(2, 2, height=5.6)
-    titles = {
-        "training photographs": "photographs",
-        "sequential": "sequential",
-        "one_step": "one-step baseline",
-        "infusion": "infusion (last mean)",
-    }
-    for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
-        show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], 6, title)
-    return figure
+    titles = {"training photographs": "photographs", "sequential": "sequential"}
+    titles |= {"one_step": "one-step baseline", "infusion": "infusion (last mean)"}
+    return plotting.panels(arrays, titles, 2, 6, height=5.6)
 
 
 def infusion(arrays: Arrays) -> Any:
@@ -146,7 +132,7 @@ def sharpness(arrays: Arrays) -> Any:
         (edges, "edge", "edge width of samples (pixels)"),
         (distance, "spectral", "distance of log spectra (nats)"),
     ):
-        _interval_line(axis, steps, arrays[f"{name}_sequential"], BLUE)
+        plotting.show_curve(axis, steps, arrays[f"{name}_sequential"], BLUE)
         for model, (colour, title) in lines.items():
             value, low, high = arrays[f"{name}_{model}"]
             axis.axhline(value, color=colour, linestyle="--", linewidth=1)
@@ -165,7 +151,7 @@ def sharpness(arrays: Arrays) -> Any:
     spectra.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
     _plain_ticks(spectra, "x", ONE_TWO_FIVE)
     _plain_ticks(spectra, "y", ONE_TWO_FIVE)
-    spectra.legend(frameon=False, fontsize=7)
+    spectra.legend(fontsize=7)
     return figure
 
 
@@ -192,19 +178,15 @@ def nearest(arrays: Arrays) -> Any:
                 label=name.replace("one_step", "one-step").replace("_", " "),
             )
         axis.set(xlabel=f"RMS difference to the nearest, {view}", ylabel="share of images")
-    axes[1, 0].legend(frameon=False, fontsize=7, handlelength=1, loc="upper left", borderpad=0)
+    axes[1, 0].legend(fontsize=7, handlelength=1, loc="upper left", borderpad=0)
     return figure
 
 
 def distances(arrays: Arrays) -> Any:
     """S4: squared kernel distance of each set to held-out photographs, on two kinds of features."""
-    figure, axes = plotting.new(2, height=3.2, sharey=True)
-    places = np.arange(len(SETS))[::-1]
-    for axis, kind in zip(axes, KINDS, strict=True):
-        plotting.show_estimates(axis, places, arrays[f"kernel_{kind}"], [BLUE] * len(SETS))
-        axis.set(xlabel="squared kernel distance", title=f"features: {kind}{' network' * (kind == 'random')}")
-    axes[0].set_yticks(places, [name.replace("one_step", "one-step") for name in SETS])
-    return figure
+    titles = {kind: f"features: {kind}{' network' * (kind == 'random')}" for kind in KINDS}
+    colours = {name.replace("one_step", "one-step"): BLUE for name in SETS}
+    return plotting.kernel_distances(arrays, titles, colours, height=3.2)
 
 
 def training(arrays: Arrays) -> Any:
@@ -220,7 +202,7 @@ def training(arrays: Arrays) -> Any:
             rate.plot(steps, kl, color=colours[name], label=name.replace("_", "-"), linewidth=1.2)
     figure.supylabel("watched, held out (nats per dimension)", fontsize=9)
     rate.set(xlabel="training steps", ylabel="KL (nats per image)", title="rate, held out")
-    rate.legend(frameon=False, fontsize=7)
+    rate.legend(fontsize=7)
     return figure
 
 

@@ -29,7 +29,7 @@ def mean_interval(values: Points, unit: str = "") -> Estimate:
 
 
 def interval_over_seeds(values: Points | Sequence[float], unit: str = "") -> Estimate:
-    """The mean of one number per seed, with Student's 95 % interval over further seeds. Raises as above."""
+    """The mean of one number per seed, with Student's 95 % interval over further seeds. Raises as `mean_interval`."""
     return _around_mean(values, unit)
 
 

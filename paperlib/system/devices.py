@@ -94,8 +94,7 @@ def interrupt_deferred() -> Iterator[list[int]]:
         print("stopping after this step (again: at once, unsaved)", file=sys.stderr)
 
     before = signal.getsignal(signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or before in (signal.SIG_IGN, None):
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield asked
         return
     signal.signal(signal.SIGINT, note)
@@ -110,9 +109,8 @@ def progress_bar(name: str, step: int, steps: int, hidden: bool = False) -> Iter
     """A bar on stderr, from `step` to `steps`; TQDM_DISABLE=1 hides it.
 
     Yields `show(step, elapsed, numbers, force=False)`, to be called after each step, with `elapsed` in seconds and a
-    function `numbers` that returns floats by name, "loss" among them. Where the variable PAPERLIB_PROGRESS names a file
-    that file is replaced in place of a bar, at most once a second, with JSON for another process to draw. `hidden`
-    turns off both.
+    function `numbers` that returns floats by name, "loss" among them. Where PAPERLIB_PROGRESS names a file, that is
+    replaced in place of a bar, at most once a second, with JSON for another process to draw. `hidden` turns off both.
     """
     target = os.environ.get("PAPERLIB_PROGRESS")
     partial = Path(f"{target}.{os.getpid()}.partial")

@@ -1,14 +1,7 @@
 """Where things lie, as absolute paths, and how a file gets there whole or not at all.
 
-The folders below can be moved by an environment variable. A relative value counts from the repository, never from
-the working directory, because papermill, nbval and JupyterLab each start a notebook in another one.
-
-| function | default | variable |
-| --- | --- | --- |
-| `data_root` | `data/` | `PAPERLIB_DATA` |
-| `runs_root` | `runs/` | `PAPERLIB_RUNS` |
-| `results_root` | `results/` | `PAPERLIB_RESULTS` |
-| `figures_root` | `figures/` | `PAPERLIB_FIGURES` |
+The roots below can be moved by an environment variable. A relative value counts from the repository, never from the
+working directory, because papermill, nbval and JupyterLab each start a notebook in another one.
 """
 
 import errno
@@ -17,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +41,10 @@ def _root(variable: str, default: str) -> Path:
     return (ROOT / Path(os.environ.get(variable) or default).expanduser()).resolve()
 
 
-def data_root() -> Path:
-    return _root("PAPERLIB_DATA", "data")
-
-
-def runs_root() -> Path:
-    return _root("PAPERLIB_RUNS", "runs")
-
-
-def results_root() -> Path:
-    return _root("PAPERLIB_RESULTS", "results")
-
-
-def figures_root() -> Path:
-    return _root("PAPERLIB_FIGURES", "figures")
+data_root = partial(_root, "PAPERLIB_DATA", "data")
+runs_root = partial(_root, "PAPERLIB_RUNS", "runs")
+results_root = partial(_root, "PAPERLIB_RESULTS", "results")
+figures_root = partial(_root, "PAPERLIB_FIGURES", "figures")
 
 
 def make_folder(path: Path) -> Path:
