@@ -106,7 +106,7 @@ _cpu_training |= {"learning_rate": 1e-3, "ema": 0.999, "evaluations": 20, "evalu
 _cpu_sizes = {"measured_images": 5000, "classifier_steps": 4500, "classifier_width": 128, "chains": 200, "draws": 1000}
 _cpu = Settings("cifar10", **_cpu_network, **_cpu_training, **_cpu_sizes)
 
-_gpu_network = {"blocks": 3, "filters": 70, "mixtures": 10, "dropout": 0.05}
+_gpu_network = {"blocks": 3, "filters": 69, "mixtures": 10, "dropout": 0.05}
 _gpu_training = {"pretrain_steps": 10_000, "finetune_steps": 4500, "batch_size": 256, "precision": "bfloat16"}
 _gpu = replace(_cpu, **_gpu_network, **_gpu_training, evaluation_images=2000, chains=500, draws=2000)
 
