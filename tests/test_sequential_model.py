@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paperlib.data import datasets
 from paperlib.data.device_images import Images
-from paperlib.runs import train
+from paperlib.runs import recorded, train
 from paperlib.sequential import experiment, model, training
 from paperlib.sequential.model import build, chain, draw, no_latent_links, pixel_codes, swap, take_step
 from paperlib.sequential.networks import Size, StepNetwork
 from paperlib.sequential.prior import FittedPrior, gaussian_gap, moments
+from paperlib.system.errors import UserError
 
 TINY = experiment.Settings(
     chain_steps=3,
@@ -419,6 +420,19 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
             assert torch.equal(value, resumed.model.state_dict()[key]), key
         assert (whole.model.log_weight != 0) == (rates is not None)
         assert all(prior.batches == 4 for prior in whole.model.priors)
+
+
+def test_a_lost_training_starts_from_the_weights_that_were_secured(tmp_path):
+    images = tiny_images()
+    first = training.fit_model(TINY, images, "sequential", 3, tmp_path / "lost", 0)
+    recorded.save_unfinished(tmp_path / "lost" / "sequential", tmp_path / "half.safetensors")
+    settings = dataclasses.replace(TINY, start_from=str(tmp_path / "half.safetensors"), learning_rate=1e-9)
+    again = training.fit_model(settings, images, "sequential", 1, tmp_path, 1)
+    weights, expected = (dict(one.model.named_parameters()) for one in (again, first))
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
+    assert again.provenance["start_from"] == settings.start_from
+    with pytest.raises(UserError, match="cannot be read"):
+        training.fit_model(dataclasses.replace(TINY, start_from="nix"), images, "sequential", 1, tmp_path / "new", 0)
 
 
 def test_all_models_are_trained_and_the_control_is_of_the_trained_chain(tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ class Settings:
     infusion_step: float = option(0.05, "growth of infusion's share of pixels from step to step")
     train_steps: int = option(80, "training steps of `sequential`, each with an update after every step of the chain")
     one_step_train_steps: int = option(60, "training steps of the one-step baseline")
+    start_from: str = option("", "start `sequential` from the weights in a file, such as one below results/unfinished")
     infusion_train_steps: int = option(30, "training steps of `infusion`")
     ablation_train_steps: int = option(30, "training steps of the no-latent ablation")
     batch_size: int = option(32, "images per training step")

@@ -21,6 +21,7 @@ from paperlib.data import datasets
 from paperlib.data.device_images import Images
 from paperlib.runs import train
 from paperlib.runs.provenance import describe_code
+from paperlib.runs.recorded import read_weights
 from paperlib.sequential.model import (
     PixelCodes,
     SequentialVAE,
@@ -34,7 +35,7 @@ from paperlib.sequential.model import (
     take_step,
 )
 from paperlib.stats import features
-from paperlib.system import distributed
+from paperlib.system import distributed, files
 from paperlib.system.devices import seeded
 
 MAX_LOG_KL_WEIGHT = math.log(1000.0)  # up and down, of the weight of the one-step baseline's KL
@@ -71,6 +72,9 @@ def fit_model(
     """
     torch.manual_seed(seed)
     vae = build(settings, images.shape, name).to(images.device)
+    start_from = settings.start_from if name == "sequential" else ""
+    if start_from:
+        vae.load_state_dict(read_weights(files.ROOT / start_from))
 
     def batch(rows: Tensor) -> "Chains":
         x = features.augmented(images.to_float(images.batch(rows)), mirror=settings.mirror, reach=settings.shift)
@@ -92,7 +96,7 @@ def fit_model(
         seed=seed,
         device=images.device,
         evaluate=evaluated,
-        provenance=describe_code(),
+        provenance=describe_code() | {"start_from": start_from},
         name=name,
         partial=recipe.updates > 1,
     )
