@@ -29,8 +29,6 @@ from paperlib.sequential.networks import Size
 from paperlib.system.errors import UserError
 
 NOTEBOOK = "03_lsun_sequential_vae"
-
-
 HEADLINE = (
     "lsun_sequential_samples",
     "Ten samples of the sequential VAE, one to a row: noise, then the means x(1) to x(T).",
