@@ -1,32 +1,51 @@
 """Two processes train as one, and a training that one number of them began goes on with another."""
 
-import shutil
-from datetime import timedelta
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-from toy_training import DATA, Killed, killed_at, leaves, load, run_noisily
+from toy_training import DATA, leaves, load, run_noisily
 
-from paperlib.system import distributed
+from paperlib.system import distributed, files
+
+WORKER = """
+import pathlib, shutil, sys, torch
+import toy_training
+two, then_one = map(pathlib.Path, sys.argv[1:])
+torch.distributed.init_process_group("gloo")
+try:
+    toy_training.run_noisily(two, batch=toy_training.killed_at(9))
+    raise SystemExit("was not killed")
+except toy_training.Killed:
+    torch.distributed.barrier()
+if torch.distributed.get_rank() == 0:
+    shutil.copytree(two, then_one)
+torch.distributed.barrier()
+assert toy_training.run_noisily(two).steps == 20
+torch.distributed.destroy_process_group()
+"""
 
 
-def one_of_two(rank, folder):
-    """A training that is killed, copied, and goes on."""
-    meeting = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", meeting, timedelta(seconds=120), rank=rank, world_size=2)
-    with pytest.raises(Killed):
-        run_noisily(folder / "two", batch=killed_at(9))
-    dist.barrier()
-    if rank == 0:
-        shutil.copytree(folder / "two", folder / "two then one")
-    dist.barrier()
-    assert run_noisily(folder / "two").steps == 20
-    dist.destroy_process_group()
+def by_two(tmp_path, *folders):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "worker.py"), *map(str, folders)]
+    path = os.pathsep.join([str(files.ROOT), str(files.ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, said = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-2000:]
 
 
 def test_two_processes_train_as_one_and_another_number_of_them_goes_on(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    by_two(tmp_path, tmp_path / "two", tmp_path / "two then one")
     assert load(tmp_path / "two then one")["state"]["step"] == 9
     run_noisily(tmp_path / "two then one")
     run_noisily(tmp_path / "one")
