@@ -23,7 +23,7 @@ from paperlib.runs import train
 from paperlib.stats.two_sample import gaussian_mmd
 from paperlib.system.errors import UserError
 
-TINY = Settings(code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=3, filters=4, mixtures=2)
+TINY = Settings(code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=(4, 3), filters=4, mixtures=2)
 FEW = dataclasses.replace(TINY, batch_size=4, pretrain_steps=3, finetune_steps=2, ablation_steps=1)
 
 

@@ -46,7 +46,9 @@ class Settings:
         (16, 32), "channels of the encoder's convolutions, each halving the image"
     )
     encoder_units: int = option(64, "units of the encoder's dense layer")
-    code_channels: int = option(8, "channels of the map that z becomes for the decoder")
+    code_channels: tuple[int, ...] = option(
+        (16, 8), "channels of the network that makes a map of z for the decoder, each doubling its side"
+    )
     blocks: int = option(1, "gated blocks per stage of the PixelCNN++")
     filters: int = option(12, "features of the PixelCNN++")
     mixtures: int = option(4, "logistics per pixel")
@@ -97,14 +99,14 @@ class Settings:
             raise ValueError(f"chain_steps is {self.chain_steps}, but the largest lag is {max(LAGS)}")
 
 
-_cpu_network = {"code_dim": 16, "code_channels": 16, "filters": 24, "mixtures": 5, "compile": True}
+_cpu_network = {"code_dim": 16, "code_channels": (128, 64, 32), "filters": 24, "mixtures": 5, "compile": True}
 _cpu_network |= {"encoder_channels": (64, 128, 256), "encoder_units": 256}
 _cpu_training = {"pretrain_steps": 6000, "finetune_steps": 2000, "ablation_steps": 1500, "batch_size": 16}
 _cpu_training |= {"learning_rate": 1e-3, "ema": 0.999, "evaluations": 20, "evaluation_images": 250}
 _cpu_sizes = {"measured_images": 5000, "classifier_steps": 4500, "classifier_width": 128, "chains": 200, "draws": 1000}
 _cpu = Settings("cifar10", **_cpu_network, **_cpu_training, **_cpu_sizes)
 
-_gpu_network = {"blocks": 3, "filters": 72, "mixtures": 10, "code_channels": 32, "dropout": 0.05}
+_gpu_network = {"blocks": 3, "filters": 69, "mixtures": 10, "dropout": 0.05}
 _gpu_training = {"pretrain_steps": 10_000, "finetune_steps": 4500, "batch_size": 256, "precision": "bfloat16"}
 _gpu = replace(_cpu, **_gpu_network, **_gpu_training, evaluation_images=2000, chains=500, draws=2000)
 

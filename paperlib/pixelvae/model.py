@@ -2,7 +2,8 @@
 
     (5)  q(z|x) = N(mean(x), diag std(x)^2),   std(x) = min_std + (1 - min_std) sigmoid(s(x))
 
-A small deconvolution turns z into a map of biases that is added inside every gated block of the decoder.
+A network of transposed convolutions turns z into a map at the image's own resolution, whose projection is added inside
+every gated block of the decoder: through it z says where things are, not just what they are.
 """
 
 import math
@@ -44,9 +45,9 @@ class PixelVAE(nn.Module):
         elif encoder == "conv":
             self.encoder = _convolutions(channels, side, settings.encoder_channels, settings.encoder_units, outputs)
         if self.code_dim:
-            self.expand = _deconvolutions(self.code_dim, side, settings.code_channels)
+            self.expand = _expand(self.code_dim, side, settings.code_channels)
         sizes = {name: getattr(settings, name) for name in ("blocks", "filters", "mixtures", "dropout")}
-        sizes["conditioning"] = settings.code_channels if self.code_dim else 0
+        sizes["conditioning"] = settings.code_channels[-1] if self.code_dim else 0
         self.decoder = PixelCNN(PixelCNNSettings(channels, levels, **sizes))
         _keep_std(self)
 
@@ -61,7 +62,7 @@ class PixelVAE(nn.Module):
         return mean, torch.log(self.min_std + (1 - self.min_std) * torch.sigmoid(s))
 
     def h(self, z: Tensor | None) -> Tensor | None:
-        """What the decoder gets to see of z (B, D): a map (B, code_channels, S/2, S/2). None for a model without z."""
+        """What the decoder gets to see of z (B, D): a map (B, code_channels[-1], S, S). None for a model without z."""
         return None if z is None else self.expand(z)
 
     def p_x_given_z(self, x: Tensor, z: Tensor | None, seen: Tensor | float = 1.0) -> Tensor:
@@ -100,17 +101,15 @@ def _convolutions(channels: int, side: int, widths: tuple[int, ...], units: int,
     return nn.Sequential(*layers, nn.Linear(units, outputs))
 
 
-def _deconvolutions(code_dim: int, side: int, channels: int) -> nn.Sequential:
-    """z (B, D) to a map (B, channels, side / 2, side / 2)."""
-    wide, base = 2 * channels, side // 8
-    return nn.Sequential(
-        nn.Linear(code_dim, wide * base * base),
-        nn.Unflatten(1, (wide, base, base)),
-        nn.ELU(),
-        nn.ConvTranspose2d(wide, wide, 4, stride=2, padding=1),
-        nn.ELU(),
-        nn.ConvTranspose2d(wide, channels, 4, stride=2, padding=1),
-    )
+def _expand(code_dim: int, side: int, channels: tuple[int, ...]) -> nn.Sequential:
+    """z (B, D) to a map (B, channels[-1], side, side): a dense layer, then two convolutions for each doubling."""
+    width, base = channels[0], side // 2 ** len(channels)
+    layers = [nn.Linear(code_dim, width * base * base), nn.Unflatten(1, (width, base, base))]
+    for wider in channels:
+        layers += [nn.ELU(), nn.ConvTranspose2d(width, wider, 4, stride=2, padding=1)]
+        layers += [nn.ELU(), nn.Conv2d(wider, wider, 3, padding=1)]
+        width = wider
+    return nn.Sequential(*layers)
 
 
 @torch.no_grad()
