@@ -51,6 +51,7 @@ def compiled(model: nn.Module) -> nn.Module:
         print("no C++ compiler (install g++ or set CXX): running uncompiled, slower", file=sys.stderr)
         return model
     os.environ["CXX"] = compiler  # where torch looks
+    torch.compiler.reset()  # else the ninth model of a process, of another shape each, runs uncompiled
     return torch.compile(model)
 
 
