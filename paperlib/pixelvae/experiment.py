@@ -82,7 +82,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         presets.check_numbers(self, {"dropout", "kl_weight", "clip_norm", "ema"})
-        if not max(self.min_std, *self.sweep_stds) < 1:
+        if not max([self.min_std, *self.sweep_stds]) < 1:
             raise ValueError(f"min_std and sweep_stds are {self.min_std} and {self.sweep_stds}, but must be below 1")
         if self.schedule not in train.SCHEDULES:  # else noticed only in training
             raise ValueError(f"unknown schedule {self.schedule!r}: choose from {', '.join(train.SCHEDULES)}")

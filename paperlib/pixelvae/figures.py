@@ -98,14 +98,14 @@ def capacity(arrays: Arrays) -> Any:
             colour = BLUE if lag == 1 else GREEN
             show_curve(axes[0, 0], rate, arrays["sweep_correlation"][order, k], colour, f"states {lag} apart")
     show_curve(axes[0, 0], rate, arrays["sweep_decodes"][order], GREY, "two decodes of one z")
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes[0, 0].set(ylabel="correlation of pixels")
     axes[0, 1].plot(rate, arrays["sweep_time"][order], "o-", color=ORANGE, markersize=3, linewidth=1)
     axes[0, 1].set(ylabel="autocorrelation time (steps)")
     show_curve(axes[0, 2], rate, arrays["sweep_drift"][order], RED)
     axes[0, 2].set(ylabel="kernel distance after 60 steps")
     for axis in axes[0]:
-        axis.set(xlabel="rate of the code (nats)", ylim=(0, None), xscale="log")
+        axis.set(xlabel="rate of the code (nats)", ylim=(0, None))
     for axis in axes[1]:
         axis.remove()
     axis, states = figure.add_subplot(axes[0, 0].get_gridspec()[1, :]), arrays["sweep_states"][order]

@@ -30,10 +30,10 @@ from paperlib.stats.autocorrelation import pair_correlation
 from paperlib.system import distributed, files
 from paperlib.system.devices import oom_as_user_error, stream
 
-# R of (2), nats per image, of mean and log std, (B, D).
-OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "elbo": lambda settings, mean, log_std: settings.kl_weight * likelihoods.gaussian_kl(mean, log_std).mean(),
-    "none": lambda settings, mean, log_std: mean.new_zeros(()),
+# R of (2), nats per image, of mean, log_std and z, (B, D).
+OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "elbo": lambda settings, mean, log_std, z: settings.kl_weight * likelihoods.gaussian_kl(mean, log_std).mean(),
+    "none": lambda settings, mean, log_std, z: z.new_zeros(()),
 }
 
 
@@ -70,8 +70,7 @@ def fit(settings: Any, images: Images, directory: Path, seed: int) -> dict[str, 
     steps = {"none": settings.train_steps, "elbo": settings.elbo_steps, "unconditional": settings.train_steps}
     trained = {}
     for name, variant in VARIANTS.items():
-        start = read_weights(files.ROOT / settings.start_from) if settings.start_from and name == "none" else None
-        trained[name] = fit_variant(settings, images, name, variant, steps[name], directory, seed, start)
+        trained[name] = fit_variant(settings, images, name, variant, steps[name], directory, seed)
     for name, (dims, std) in sweep(settings).items():
         changed, start = replace(settings, code_dim=dims, min_std=std), trained["none"].model.state_dict()
         trained[name] = fit_variant(
@@ -93,7 +92,8 @@ def fit_variant(
     seed: int,
     start: Weights = None,
 ) -> train.Trained:
-    """Train one model, into the folder `name` below `directory`, from the weights of `start` that match it.
+    """Train one model, into the folder `name` below `directory`, from the weights of `start` that match it, `none` from
+    those that `settings.start_from` names.
 
     Held-out images give `bits_per_dim` of the reconstruction term, where there is a code the `kl` in nats, and where it
     is learned first the pixel correlation of `two_decodes` of one code.
@@ -110,8 +110,12 @@ def fit_variant(
             numbers["two_decodes"] = pair_correlation(*(pictures.flatten(1) for pictures in pair)).value
         return numbers
 
+    start_from = settings.start_from if name == "none" else ""
+    if start_from:
+        start = read_weights(files.ROOT / start_from)
     vae, recipe = _initial(settings, images, variant, seed, start), _recipe(settings, steps)
-    options = {"seed": seed, "device": images.device, "provenance": describe_code(), "name": name}
+    provenance = describe_code() | {"start_from": start_from}
+    options = {"seed": seed, "device": images.device, "provenance": provenance, "name": name}
     return train.fit(
         vae, _loss(settings, variant), batch, len(images.train), recipe, directory / name, evaluate=evaluated, **options
     )
@@ -158,7 +162,7 @@ def _loss(settings: Any, variant: Variant) -> train.Loss:
         if terms.mean is None:
             return reconstruction, logged
         logged["kl"] = likelihoods.gaussian_kl(terms.mean, terms.log_std).mean()
-        return reconstruction + OBJECTIVES[variant.objective](settings, terms.mean, terms.log_std), logged
+        return reconstruction + OBJECTIVES[variant.objective](settings, *terms[1:]), logged
 
     return loss
 
