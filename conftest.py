@@ -4,11 +4,15 @@ import os
 import tempfile
 from pathlib import Path
 
+from paperlib.system import kernels
+
 # Kernels inherit these: no progress bars in outputs, and runs of their own, so that tests neither re-use nor touch
 # what is under runs/.
 os.environ["TQDM_DISABLE"] = "1"
 _runs = tempfile.TemporaryDirectory(prefix="paperlib-runs-")
 os.environ["PAPERLIB_RUNS"] = _runs.name
+for name in ("PAPERLIB_RESULTS", "PAPERLIB_FIGURES", "PAPERLIB_PROGRESS", "WORLD_SIZE", "MPLBACKEND"):
+    os.environ.pop(name, None)  # what a user has set changes no test
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 
@@ -17,6 +21,7 @@ def pytest_configure(config):
     if config.option.nbval:
         config.option.nbval_cell_timeout = min(config.option.nbval_cell_timeout, 300)
         config.option.nbval_current_env = True
+        os.environ.update(kernels.environment(Path(_runs.name) / "kernels"))
 
 
 def pytest_ignore_collect(collection_path):

@@ -47,7 +47,7 @@ def _timed(arguments, **variables):
     """Seconds of a new Python, and what it prints."""
     began, environment = time.perf_counter(), os.environ | variables
     said = subprocess.run(
-        [sys.executable, *arguments], check=True, capture_output=True, text=True, env=environment, cwd=files.ROOT
+        [sys.executable, *arguments], check=True, capture_output=True, encoding="utf-8", env=environment, cwd=files.ROOT
     )
     return time.perf_counter() - began, said.stdout
 

@@ -81,7 +81,7 @@ def flops(work: Callable[[], Any]) -> float:
 def peak_memory(work: Callable[[], Any]) -> float:
     """GiB that one call holds at most, beyond what the process held before (on Linux; elsewhere nan)."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # starts the high-water mark anew
     except OSError:
         work()
         return math.nan
@@ -91,7 +91,7 @@ def peak_memory(work: Callable[[], Any]) -> float:
 
 
 def _held(field: str) -> float:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status[field].split()[0]) / 2**20
 
 
@@ -118,7 +118,7 @@ def write(
         return
     path = files.results_root() / "benchmarks" / f"{name}-{asked.device.type}.json"
     with files.atomic_write(path) as file:
-        file.write_text(json.dumps(content, indent=1) + "\n")
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 

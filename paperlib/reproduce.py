@@ -13,17 +13,18 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 from paperlib.experiments import EXPERIMENTS
@@ -32,8 +33,8 @@ from paperlib.runs.claims import Verdicts
 from paperlib.runs.provenance import describe_code
 from paperlib.runs.recorded import record
 from paperlib.runs.run import run_name
-from paperlib.system import files
-from paperlib.system.devices import pick_device
+from paperlib.system import files, kernels
+from paperlib.system.devices import STOPS, pick_device
 from paperlib.system.errors import UserError, run_command
 
 
@@ -60,6 +61,8 @@ class Outcome:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     notebooks = select(options.only)
+    if not notebooks:
+        raise UserError(f"there are no notebooks in {files.NOTEBOOKS}: run in a clone of the repository")
     if options.list:
         print(_listing(notebooks))
         return 0
@@ -69,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = []
     for job in jobs:
         if options.fresh:
-            shutil.rmtree(job.directory, ignore_errors=True)
+            files.discard(job.directory)
         outcomes.append(outcome := run_notebook(job))
         said = f"{job.notebook.stem}: {outcome.status} after {outcome.seconds:.0f} s"
         print(said + (f": {outcome.message}" if outcome.message else ""), flush=True)
@@ -91,19 +94,32 @@ def run_notebook(job: Job) -> Outcome:
     """
     import papermill
 
-    started, claims = time.time(), None
+    started, claims = time.monotonic(), None
     if unknown := sorted(set(job.parameters) - set(papermill.inspect_notebook(job.notebook))):  # papermill only logs it
         return Outcome(job, "unknown parameter", 0.0, f"its parameters cell has no {', '.join(unknown)}")
+    _clear(job.directory)
     executed = job.directory / f".notebook.{os.getpid()}.partial.ipynb"
+    before = _written(job.directory / "run.json")
     status, message = _execute(job, executed)
     if status == "ok":
-        file = job.directory / "run.json"
-        if file.exists() and file.stat().st_mtime >= started - 1:
+        if _written(job.directory / "run.json") not in (None, before):
             claims = Verdicts(files.load_json(job.directory / "metrics.json")["claims"])
         message = _what_is_missing(job, executed, claims)
         status = "incomplete" if message else "ok"
     _keep(executed, job.directory / ("notebook.ipynb" if status == "ok" else "notebook.failed.ipynb"))
-    return Outcome(job, status, time.time() - started, message, claims if status == "ok" else None)
+    return Outcome(job, status, time.monotonic() - started, message, claims if status == "ok" else None)
+
+
+def _written(file: Path) -> tuple[int, int] | None:
+    """What tells one writing of a file from the next, whatever the clocks say; None where there is none."""
+    return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
+
+
+def _clear(directory: Path) -> None:
+    """Remove the half-executed notebooks of runners that were killed."""
+    for partial in directory.glob(".notebook.*.partial.ipynb"):
+        if not psutil.pid_exists(int(partial.name.split(".")[2])):
+            partial.unlink(missing_ok=True)
 
 
 def _execute(job: Job, copy: Path) -> tuple[str, str]:
@@ -135,8 +151,12 @@ def _what_is_missing(job: Job, executed: Path, claims: Verdicts | None) -> str:
     import nbformat
 
     cells = nbformat.read(executed, as_version=4).cells
-    if any(cell.cell_type == "code" and cell.execution_count is None for cell in cells):
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    if any(cell.execution_count is None for cell in code):
         return "some cells of the executed copy never ran"
+    drawing = [cell for cell in code if "save_figure(" in cell.source]
+    if blank := [cell for cell in drawing if not any("image/png" in one.get("data", {}) for one in cell.outputs)]:
+        return f"{len(blank)} of {len(drawing)} figures are not in the executed copy"
     if claims is None and job.notebook.stem in EXPERIMENTS:
         return "no verdicts were written: does its last cell still conclude the run?"
     return ""
@@ -145,7 +165,7 @@ def _what_is_missing(job: Job, executed: Path, claims: Verdicts | None) -> str:
 def _keep(executed: Path, target: Path) -> None:
     """Move an executed copy into place; half of one, as a full disk leaves it, is dropped."""
     try:
-        json.loads(executed.read_text())
+        json.loads(executed.read_text(encoding="utf-8"))
         os.replace(executed, target)
         if target.name == "notebook.ipynb":
             target.with_name("notebook.failed.ipynb").unlink(missing_ok=True)
@@ -159,7 +179,7 @@ def _kernel():
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_client.utils import run_sync
 
-    kernel, asked = AsyncKernelManager(kernel_name="python3"), threading.Event()
+    asked = threading.Event()
 
     def interrupt(number: int, frame: Any) -> None:
         if asked.is_set() or not kernel.has_kernel:
@@ -168,14 +188,34 @@ def _kernel():
         print("interrupting the notebook (again to stop at once) ...", file=sys.stderr)
         os.kill(kernel.provisioner.pid, signal.SIGINT)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, interrupt) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN
+    }
+    with tempfile.TemporaryDirectory() as folder, environ(kernels.install(Path(folder))):
+        kernel = AsyncKernelManager(kernel_name="python3")
+        try:
+            yield kernel
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if kernel.has_kernel:
+                run_sync(kernel.shutdown_kernel)(now=True)
+
+
+@contextmanager
+def environ(variables: Mapping[str, str | None]):
+    """Within, these variables of the environment are set, or where None is given are not there."""
+
+    def put(given: Mapping[str, str | None]) -> None:
+        for name, value in given.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+    before = {name: os.environ.get(name) for name in variables}
+    put(variables)
     try:
-        yield kernel
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if kernel.has_kernel:
-            run_sync(kernel.shutdown_kernel)(now=True)
+        put(before)
 
 
 @contextmanager
@@ -184,17 +224,14 @@ def _progress(label: str):
     done = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "progress.json"
-        before = {name: os.environ.get(name) for name in ("PAPERLIB_PROGRESS", "TQDM_DISABLE")}
-        os.environ |= {"PAPERLIB_PROGRESS": str(file), "TQDM_DISABLE": "1"}
         watcher = threading.Thread(target=watch, args=(label, file, done), daemon=True)
         watcher.start()
         try:
-            yield
+            with environ({"PAPERLIB_PROGRESS": str(file), "TQDM_DISABLE": "1"}):
+                yield
         finally:
             done.set()
             watcher.join()
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def watch(label: str, file: Path, done: threading.Event) -> None:
@@ -204,7 +241,7 @@ def watch(label: str, file: Path, done: threading.Event) -> None:
     said = time.monotonic()
     while not done.wait(1.0):
         try:
-            state = json.loads(file.read_text())
+            state = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             continue
         text = f"{label}  {state['name']}  loss {state['loss']:.4g}"

@@ -20,6 +20,8 @@ import threading
 import traceback
 from pathlib import Path
 
+import matplotlib
+
 from paperlib.system import files
 
 
@@ -133,6 +135,8 @@ class _Kernel:
         if self.pid == 0:
             os.close(self.sender)
             if line := os.fdopen(receiver).readline():
+                # What matplotlib, imported long ago, would read from the variable that a kernel sets.
+                matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"
                 _become(*json.loads(line))
             os._exit(0)
         os.close(receiver)

@@ -92,6 +92,7 @@ class Toy(nn.Module):
 def test_the_ninth_model_of_a_process_is_compiled_too(monkeypatch):
     """torch keeps eight compilations of one forward, and then runs it as it is."""
     counted, true = [], torch.compile
+    monkeypatch.setattr(devices, "_compiles", lambda device: True)
 
     def backend(module, _):
         counted.append(module)
@@ -117,3 +118,26 @@ def test_progress_goes_to_a_bar_or_to_a_file(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "progress.json"]
     monkeypatch.setenv("PAPERLIB_PROGRESS", str(tmp_path / "nowhere" / "progress.json"))
     assert run(tmp_path / "c").stopped == "finished", "a lost bar does not stop training"
+
+
+def test_where_torch_cannot_compile_training_runs_uncompiled(tmp_path, monkeypatch, capsys):
+    def broken(function):
+        def call(*_):
+            raise RuntimeError("fatal error: Python.h:\n no such file")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    devices._compiles.cache_clear()
+    run(tmp_path / "a", dataclasses.replace(BASE, compile=True))
+    run(tmp_path / "b", dataclasses.replace(BASE, compile=True))
+    devices._compiles.cache_clear()
+    said = [line for line in capsys.readouterr().err.split("\n") if "cannot compile" in line]
+    assert said == [
+        "torch cannot compile here (RuntimeError: fatal error: Python.h: no such file): running uncompiled, slower"
+    ]
+
+
+def test_a_device_is_text():
+    with pytest.raises(UserError, match="device is 0, but takes text: auto, cpu"):
+        pick_device(0)

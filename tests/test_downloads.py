@@ -20,6 +20,7 @@ import pytest
 from test_datasets import complaint
 
 from paperlib.data import datasets, downloads
+from paperlib.system.errors import UserError
 from paperlib.system.files import data_root
 
 REAL = data_root() / "MNIST" / "raw"
@@ -63,6 +64,8 @@ def mnist(root, monkeypatch):
     for file, content in contents.items():
         (raw / file).write_bytes(content)
     monkeypatch.setattr(KINDS.MNIST, "resources", [(file, md5(content)) for file, content in contents.items()])
+    unpacked = {file.removesuffix(".gz"): md5(gzip.decompress(content)) for file, content in contents.items()}
+    monkeypatch.setattr(downloads, "MNIST_UNPACKED", unpacked)
     return raw
 
 
@@ -112,6 +115,26 @@ def test_mnist_is_prepared_on_first_use(mnist, root):
     assert datasets.load("mnist").describe() == description
     names = {path.name for path in folder.glob("[!.]*")}
     assert names == {f"{part}-{kind}.npy" for part in MNIST for kind in ("images", "labels")}
+
+
+@pytest.mark.parametrize("archive", ["missing", "damaged", "sound"])
+def test_unpacked_files_are_taken_only_where_they_are_the_right_ones(mnist, archive):
+    for file in FILES:
+        (mnist / file).with_suffix("").write_bytes(gzip.decompress((mnist / file).read_bytes()))
+    first = mnist / FILES[0]
+    if archive == "missing":
+        first.unlink()
+    elif archive == "damaged":
+        first.write_bytes(b"half")
+    assert equal(datasets.load("mnist").train, *MNIST["train"])
+    first.with_suffix("").write_bytes(gzip.decompress(idx(noise(19, 28, 28)[0])))
+    if archive == "sound":
+        datasets.prepare("mnist")
+        assert equal(datasets.load("mnist").train, *MNIST["train"])
+        return
+    with pytest.raises(UserError, match=f"{first.stem} is not MNIST's file .* move it away and run python -m"):
+        datasets.prepare("mnist")
+    assert first.with_suffix("").exists(), "nobody's file is deleted"
 
 
 def test_cifar10_is_prepared_on_first_use(cifar):

@@ -154,6 +154,8 @@ AT_ONCE = [  # mistakes on the command line, said before anything is begun
     Fault("too few", [*SEQUENTIAL, "--set", "evaluation_images=1600"], "holds out 1560 .*need 1640"),
     Fault("data set", [*REPRODUCE, "--set", "dataset=mnits"], "unknown data set 'mnits': choose from digits"),
     Fault("seed", [*REPRODUCE, "--seed", "-1"], "seed is -1, but takes a whole number from 0"),
+    Fault("too large a seed", [*REPRODUCE, "--seed", "4294967296"], "seed is 4294967296, but .* to 4294967295"),
+    Fault("text for float", [*LAUNCH, "--set", 'learning_rate="1e-3"'], "'learning_rate' is text: write 0.001"),
     Fault("device", [*REPRODUCE, "--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda"),
     Fault("no such GPU", [*REPRODUCE, "--device", "cuda:99"], "torch sees . CUDA devices; use auto or cpu"),
     Fault("weights", [*REPRODUCE, "--weights", "recordde"], "unknown weights 'recordde': choose from train, recorded"),

@@ -77,3 +77,13 @@ def test_run_command_exits_with_a_code(capsys, raised, code):
         run_command(main)
     assert caught.value.code == code
     assert ("what to do" in capsys.readouterr().err) == (code == 2)
+
+
+def test_where_the_file_system_has_no_locks_work_goes_on(tmp_path, monkeypatch, capsys):
+    def missing(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.FileLock, "acquire", missing)
+    with files.locked(tmp_path, "training"):
+        assert (tmp_path / files.LOCK).read_text() == f"{os.getpid()}\n"
+    assert capsys.readouterr().err == f"no locks on the file system of {tmp_path}: let no second process work there\n"

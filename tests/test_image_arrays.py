@@ -70,6 +70,52 @@ def test_grey_transparent_and_turned_images(tmp_path):
     np.testing.assert_array_equal(write(tmp_path, tmp_path, side=32), want)
 
 
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_and_deeper_pixels_refused_by_name(tmp_path, capsys, ending):
+    grey = photograph(RNG, 32, 32)[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 257 + 40).save(tmp_path / f"a.{ending}")
+    np.testing.assert_array_equal(write(tmp_path, tmp_path, side=32)[0], grey[..., None].repeat(3, 2))
+    Image.fromarray(grey / np.float32(255)).save(tmp_path / "b.tiff")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "c.tiff")
+    assert len(write(tmp_path, tmp_path, side=32)) == 1
+    said = capsys.readouterr().err
+    assert "left out 2 of 3 images: b.tiff (pixels of mode F have no known scale" in said and "c.tiff (" in said
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_sound_pixels_in_damaged_exif_are_taken(tmp_path):
+    """The field ImageWidth as text, beside an orientation: Pillow cannot write such EXIF again."""
+    image, turned = photograph(RNG, 32, 32), Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.rot90(image, 1).copy()).save(tmp_path / "a.png", exif=turned)
+    exif = bytes(turned.tobytes())
+    odd = (
+        exif[:6]
+        + b"MM\0*\0\0\0\x08\0\x02"
+        + b"\x01\0\0\x02\0\0\0\x0340\0\0"
+        + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    )
+    Image.fromarray(np.rot90(image, 1).copy()).save(tmp_path / "b.png", exif=odd)
+    Image.fromarray(image).save(tmp_path / "c.png", exif=exif[:6] + b"MM\0*\xff\xff\xff\xff")
+    np.testing.assert_array_equal(write(tmp_path, tmp_path, side=32), [image] * 3)
+
+
+def test_links_are_followed_once_and_what_is_left_is_told(folder, tmp_path, capsys):
+    source, images = folder
+    for place in (".ipynb_checkpoints", ".thumbnails/large"):
+        (source / place).mkdir(parents=True)
+        Image.fromarray(images["z.bmp"]).save(source / place / "z.png")
+    Image.fromarray(images["z.bmp"]).save(tmp_path / "elsewhere.png")
+    (elsewhere := tmp_path / "other").mkdir()
+    (tmp_path / "elsewhere.png").rename(elsewhere / "e.png")
+    (source / "d" / "link").symlink_to(elsewhere)
+    (source / "d" / "round").symlink_to(source)
+    (source / "x.gif").write_bytes(b"")
+    written = write(source, tmp_path)
+    np.testing.assert_array_equal(written, squares([*images.values(), images["z.bmp"]], 16))
+    assert capsys.readouterr().err.startswith("taking 7 images; not looked at: 1 .gif, 1 .txt, 3 hidden")
+
+
 def test_a_folder_in_the_order_of_names_without_broken_images(folder, tmp_path, capsys):
     source, images = folder
     written = write(source, tmp_path)
@@ -83,9 +129,9 @@ def test_a_folder_in_the_order_of_names_without_broken_images(folder, tmp_path, 
         (source / "d" / name).write_text("<html>not found</html>")
     good = [image for name, image in images.items() if name not in ("c.webp", "B/9.PNG")]
     np.testing.assert_array_equal(write(source, tmp_path), squares(good, 16))
-    said = capsys.readouterr().err.strip()
+    first, said = capsys.readouterr().err.strip().split("\n")
+    assert first == "taking 8 images; not looked at: 1 .txt, 1 hidden"
     assert said.startswith("left out 4 of 8 images: c.webp (") and "B/9.PNG (" in said and said.endswith("and 1 more")
-    assert "\n" not in said
     size = (tmp_path / "out" / "train-images.npy").stat().st_size
     assert size == 128 + len(good) * 16 * 16 * 3, "the room of the broken ones is given back"
 

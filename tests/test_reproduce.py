@@ -16,6 +16,7 @@ import pytest
 from paperlib import reproduce
 from paperlib.experiments import EXPERIMENTS
 from paperlib.system import files
+from paperlib.system.errors import UserError
 
 PARAMETERS = 'preset = "smoke"\nseed = 0\ndevice = "auto"\nweights = "train"\noverrides = {}'
 
@@ -126,6 +127,59 @@ def test_an_interrupt_reaches_the_kernel_and_ends_the_run(notebooks, tmp_path, c
 
 
 # What is asked for
+
+
+def test_the_kernel_is_ours_and_knows_nobody_s_configuration(notebooks, tmp_path, monkeypatch, capsys):
+    """Another paperlib, backend, matplotlibrc, profile, kernel and a home that is none change nothing."""
+    (tmp_path / "other" / "paperlib").mkdir(parents=True)
+    (tmp_path / "other" / "paperlib" / "__init__.py").write_text("raise SystemExit('the other one')")
+    (tmp_path / "home" / "profile_default").mkdir(parents=True)
+    (tmp_path / "home" / "profile_default" / "ipython_config.py").write_text("c.InlineBackend.figure_formats = {'svg'}")
+    (tmp_path / "home" / "matplotlibrc").write_text("figure.facecolor: red")
+    (kernel := tmp_path / "home" / "kernels" / "python3").mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    variables = {"PYTHONPATH": "other", "MPLBACKEND": "Agg", "HOME": "/nowhere"}
+    variables |= dict.fromkeys(("IPYTHONDIR", "MPLCONFIGDIR", "JUPYTER_DATA_DIR", "JUPYTER_PATH"), "home")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if value in ("other", "home") else value)
+    drawn = "import sys, paperlib\nfrom matplotlib import pyplot\nprint(paperlib.__file__, sys.executable)"
+    notebooks("30_clean", drawn + "\nfigure, axis = pyplot.subplots()  # save_figure(")
+    assert reproduce.main([]) == 0, capsys.readouterr().out
+    executed = folder_of("30_clean") / "notebook.ipynb"
+    assert outputs(executed) == f"{files.ROOT / 'paperlib' / '__init__.py'} {sys.executable}\n"
+    assert "svg" not in executed.read_text()
+
+
+def test_a_notebook_without_its_figures_is_incomplete(notebooks, capsys):
+    code = "import matplotlib\nmatplotlib.use('Agg')\nfrom matplotlib import pyplot\npyplot.plot([1])  # save_figure("
+    notebooks("31_blank", code)
+    assert reproduce.main([]) == 1
+    assert "31_blank: incomplete" in (said := capsys.readouterr().out)
+    assert "1 of 1 figures are not in the executed copy" in said
+
+
+def test_fresh_forgets_a_run_but_not_one_that_is_training(notebooks, capsys):
+    notebooks("32_old", "1")
+    (old := folder_of("32_old") / "model").mkdir(parents=True)
+    (old / "last.pt").write_text("old")
+    (folder_of("32_old") / ".notebook.999999999.partial.ipynb").write_text("killed")
+    code = "import sys, pathlib, time\nfrom paperlib.system import files\n"
+    code += "with files.locked(pathlib.Path(sys.argv[1]), 'training'):\n    print('in', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(old)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"process {other.pid} is training in {old}"):
+            reproduce.main(["--fresh"])
+        assert (old / "last.pt").exists()
+        other.kill()
+    assert reproduce.main([]) == 0 and (old / "last.pt").exists()
+    assert not list(folder_of("32_old").glob(".notebook*")), "what a killed runner left"
+    assert reproduce.main(["--fresh"]) == 0
+    assert not old.exists() and not list(files.runs_root().glob("*/.*")), capsys.readouterr().out
+
+
+def test_nothing_to_run_is_an_error(notebooks):
+    with pytest.raises(UserError, match=f"no notebooks in {files.NOTEBOOKS}"):
+        reproduce.main([])
 
 
 def test_only_picks_by_number_or_name(notebooks):

@@ -1,6 +1,7 @@
 """Runs, the verdicts on their claims, and what is recorded of them."""
 
 import json
+import subprocess
 from dataclasses import dataclass, replace
 from unittest.mock import ANY
 
@@ -94,6 +95,26 @@ def test_verdicts_as_text():
         "| X2 | two | interval above 0 | gap 2 [-1, 5] nats | fails |",
         "| X3 | a \\| b | below 1 | size 0.5 | holds |",
     ]
+
+
+def test_the_revision_is_that_of_our_own_repository(tmp_path, monkeypatch):
+    """A copy of the project that lies in somebody else's repository has none, in ours it has."""
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    (tmp_path / "paperlib").mkdir()
+    (tmp_path / "paperlib" / "a.py").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(files, "ROOT", tmp_path / "paperlib")
+    assert provenance.describe_code() == {"revision": None, "modified": None}
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    code = provenance.describe_code()
+    assert len(code["revision"]) == 40 and not code["modified"]
+    (tmp_path / "paperlib" / "a.py").write_text("2")
+    assert provenance.describe_code() == code | {"modified": True}
 
 
 def test_figures_and_arrays_are_byte_equal_when_made_again_and_arrays_as_written():

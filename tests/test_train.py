@@ -17,7 +17,7 @@ from toy_training import BASE, DATA, OFTEN, Killed, assert_same, batch, evaluate
 
 from paperlib.runs import checkpoints, train
 from paperlib.runs.train import Progress, batch_indices
-from paperlib.system import files
+from paperlib.system import devices, files
 from paperlib.system.errors import UserError
 
 
@@ -154,17 +154,18 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path, whole, step):
     assert again.provenance == {"revision": "a"} and again.resumed == [{"revision": "b"}]
 
 
-def test_ctrl_c_ends_the_step_and_saves_it(tmp_path, whole, capsys):
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", devices.STOPS)
+def test_ctrl_c_and_its_like_end_the_step_and_save_it(tmp_path, whole, capsys, number):
+    handler = signal.getsignal(number)
     calls = []
 
     def interrupting(indices):
-        calls.append(os.kill(os.getpid(), signal.SIGINT) if len(calls) == 6 else None)
+        calls.append(os.kill(os.getpid(), number) if len(calls) == 6 else None)
         return batch(indices)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, batch=interrupting)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     assert "stopping after this step" in capsys.readouterr().err
     assert load(tmp_path)["state"]["step"] == 7
     run(tmp_path)

@@ -266,14 +266,14 @@ def _near_copies(name: str, train: np.ndarray, last: np.ndarray) -> np.ndarray:
     kept, file = _folder(name) / "near-copies.json", (_folder(name) / "train-images.npy").stat()
     key = {"bytes": file.st_size, "changed_ns": file.st_mtime_ns, "above": image_arrays.NEAR}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        content = json.loads(kept.read_text())
+        content = json.loads(kept.read_text(encoding="utf-8"))
         if content["key"] == key:
             copies = np.zeros(len(last), dtype=bool)
             copies[np.array(content["copies"], dtype=np.int64)] = True
             return copies
     copies = image_arrays.near_copies(last, among=train)
     with contextlib.suppress(UserError, OSError), atomic_write(kept) as partial:  # else next time
-        partial.write_text(json.dumps({"key": key, "copies": np.flatnonzero(copies).tolist()}))
+        partial.write_text(json.dumps({"key": key, "copies": np.flatnonzero(copies).tolist()}), encoding="utf-8")
     return copies
 
 

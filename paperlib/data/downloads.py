@@ -13,13 +13,19 @@ from paperlib.system.errors import UserError
 from paperlib.system.files import data_root
 
 NAMES = ("mnist", "cifar10")
+MNIST_UNPACKED = {  # MD5 of what the archives hold, which torchvision reads unseen where it is there
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 
 
 def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The parts "train" and "test" of `name`: images uint8 (N, H, W, C) and labels uint8 (N,).
 
     Archives that are missing or fail their checksum are downloaded. Where that fails a `UserError` names them and the
-    `command` to run when they are there.
+    `command` to run when they are there; so it does for an unpacked file of MNIST that is another's.
     """
     datasets = _torchvision().datasets
     if name == "mnist":
@@ -27,10 +33,8 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     else:
         kind, folder, sums = datasets.CIFAR10, data_root(), {datasets.CIFAR10.filename: datasets.CIFAR10.tgz_md5}
     states = {file: _state(folder / file, md5, datasets.utils) for file, md5 in sums.items()}
-    for file, state in states.items():
-        if name == "mnist" and state == "sound":
-            # torchvision trusts an unpacked copy unseen, and a killed run may have left half of one.
-            (folder / file).with_suffix("").unlink(missing_ok=True)
+    if name == "mnist":
+        states = {file: _with_unpacked(folder / file, state, datasets.utils, command) for file, state in states.items()}
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none
     try:
@@ -50,6 +54,19 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         part: (np.asarray(x.data).reshape(*x.data.shape[:3], -1), np.asarray(x.targets, dtype=np.uint8))
         for part, x in (("train", train), ("test", test))
     }
+
+
+def _with_unpacked(archive: Path, state: str, utils: ModuleType, command: str) -> str:
+    """The state of an archive of MNIST or, where there is one, of its unpacked copy; half of a copy is removed."""
+    unpacked = archive.with_suffix("")
+    if not unpacked.exists():
+        return state
+    if utils.check_integrity(unpacked, MNIST_UNPACKED[unpacked.name]):
+        return "sound"
+    if state != "sound":
+        raise UserError(f"{unpacked} is not MNIST's file (wrong checksum): move it away and run {command}")
+    unpacked.unlink()  # what a run left that was killed while unpacking
+    return state
 
 
 def _torchvision() -> ModuleType:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 from tqdm import tqdm
 
@@ -32,10 +32,10 @@ _Named = Iterable[tuple[str, _Encoded]]
 def write(source: Path, path: Path, side: int, subset: bool = False) -> None:
     """Write `source` to `path` as uint8 (N, side, side, 3), whole or not at all.
 
-    `source` is an .npy file of that kind, a folder of images with its subfolders, in the order of names, or an LMDB of
-    LSUN, or a folder that holds just one, in the order of keys. Images are turned as their EXIF orientation says,
-    cropped to the central square and resized (Lanczos). Those that cannot be read are left out, and one line on stderr
-    says which. With `subset` all of those that `lsun.subset_keys` names are needed, and no others read.
+    `source` is an .npy file of that kind, a folder of images with its subfolders, hidden ones left out, in the order of
+    names, or an LMDB of LSUN, or a folder that holds just one, in the order of keys. Images are turned as their EXIF
+    orientation says, cropped to the central square and resized (Lanczos). Those that cannot be read are left out, and a
+    line on stderr says which. With `subset` all of those that `lsun.subset_keys` names are needed, and no others read.
     Raises `UserError` where `source` is none of these, has no good image, or `path` cannot be written.
     """
     if side < 1:
@@ -49,10 +49,11 @@ def write(source: Path, path: Path, side: int, subset: bool = False) -> None:
         raise UserError(f"{source} is no LMDB: --subset takes LSUN's bedroom_train_lmdb as --source")
     if array:
         return _copy(source, path, side)
-    files = [] if folder == source else _image_files(source)
+    files, left = ([], "") if folder == source else _image_files(source)
     if not folder:
         if not files:
             raise UserError(f"{source} holds no images ({' '.join(ENDINGS)}): name a folder that does")
+        print(f"taking {len(files)} images" + (f"; not looked at: {left}" if left else ""), file=sys.stderr)
         return _write_squares(((file, source / file) for file in files), len(files), source, path, side)
     if files:
         raise UserError(f"{source} holds images and an LMDB: name {folder}, or a folder of images alone")
@@ -119,7 +120,7 @@ def _write_squares(
                 array[count] = square
                 count += 1
                 continue
-            bad.append(f"{name} ({type(square).__name__})")
+            bad.append(f"{name} ({_why(square)})")
             if all_of_them:
                 raise UserError(f"the image {bad[0]} in {source} cannot be read: {advice}")
         array.flush()
@@ -151,23 +152,72 @@ def _squares(images: _Named, side: int) -> Iterator[tuple[str, np.ndarray | Exce
 def _central_square(file: _Encoded, side: int) -> np.ndarray | Exception:
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            turn, image = _turn(opened), _eight_bits(opened).convert("RGB")
+            image = image if turn is None else image.transpose(turn)
         square = min(image.size)
         left, top = (image.width - square) // 2, (image.height - square) // 2
         image = image.crop((left, top, left + square, top + square))
         return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
         return error
 
 
-def _image_files(folder: Path) -> list[str]:
-    """Paths within `folder` in the order of names, a folder's files before its subfolders."""
-    paths = []
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        names = [name for name in names if name[0] != "." and name.lower().endswith(ENDINGS)]
-        paths += [os.path.relpath(os.path.join(place, name), folder) for name in sorted(names)]
-    return paths
+def _why(error: Exception) -> str:
+    """A few words of an error of Pillow's, or of ours."""
+    return " ".join(str(error).split())[:80] if type(error) is ValueError else type(error).__name__
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """`image`, 16-bit grey scaled to 8, as Pillow cuts it off at 255. Raises `ValueError` for other deep pixels."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known scale: convert them to 8 bits")
+    return image
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What shows `image` as its EXIF orientation says; None where that is damaged, as the pixels may be sound."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's reader of EXIF raises whatever a damaged one leads it to
+        return None
+
+
+_TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
+
+
+def _image_files(folder: Path) -> tuple[list[str], str]:
+    """Paths within `folder` in the order of names, a folder's files before its subfolders, linked ones too; and what
+    was left, by count and reason, or nothing.
+    """
+    paths, seen, left = [], set(), collections.Counter()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        hidden = [name for name in folders if name[0] == "."]
+        again = [name for name in folders if os.path.realpath(os.path.join(place, name)) in seen]
+        folders[:] = sorted(set(folders) - {*hidden, *again})
+        images = [name for name in names if name[0] != "." and name.lower().endswith(ENDINGS)]
+        paths += [os.path.relpath(os.path.join(place, name), folder) for name in sorted(images)]
+        left["hidden"] += len(hidden) + sum(name[0] == "." for name in names)
+        for name in set(names) - set(images):
+            left[os.path.splitext(name)[1].lower() or "without ending"] += name[0] != "."
+    reasons = [f"{count} {reason}" for reason, count in sorted(left.items()) if count]
+    return paths, ", ".join(reasons)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -27,7 +27,7 @@ def write(folder: Path) -> Path:
     pages |= {path.stem: notebook_page(path) for path in sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
     for name, text in pages.items():
         with files.atomic_write(folder / f"{name}.html") as file:
-            file.write_text(text)
+            file.write_text(text, encoding="utf-8")
     return folder / "index.html"
 
 
@@ -50,7 +50,7 @@ def index(every: list[Recorded]) -> str:
 
 def captions(notebook: str) -> dict[str, str]:
     """The figures of a notebook in order, each with the text in italics that follows it, in Markdown."""
-    cells = json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    cells = json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     texts = {}
     for k, cell in enumerate(cells):
         source = "".join(cell["source"])
@@ -150,5 +150,5 @@ def _base64(path: Path) -> str:
 
 
 def _title(notebook: str) -> str:
-    cells = json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    cells = json.loads((files.NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     return f"{notebook[:2]} {''.join(cells[0]['source']).split(chr(10))[0].lstrip('# ')}"

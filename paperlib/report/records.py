@@ -16,6 +16,7 @@ from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.run import Run
 from paperlib.system import files
+from paperlib.system.errors import UserError
 
 PRESETS = ("paper", "gpu", "cpu", "smoke")  # best first
 AGREES = 1e-6  # relative
@@ -99,6 +100,8 @@ def agree(a: Estimate, b: Estimate) -> bool:
 def show(only_list: bool = False) -> int:
     """Print all claims and, unless `only_list`, the numbers that differ when computed again; the exit code."""
     every = list(recorded())
+    if not every:
+        raise UserError(f"nothing is recorded in {files.results_root()}: run in a clone of the repository")
     for one, claim, entry in rows(every):
         print(f"{claim} {verdict_text(entry)} ({one.preset}): {entry['statement']}")
         print(f"   expected  {entry['expected']}")

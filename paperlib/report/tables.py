@@ -144,11 +144,11 @@ def _table(name: str) -> dict[str, Any]:
 def texts() -> Iterator[tuple[Path, str, str]]:
     """Every file with a block, as (path, its text now, its text with the block rewritten)."""
     readme = files.ROOT / "README.md"
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     yield readme, text, filled(filled(text, readme_block(), readme), speed_block(), readme, SPEED)
     for name in EXPERIMENTS:
         path = files.NOTEBOOKS / f"{name}.ipynb"
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         notebook = json.loads(text)
         opening = next((cell for cell in notebook["cells"] if BEGIN in "".join(cell["source"])), None)
         if opening is None:
@@ -177,7 +177,7 @@ def update(check: bool = False) -> int:
     for path, new in stale:
         if not check:
             with files.atomic_write(path) as file:
-                file.write_text(new)
+                file.write_text(new, encoding="utf-8")
         done = "out of date, run python -m paperlib.report tables" if check else "written"
         print(f"{path.relative_to(files.ROOT)}: {done}")
     return int(check and bool(stale))

@@ -41,5 +41,10 @@ class Experiment:
 
     def start(self, preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> Run:
         """Open the run that the notebook's parameters ask for. Raises `UserError` for any that are not known."""
+        if not isinstance(overrides, Mapping):
+            raise UserError(
+                f"overrides is {overrides!r}, but takes settings by name, such as {{'steps': 500}} "
+                f"(papermill: -y 'overrides: {{steps: 500}}')"
+            )
         settings = self.settings(preset, overrides)
         return run.start(self.notebook, preset, settings, seed, str(pick_device(device)), weights)

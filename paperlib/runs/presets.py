@@ -5,6 +5,7 @@ A preset shows only what differs from the one it derives from:
     PRESETS = {"smoke": (smoke := Settings()), "cpu": replace(smoke, steps=20_000)}
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -81,6 +82,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             return value
         if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
             return tuple(_checked(name, item, typing.get_args(kind)[0]) for item in value)
+    if float in options and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            raise UserError(f"setting {name!r} is text: write {float(value)!r}, as YAML takes {value} for a word")
     wanted = " or ".join(_words(kind) for kind in options)
     raise UserError(f"setting {name!r} is {value!r}, but takes {wanted}")
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,14 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotli
 
 
 def describe_code() -> dict[str, Any]:
-    """Git revision of the code, and whether code, notebooks or pins differ from it; None where git does not know."""
+    """Git revision of the code, and whether code, notebooks or pins differ from it; None where git does not know.
+
+    A repository around ours, such as that of somebody's home, does not know.
+    """
     watched = ["paperlib", "notebooks", "requirements.txt", "pyproject.toml"]
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != files.ROOT:
+            return {"revision": None, "modified": None}
         revision = _git("rev-parse", "HEAD")
         modified = bool(_git("status", "--porcelain", "--", *watched))
     except (OSError, subprocess.CalledProcessError):
@@ -36,6 +42,8 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # metadata do not say which build runs
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -43,4 +51,5 @@ def _version(package: str) -> str:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=files.ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    said = subprocess.run(["git", *words], cwd=files.ROOT, check=True, capture_output=True, encoding="utf-8")
+    return said.stdout.strip()

@@ -66,8 +66,8 @@ def run_name(notebook: str, preset: str, settings: Any, seed: int, weights: str 
 
     Raises `UserError` for a seed or `weights` that mean nothing.
     """
-    if type(seed) is not int or seed < 0:
-        raise UserError(f"seed is {seed!r}, but takes a whole number from 0")
+    if type(seed) is not int or not 0 <= seed < 2**32:  # scikit-learn's limit
+        raise UserError(f"seed is {seed!r}, but takes a whole number from 0 to {2**32 - 1}")
     if weights not in ("train", "recorded"):
         raise UserError(f"unknown weights {weights!r}: choose from train, recorded")
     identity = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True)

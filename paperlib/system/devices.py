@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from tqdm import tqdm
 
 from paperlib.system.errors import UserError
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a scheduler's word; a terminal that was closed
+
 
 def pick_device(name: str) -> torch.device:
     """The device called "auto" (CUDA where there is one), "cpu", "cuda" (under torchrun this process's) or "cuda:N".
 
     Raises `UserError` for another name, and for a CUDA device that is not there.
     """
+    if not isinstance(name, str):
+        raise UserError(f"device is {name!r}, but takes text: auto, cpu, cuda or cuda:N (papermill: -r device cuda:0)")
     kind, colon, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N")
@@ -43,7 +48,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """`model` under `torch.compile`, with the same parameters; itself, with a line on stderr, without C++ compiler."""
+    """`model` under `torch.compile`, with the same parameters; itself, with a line on stderr, where that fails."""
     chosen = os.environ.get("CXX")
     names = [chosen] if chosen else ["g++", "clang++", "c++"]
     compiler = next((name for name in names if shutil.which(name)), None)
@@ -51,8 +56,24 @@ def compiled(model: nn.Module) -> nn.Module:
         print("no C++ compiler (install g++ or set CXX): running uncompiled, slower", file=sys.stderr)
         return model
     os.environ["CXX"] = compiler  # where torch looks
+    if not _compiles(next(model.parameters()).device.type):
+        return model
     torch.compiler.reset()  # else the ninth model of a process, of another shape each, runs uncompiled
     return torch.compile(model)
+
+
+@lru_cache
+def _compiles(device: str) -> bool:
+    """Whether torch compiles on this type of device, tried once on one line; a line on stderr says why not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # a compiler, its headers or its folder fail in as many ways
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"torch cannot compile here ({type(error).__name__}: {reason}): running uncompiled, slower", file=sys.stderr
+        )
+        return False
+    return True
 
 
 @contextmanager
@@ -82,9 +103,9 @@ def oom_as_user_error(advice: str) -> Iterator[None]:
 
 @contextmanager
 def interrupt_deferred() -> Iterator[list[int]]:
-    """Within, a first Ctrl-C is noted in the list yielded, for the caller to end where its state is whole.
+    """Within, the first of STOPS is noted in the list yielded, for the caller to end where its state is whole.
 
-    A second one raises. Outside the main thread, and where Ctrl-C is ignored, nothing changes.
+    A second one raises. Outside the main thread, and for signals that are ignored, nothing changes.
     """
     asked: list[int] = []
 
@@ -94,15 +115,14 @@ def interrupt_deferred() -> Iterator[list[int]]:
         asked.append(number)
         print("stopping after this step (again: at once, unsaved)", file=sys.stderr)
 
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield asked
-        return
-    signal.signal(signal.SIGINT, note)
+    numbers = STOPS if threading.current_thread() is threading.main_thread() else ()
+    heard = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -127,7 +147,7 @@ def progress_bar(name: str, step: int, steps: int, hidden: bool = False) -> Iter
             if target:
                 content = {"name": name, "step": step, "steps": steps, "loss": shown["loss"], "elapsed": elapsed}
                 with suppress(OSError):  # a lost bar must not end the computation
-                    partial.write_text(json.dumps(content))
+                    partial.write_text(json.dumps(content), encoding="utf-8")
                     os.replace(partial, target)
             bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
         bar.update(step - bar.n)

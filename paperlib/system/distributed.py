@@ -15,15 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from paperlib.system.errors import UserError
+
 _place = (0, 1)  # rank and world within `share`
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
     """Within, the processes that torchrun started know of each other: by NCCL for "cuda", by gloo for "cpu"."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}: start by torchrun, or unset WORLD_SIZE")
     backend = "gloo"
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)

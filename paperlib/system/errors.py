@@ -1,5 +1,6 @@
 """Mistakes that a reader can mend, said in one line."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,8 +16,15 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: 0 or its return value, 2 with one line for a `UserError`, 130 if interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # where the locale cannot say a letter, another form of it
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our words has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

@@ -8,8 +8,10 @@ import errno
 import json
 import math
 import os
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 LOCK = ".lock"  # a file in a folder that is worked in; it says by which process, and may stay when none does
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _MENDABLE = (  # errors of the system that a reader can mend, and what is said of them
     (
         {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
@@ -73,9 +76,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Delete `folder` where there is one. Raises `UserError` while a process works in it, and where that fails."""
+    if not folder.exists():
+        return
+    gone = folder.with_name(f".{folder.name}.{os.getpid()}.deleted")
+    with os_errors_as_user_error(folder):
+        with ExitStack() as held:
+            for lock in sorted(folder.rglob(LOCK)):
+                held.enter_context(locked(lock.parent, "training"))
+            os.replace(folder, gone)  # at once, so that nobody finds half of it
+        shutil.rmtree(gone)
+
+
 @contextmanager
 def locked(folder: Path, doing: str, patience: float = 3.0) -> Iterator[None]:
     """Within, no other process is in a block like this for the same folder. The system ends the lock with the process.
+
+    Where the file system has no locks a line on stderr says so, and work goes on.
 
     Waits for `patience` seconds, as a notebook's kernel that lost its parent takes a moment to end. Then raises
     `UserError`, where `doing` says what the other does, such as "training".
@@ -86,13 +104,18 @@ def locked(folder: Path, doing: str, patience: float = 3.0) -> Iterator[None]:
         with os_errors_as_user_error(path):
             lock.acquire()
     except Timeout:
+        who = path.read_text(encoding="utf-8").strip() or "?"
         raise UserError(
-            f"process {path.read_text().strip() or '?'} is {doing} in {folder}: wait until it is done (running again "
-            f"then uses what it made), or end it"
+            f"process {who} is {doing} in {folder}: wait until it is done (running again then uses what it made), or "
+            f"end it"
         ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        print(f"no locks on the file system of {folder}: let no second process work there", file=sys.stderr)
     try:
         with os_errors_as_user_error(path):
-            path.write_text(f"{os.getpid()}\n")
+            path.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -113,7 +136,7 @@ def os_errors_as_user_error(path: Path) -> Iterator[None]:
 def load_json(path: Path) -> Any:
     """The content of a JSON file; a `UserError` names a file that is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
 
@@ -121,7 +144,7 @@ def load_json(path: Path) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as `plain` leaves it. Raises `UserError` as `atomic_write` does."""
     with atomic_write(path) as file:
-        file.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+        file.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
