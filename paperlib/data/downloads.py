@@ -59,12 +59,11 @@ def read(name: str, command: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _with_unpacked(archive: Path, state: str, utils: ModuleType, command: str) -> str:
     """The state of an archive of MNIST or, where there is one, of its unpacked copy; half of a copy is removed."""
     unpacked = archive.with_suffix("")
-    if not unpacked.exists():
-        return state
-    if utils.check_integrity(unpacked, MNIST_UNPACKED[unpacked.name]):
-        return "sound"
+    found = _state(unpacked, MNIST_UNPACKED[unpacked.name], utils)
+    if found in ("missing", "sound"):
+        return state if found == "missing" else found
     if state != "sound":
-        raise UserError(f"{unpacked} is not MNIST's file (wrong checksum): move it away and run {command}")
+        raise UserError(f"{unpacked} is not MNIST's file ({found}): move it away and run {command}")
     unpacked.unlink()  # what a run left that was killed while unpacking
     return state
 

@@ -185,8 +185,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 _TURNS = dict(
-    zip(
-        range(2, 9),
+    enumerate(
         (
             Image.Transpose.FLIP_LEFT_RIGHT,
             Image.Transpose.ROTATE_180,
@@ -196,7 +195,7 @@ _TURNS = dict(
             Image.Transpose.TRANSVERSE,
             Image.Transpose.ROTATE_90,
         ),
-        strict=True,
+        start=2,
     )
 )
 

@@ -10,8 +10,9 @@ from paperlib.system import files
 def environment(folder: Path) -> dict[str, str]:
     """The variables of a kernel whose own configuration, empty, lies in `folder`.
 
-    It imports paperlib from where this process has it. A user's profile of IPython, matplotlibrc or backend would
-    change the figures, and a home that cannot be written would add notices to outputs.
+    It imports paperlib from where this process has it. A user's profile of IPython or matplotlibrc would change the
+    figures, and a home that cannot be written would add notices to outputs. A kernel chooses its own backend only where
+    MPLBACKEND is not set, which the caller sees to.
     """
     paths = [str(files.ROOT), os.environ.get("PYTHONPATH")]
     return {
