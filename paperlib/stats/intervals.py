@@ -69,6 +69,17 @@ def ratio(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(value, value - half, value + half)
 
 
+def ratio_of_means(a: Points, b: Points) -> Estimate:
+    """mean(a) / mean(b) of values (n,) twice on the same examples, by the delta method.
+
+    The half width is 1.96 standard errors of the mean of (a - r b) / mean(b), so what moves both does not widen it.
+    """
+    a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
+    value = a.mean() / b.mean()
+    half = mean_interval((a - value * b) / b.mean()).high
+    return Estimate.from_row((value, value - half, value + half))
+
+
 def jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """95 % interval by a delete-a-group jackknife: a value (...), and what it is without each of G groups (G, ...).
 
