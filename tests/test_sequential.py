@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from paperlib.data.device_images import Images
 from paperlib.nn.likelihoods import gaussian_kl
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.run import load_arrays
@@ -285,3 +286,24 @@ def test_settings_out_of_range_are_named(changes, message):
 def test_unknown_data_sets_are_refused():
     with pytest.raises(UserError, match="photos, lsun_bedroom, own_images"):
         experiment.start("smoke", 0, "cpu", "train", {"dataset": "mnist"})
+
+
+def test_intervals_take_held_out_photographs_in_random_order():
+    """In the order of names, from dark to light, groups of neighbours would differ far more than by chance."""
+    grey = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 4, 4, 3)
+    images = Images(None, grey, None, grey, None)
+    mixed = measurements._mixed(0, images)[:, 0, 0, 0].double()
+    assert torch.equal(mixed.sort().values, grey[:, 0, 0, 0].double())
+    assert mixed.reshape(20, 10).mean(1).std() < 1.5 * mixed.std() / 10**0.5
+
+
+def test_the_interval_of_swaps_counts_that_neighbours_share_a_code():
+    """Of sums of neighbours the mean has twice the variance that independent values would give it."""
+    noise = np.random.default_rng(0).normal(size=8000)
+    ones = np.ones((8000, 1))
+    swapped = 2 + (noise + np.roll(noise, -1))[:, None]
+    rest = {"sequential_kl": ones, "no_latent_error": ones[:, :0]}
+    (lost,) = claims.per_step(
+        {"mean_error": 2 * ones[:, 0], "sequential_error": ones, "swapped_error": swapped} | rest
+    )["lost"]
+    assert lost.high - lost.value == pytest.approx(1.96 * 2 / 8000**0.5, rel=0.1)

@@ -122,6 +122,7 @@ def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
     `fall` of the error, relative to that before (of the first step, to the mean training image's); `kl` in nats; the
     share of that gain that is lost, `lost` with another image's code, `lost_without`, from the second step on, by the
     control, the same step trained without a code. Where the control is worse than no step at all, that is it.
+    As an image is swapped with the next one, the interval of `lost` is over blocks of neighbours.
     """
     before = np.column_stack([arrays["mean_error"], arrays["sequential_error"][:, :-1]])
     error, swapped, no_latent = arrays["sequential_error"], arrays["swapped_error"], arrays["no_latent_error"]
@@ -131,9 +132,16 @@ def per_step(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Estimate]]:
     return {
         "fall": [intervals.ratio_of_means(gain[:, t], before[:, t]) for t in steps],
         "kl": [intervals.mean_interval(arrays["sequential_kl"][:, t]) for t in steps],
-        "lost": [intervals.ratio_of_means(swapped[:, t] - error[:, t], gain[:, t]) for t in steps],
+        "lost": [
+            intervals.ratio_of_means(_in_blocks(swapped[:, t] - error[:, t]), _in_blocks(gain[:, t])) for t in steps
+        ],
         "lost_without": [intervals.ratio_of_means(control[t - 1] - error[:, t], gain[:, t]) for t in steps[1:]],
     }
+
+
+def _in_blocks(values: np.ndarray) -> np.ndarray:
+    """Sums over blocks of eight neighbours or a few more, (n,) to (n // 8,)."""
+    return np.array([block.sum() for block in np.array_split(values, len(values) // 8)])
 
 
 def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def sharpness_along_the_chain(
     `spectral_noise_first`, `spectral_noise_one_step` (3,): of x(1) and of `one_step` with the white noise that brings
     them nearest, the control for what mere grain can do.
     """
-    frequencies, photographs = power_spectrum(_planes(images.held_out))
+    frequencies, photographs = power_spectrum(_planes(_mixed(seed, images)))
     steps = list(drawn["sequential"].states[1:])
     sets = {name: drawn[name].means for name in ("one_step", "infusion")}
     sets["training"] = images.batch(_rows(seed, len(images.train), settings.samples, 11))
@@ -214,6 +214,11 @@ def _rows(seed: int, count: int, most: int, number: int) -> Tensor:
     return torch.randperm(count, generator=stream(seed, number))[:most]
 
 
+def _mixed(seed: int, images: Images) -> Tensor:
+    """The held-out photographs in random order, as intervals take groups of neighbours, which may be alike."""
+    return images.held_out[_rows(seed, len(images.held_out), len(images.held_out), 12).to(images.device)]
+
+
 def _planes(pictures: Tensor) -> Tensor:
     return pictures.cpu().permute(0, 3, 1, 2)
 
@@ -230,8 +235,8 @@ def compared(
     `ratio_standard_<kind>` the same for draws from N(0, I); `shown_<set>` (24, S, S, C). All held-out photographs are
     the reference; for reconstructions one half, and the other half is reconstructed.
     """
-    mixed = _rows(seed, len(images.held_out), len(images.held_out), 12).to(images.held_out.device)
-    reference, sources = (images.held_out[half] for half in mixed.chunk(2))
+    mixed = _mixed(seed, images)
+    reference, sources = mixed.chunk(2)
     with seeded(seed, images.device):
         rebuilt = reconstruct(models["sequential"], images, sources)[-1]
     pictures = {name: one.means for name, one in drawn.items()} | {
@@ -244,7 +249,7 @@ def compared(
     arrays: dict[str, Any] = {f"shown_{name}": pictures[name][:24] for name in SETS}
     for kind in KINDS:
         look = features.extractor(networks[kind].to(images.device), scale, images.dataset.levels)
-        seen, kept, half = {name: look(pictures[name]) for name in SETS}, look(images.held_out), look(reference)
+        seen, kept, half = {name: look(pictures[name]) for name in SETS}, look(mixed), look(reference)
         arrays[f"kernel_{kind}"] = rows(
             two_sample.kernel_distance(seen[name], half if name == "reconstructions" else kept) for name in SETS
         )
