@@ -79,6 +79,31 @@ def test_compiled_training_agrees_with_uncompiled(tmp_path):
         torch.testing.assert_close(trained[1].model.state_dict()[key], tensor, rtol=0, atol=1e-8)
 
 
+class Toy(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.slow
+def test_the_ninth_model_of_a_process_is_compiled_too(monkeypatch):
+    """torch keeps eight compilations of one forward, and then runs it as it is."""
+    counted, true = [], torch.compile
+    monkeypatch.setattr(devices, "_compiles", lambda device: True)
+
+    def backend(module, _):
+        counted.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: true(model, backend=backend))
+    for width in range(1, 13):
+        devices.compiled(Toy(width))(torch.ones(3, width))
+    assert len(counted) == 12
+
+
 def test_progress_goes_to_a_bar_or_to_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "tqdm", partial(devices.tqdm, disable=False))
     run(tmp_path / "a", name="demo")

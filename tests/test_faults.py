@@ -22,7 +22,7 @@ from PIL import Image
 from paperlib.fuzziness import experiment as fuzziness
 from paperlib.system import files
 
-SMALL = {"pretrain_steps": 2, "finetune_steps": 1, "ablation_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
+SMALL = {"train_steps": 2, "elbo_steps": 1, "sweep_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
 REPRODUCE = ["paperlib.reproduce", "--only", "02"]
 RECORDED = [*NOTEBOOK, "--weights", "recorded"]
 SEQUENTIAL = ["paperlib.sequential"]
@@ -188,7 +188,7 @@ FAULTS = [
     # Trainings and checkpoints
     Fault("both damaged", LAUNCH, "no whole checkpoint in .*--fresh", set_up=both_damaged),
     Fault("other format", LAUNCH, "not a checkpoint of this", set_up=of_another_format),
-    Fault("starts from nothing", [*LAUNCH, "--set", "start_from=nix"], "there is no checkpoint in .*nix to start from"),
+    Fault("starts from nothing", [*LAUNCH, "--set", "start_from=nix"], ".*nix cannot be read"),
     Fault("diverges", [*LAUNCH, "--set", "learning_rate=1e30"], "not finite at step .*lower learning_rate"),
     Fault("too little memory", [*LAUNCH, "--set", "batch_size=1000000"], "out of memory: lower", limits=MEMORY),
     # What is recorded

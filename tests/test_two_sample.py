@@ -48,6 +48,11 @@ LOOPS = [
     (energy_distance, energy_loop, (11, 8)),
     (functools.partial(kernel_distance, together=(3, 2)), functools.partial(kernel_loop, together=(3, 2)), (24, 16)),
     (two_sample.kernel_distance_ratio, lambda a, b, c: kernel_loop(a, c) / kernel_loop(b, c), (11, 8, 9)),
+    (
+        functools.partial(two_sample.kernel_distance_difference, together=(1, 2)),
+        lambda a, b, c: kernel_loop(a, c) - kernel_loop(b, c, together=(2, 1)),
+        (11, 16, 9),
+    ),
     (functools.partial(spectral_distance, least=0.1), spectral_loop, (11, 8)),
 ]
 

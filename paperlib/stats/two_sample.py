@@ -57,6 +57,17 @@ def kernel_distance_ratio(a: Points, b: Points, reference: Points) -> Estimate:
     return _estimate(_every(a, reference, _cubic) / _every(b, reference, _cubic))
 
 
+def kernel_distance_difference(
+    a: Points, b: Points, reference: Points, *, together: tuple[int, int] = (1, 1)
+) -> Estimate:
+    """The `kernel_distance` of `a` to a reference less that of `b`, paired as in `kernel_distance_ratio`.
+
+    `together` as there, of `a` and of `b`. Raises as there.
+    """
+    units = [(unit, 1) for unit in together]
+    return _estimate(_every(a, reference, _cubic, together=units[0]) - _every(b, reference, _cubic, together=units[1]))
+
+
 def spectral_distance(a: Points, b: Points, *, least: float = 0.0) -> Estimate:
     """Root mean square difference of two sets' log mean power over frequencies: spectra (n, K) and (m, K), in nats.
 
