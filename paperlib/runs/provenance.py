@@ -1,9 +1,14 @@
 """Where a number comes from: code, versions, device and trainings."""
 
+import ast
+import hashlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import subprocess
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,32 @@ def describe_code() -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         return {"revision": None, "modified": None}
     return {"revision": revision, "modified": modified}
+
+
+def source_hash(objects: Iterable[Any]) -> str:
+    """Twelve hexadecimal digits that change with the code of the modules that define `objects`, functions or classes.
+
+    Comments, docstrings and layout do not count, nor do torch's own modules, nor code that Python cannot show.
+    """
+    sources = {name: _source(one) for one in objects if not (name := one.__module__).startswith("torch.")}
+    digest = hashlib.sha256()
+    for name, source in sorted(sources.items()):
+        digest.update(f"{name}\n{source}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _source(one: Any) -> str:
+    """The code of the module of `one`, of `one` itself where there is no such file, as in a notebook."""
+    for place in (inspect.getmodule(one), one):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(place)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        return ast.unparse(tree)
+    return ""
 
 
 def describe_device(device: str) -> str:

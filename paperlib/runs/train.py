@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from paperlib.runs.provenance import source_hash
 from paperlib.runs.recipe import SCHEDULES, Progress, Recipe, Trained
 from paperlib.runs.training_state import State, Training, load_weights, restore, result, save
 from paperlib.system import distributed
@@ -84,13 +85,15 @@ def fit(
     - `provenance`: JSON values that say which revision trains; others are stored as their `str`.
     - `partial`: there are updates in which some parameters have no part.
 
-    A training that is finished there is returned at once, and stderr says so; a loss that has changed since is not
-    noticed. The first Ctrl-C ends the step, writes a checkpoint and raises `KeyboardInterrupt`, a second one at once.
+    A training that is finished there is returned at once, and stderr says so. One of other settings, or of other code
+    in the modules of the loss and of the model's layers, is refused. The first Ctrl-C ends the step, writes a
+    checkpoint and raises `KeyboardInterrupt`, a second one at once.
 
     Raises `UserError` when a loss, a weight or the watched number is not finite (the checkpoint from before it stays),
     when memory is short, when another process trains in `directory`, and for a checkpoint that cannot be continued.
     """
-    training = Training(name, model, recipe, make_folder(Path(directory)), seed, count, torch.device(device))
+    source = source_hash([loss, *map(type, model.modules())])
+    training = Training(name, model, recipe, make_folder(Path(directory)), seed, count, torch.device(device), source)
     _refuse_impossible(training, evaluate)
     with locked(training.directory, "training") if training.rank == 0 else nullcontext():
         restore(training)

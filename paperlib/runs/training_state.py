@@ -36,10 +36,18 @@ class Training:
     """One call of `train.fit`: what does not change in it, and the state that does."""
 
     def __init__(
-        self, name: str, model: nn.Module, recipe: Recipe, directory: Path, seed: int, count: int, device: torch.device
+        self,
+        name: str,
+        model: nn.Module,
+        recipe: Recipe,
+        directory: Path,
+        seed: int,
+        count: int,
+        device: torch.device,
+        source: str,
     ) -> None:
         self.name, self.recipe, self.directory = name, recipe, directory
-        self.seed, self.count, self.device = seed, count, device
+        self.seed, self.count, self.device, self.source = seed, count, device, source
         self.rank, self.world = distributed.rank_and_world()
         self.model = model.to(device)
         self.average = _averaged(model, recipe.ema) if recipe.ema else None
@@ -104,7 +112,7 @@ def _identity(training: Training) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     settings = {**dataclasses.asdict(training.recipe), "betas": list(training.recipe.betas)}
     del settings["checkpoint_minutes"]
-    return {**settings, "seed": training.seed, "count": training.count}
+    return {**settings, "seed": training.seed, "count": training.count, "code": training.source}
 
 
 def result(training: Training) -> Trained:
