@@ -16,6 +16,7 @@ from paperlib import fuzziness
 from paperlib.fuzziness import claims, figures, measurements
 from paperlib.fuzziness.experiment import Settings
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, encode, pixels, square
+from paperlib.runs import run as runs
 from paperlib.runs.run import Run
 from paperlib.stats import aggregate_posterior, rank_correlation, sharpness
 from paperlib.system import files
@@ -32,7 +33,7 @@ def toy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RUNS", "RESULTS"):
             patch.setenv(f"PAPERLIB_{name}", str(tmp_path_factory.mktemp(name)))
-        run = fuzziness.start("smoke", 0, "cpu", "train", QUICK)
+        run = fuzziness.start("smoke", 0, "cpu", QUICK)
         images = fuzziness.load_images(run)
         models = fuzziness.fit(run, images)
         arrays = fuzziness.measure(run, images, models)
@@ -209,7 +210,7 @@ def test_the_swept_numbers_are_those_of_their_models(toy):
 def test_verdicts_follow_the_arrays(toy):
     """Each claim can fail: arrays that contradict it are judged so."""
     run, arrays, random = toy.run, toy.arrays, np.random.default_rng(0)
-    cpu = Run(run.notebook, "cpu", run.settings, 0, "cpu", "recorded")
+    cpu = Run(run.notebook, "cpu", run.settings, 0, "cpu", True)
     variance, floor, spread = arrays["variance"], arrays["floor"][:, None], arrays["spread"]
     gap = 0.01 * arrays["between"][:, None] * np.ones_like(spread)
     pure = np.broadcast_to(np.eye(10)[0], arrays["labels"].shape)
@@ -251,7 +252,8 @@ def test_a_finished_training_is_used_again_and_recorded_weights_serve_without_on
     target = files.make_folder(files.results_root() / "smoke" / run.notebook)
     for name in ("weights.safetensors", "arrays.npz", "run.json"):
         shutil.copy(run.directory / name, target)
-    recorded = fuzziness.start("smoke", 0, "cpu", "recorded", QUICK)
+    recorded = runs.start(run.notebook, run.preset, run.settings, 0, "cpu", recorded=True)
+    images = fuzziness.load_images(recorded)
     loaded = fuzziness.fit(recorded, images)
     again = fuzziness.measure(recorded, images, loaded)
     assert set(again) == set(arrays)
@@ -278,4 +280,4 @@ def test_settings_that_mean_nothing_are_refused():
     told = {"dataset": "unknown data set 'minst': choose from digits, mnist", "codes": "codes is 50, but .* needs 70"}
     for name, value in refused.items():
         with pytest.raises(UserError, match=told.get(name, f"{name} is")):
-            fuzziness.start("smoke", 0, "cpu", "train", {name: value})
+            fuzziness.start("smoke", 0, "cpu", {name: value})

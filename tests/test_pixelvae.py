@@ -13,6 +13,7 @@ from paperlib.pixelvae.claims import CLAIMS
 from paperlib.pixelvae.glasses import FEATURES
 from paperlib.pixelvae.measurements import CODED, LAGS, SETS
 from paperlib.pixelvae.training import VARIANTS, sweep
+from paperlib.runs import run as runs
 from paperlib.runs.estimate import Estimate
 from paperlib.stats import two_sample
 from paperlib.system import files
@@ -27,7 +28,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RUNS", "RESULTS"):
             patch.setenv(f"PAPERLIB_{name}", str(tmp_path_factory.mktemp(name)))
-        run = experiment.start("smoke", 0, "cpu", "train", QUICK)
+        run = experiment.start("smoke", 0, "cpu", QUICK)
         images = experiment.load_images(run)
         trained = experiment.fit(run, images)
         yield run, images, trained, experiment.measure(run, images, trained)
@@ -330,17 +331,21 @@ def test_verdicts_and_recorded_weights_that_draw(finished):
     target.mkdir(parents=True)
     for name in ("arrays.npz", "run.json", "metrics.json", "weights.safetensors"):
         shutil.copy(run.directory / name, target / name)
-    again = experiment.start("smoke", 0, "cpu", "recorded", QUICK)
-    loaded = experiment.fit(again, images)
+    again = runs.start(run.notebook, run.preset, run.settings, 0, "cpu", recorded=True)
+    blank = experiment.load_images(again)
+    assert blank.shape == images.shape and len(blank.train) == 0
+    loaded = experiment.fit(again, blank)
     assert list(loaded) == list(VARIANTS) and loaded["none"].steps == 0
-    recorded = experiment.measure(again, images, loaded)
+    recorded = experiment.measure(again, blank, loaded)
     assert recorded.keys() == arrays.keys()
     assert all(recorded[name].tobytes() == value.tobytes() for name, value in arrays.items())
-    states, own, again_own = (experiment.continue_chain(run, images, models) for models in (loaded, trained, trained))
+    states, own, again_own = (
+        experiment.continue_chain(run, blank, models, arrays) for models in (loaded, trained, trained)
+    )
     assert own.shape == (4, 5, 8, 8, 1) and np.array_equal(own, again_own)
-    assert np.array_equal(own[0], images.held_out[-5:].numpy())
+    assert np.array_equal(own[0], arrays["from_data_none"][0, :5])
     assert (states[1] == own[1]).mean() > 0.8, "half precision moves few pixels"
-    assert set(experiment.conclude(again, recorded, loaded, images)) == set(CLAIMS)
+    assert set(experiment.conclude(again, recorded, loaded, blank)) == set(CLAIMS)
 
 
 def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
@@ -378,4 +383,4 @@ WRONG |= {
 @pytest.mark.parametrize(("name", "value"), WRONG.items())
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(UserError, match="digits, cifar10" if name == "dataset" else name):
-        experiment.start("smoke", 0, "cpu", "train", {name: value})
+        experiment.start("smoke", 0, "cpu", {name: value})

@@ -247,7 +247,7 @@ def test_the_gpu_preset_takes_a_few_steps(tmp_path, monkeypatch):
     """The networks, precision and objectives of `gpu`, at digits' size, uncompiled."""
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     few = {"dataset": "digits", "train_steps": 2, "elbo_steps": 2, "sweep_steps": 1, "batch_size": 4}
-    run = experiment.start("gpu", 0, "cpu", "train", {**few, "compile": False, "evaluation_images": 8})
+    run = experiment.start("gpu", 0, "cpu", {**few, "compile": False, "evaluation_images": 8})
     trained = experiment.fit(run, experiment.load_images(run))
     assert all(math.isfinite(one.history[-1]["loss"]) for one in trained.values())
     assert trained["none"].steps == 2 and len(trained) == 10

@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +82,12 @@ class Dataset:
         parts = {"train": self.train, "held_out": self.held_out, "test": self.test}
         parts = {key: part.describe() for key, part in parts.items() if part is not None}
         return {"name": self.name, "source": self.source, "levels": self.levels, "parts": parts}
+
+
+def without_images(described: Mapping[str, Any]) -> Dataset:
+    """A data set of no images, of the shape and grey levels of the one that `Dataset.describe` described."""
+    empty = Split(np.empty((0, *described["parts"]["train"]["shape"]), dtype=np.uint8))
+    return Dataset(described["name"], empty, empty, described["levels"], described["source"])
 
 
 def load(name: str, side: int | None = None) -> Dataset:

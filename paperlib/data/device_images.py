@@ -53,6 +53,8 @@ class Images:
         channels, side, _ = self.shape
         colour = "grey" if channels == 1 else "colour"
         counts = f"{len(self.train):,} training and {len(self.held_out):,} held-out images"
+        if not len(self.train):
+            counts = "no images at hand"
         return f"{self.dataset.name}: {counts}, {side} x {side} pixels, {colour}, {self.dataset.levels} levels"
 
 

@@ -76,13 +76,15 @@ PRESETS = {"smoke": _smoke, "cpu": _cpu, "gpu": _gpu, "paper": _cpu}
 
 
 def load_images(run: Run) -> Images:
-    """The run's data set, on its device. Raises `UserError` where it is missing or damaged."""
+    """The run's data set, on its device; of a recorded run its shape alone. Raises `UserError` as `datasets.load`."""
+    if run.recorded:
+        return device_images.load(datasets.without_images(recorded.provenance(run)["data"]), run.device)
     return device_images.load(datasets.load(run.settings.dataset), run.device)
 
 
 def fit(run: Run, images: Images) -> Models:
-    """Train all that the claims need, or load the one recorded VAE where the run says `weights = "recorded"`."""
-    if run.weights == "recorded":
+    """Train all that the claims need, or of a recorded run load the one VAE that is kept."""
+    if run.recorded:
         vae = VAE(math.prod(images.shape), run.settings).to(run.device)
         return Models([{MAIN: recorded.load_model(run, vae)}], [{}])
     return training.fit(run.settings, *pixels(images), run.directory, run.seed)
@@ -93,7 +95,7 @@ def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
 
     `at_prior_codes` and `error_split` are stacked over seeds, `picture` and `plane` are of the first.
     """
-    if run.weights == "recorded":
+    if run.recorded:
         return load_recorded_arrays(run)
     settings, seed, labels = run.settings, run.seed, images.labels
     x, held_out = pixels(images)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import nn
 
 from paperlib.data import datasets, device_images
@@ -168,13 +169,15 @@ PRESETS = {
 
 
 def load_images(run: Run) -> Images:
-    """The run's data set, on its device. Raises `UserError` where it is missing or damaged."""
+    """The run's data set, on its device; of a recorded run its shape alone. Raises `UserError` as `datasets.load`."""
+    if run.recorded:
+        return device_images.load(datasets.without_images(recorded.provenance(run)["data"]), run.device)
     return device_images.load(datasets.load(run.settings.dataset), run.device)
 
 
 def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded models alone."""
-    if run.weights == "train":
+    if not run.recorded:
         return training.fit(run.settings, images, run.directory, run.seed)
     models = {name: build(run.settings, images, variant.coded) for name, variant in VARIANTS.items()}
     loaded = recorded.load_model(run, nn.ModuleDict(models))
@@ -183,7 +186,7 @@ def fit(run: Run, images: Images) -> dict[str, train.Trained]:
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     """All that figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are."""
-    if run.weights == "recorded":
+    if run.recorded:
         return load_recorded_arrays(run)
     settings, seed, models = run.settings, run.seed, {name: one.model for name, one in trained.items()}
     extract = measurements.extractors(settings, images, run.directory, seed)
@@ -199,10 +202,12 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
     )
 
 
-def continue_chain(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> np.ndarray:
-    """Three more states of the chain of `none` from each of five held-out photographs: uint8 (4, 5, S, S, C)."""
-    generator = run.generator(11, True)
-    return markov_chain(trained["none"].model, images, images.held_out[-5:], 3, generator).numpy()
+def continue_chain(
+    run: Run, images: Images, trained: Mapping[str, train.Trained], arrays: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Three states of the chain of `none` from each of five held-out photographs: uint8 (4, 5, S, S, C)."""
+    photographs = torch.from_numpy(arrays["from_data_none"][0, :5])
+    return markov_chain(trained["none"].model, images, photographs, 3, run.generator(11, True)).numpy()
 
 
 def conclude(

@@ -22,10 +22,10 @@ def main(experiment: Experiment) -> None:
 
     def train() -> int:
         options = parser(experiment.notebook).parse_args()
-        overrides = presets.parse(experiment.settings(options.preset), options.set)
+        overrides = presets.parse(presets.choose(experiment.presets, options.preset), options.set)
         device = str(pick_device(options.device))
         with distributed.joined(device):
-            run = experiment.start(options.preset, options.seed, device, "train", overrides)
+            run = experiment.start(options.preset, options.seed, device, overrides)
             trained = experiment.fit(run)
             if distributed.rank_and_world()[0] == 0:
                 for name, one in trained.items():
