@@ -68,6 +68,11 @@ class Experiment:
             )
         settings, place = self.settings(preset, overrides), str(pick_device(device))
         if preset == RECORDED:
-            preset = recorded.best(self.notebook, self.presets)
-            return run.start(self.notebook, preset, settings, seed, place, recorded=True)
+            best = recorded.best(self.notebook, self.presets)
+            return run.start(self.notebook, best, settings, seed, place, recorded=True)
         return run.start(self.notebook, preset, settings, seed, place)
+
+    def recorded_run(self, device: str = "auto") -> Run:
+        """The best recorded run, without a folder. Raises `UserError` where nothing is recorded."""
+        best = recorded.best(self.notebook, self.presets)
+        return Run(self.notebook, best, self.presets[best], 0, str(pick_device(device)), recorded=True)
