@@ -8,12 +8,13 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
-from paperlib.fuzziness import explorer, measurements, training
+from paperlib.fuzziness import measurements, training
 from paperlib.fuzziness.claims import CLAIMS, controls, quantities
 from paperlib.fuzziness.measurements import COLUMNS, ROWS
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, pixels
@@ -130,8 +131,10 @@ def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images:
     return recorded.conclude(run, CLAIMS, quantities(arrays), numbers, data, trained, models.main)
 
 
-def explore(images: Images, models: Models) -> explorer.Explorer:
-    """Sliders for the code of the main VAE, to be shown in a running notebook."""
+def explore(images: Images, models: Models) -> Any:
+    """Sliders for the code of the main VAE, to be shown in a running notebook: an `explorer.Explorer`."""
+    from paperlib.fuzziness import explorer
+
     return explorer.Explorer(models.main, pixels(images)[0], images.labels)
 
 
