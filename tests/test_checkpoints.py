@@ -87,10 +87,17 @@ LOSS = """
 def loss(model, x, progress):
     \"\"\"{comment}\"\"\"
     return {weight} * model(x).square().mean(), {{}}
+
+def make():
+    weigh = lambda value: {weight} * value
+    def captured(model, x, progress):
+        return weigh(model(x).square().mean()), {{}}
+    return captured
 """
 
 
-def test_an_edited_objective_is_another_training(tmp_path, monkeypatch):
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_edited_objective_is_another_training(tmp_path, monkeypatch, captured):
     monkeypatch.syspath_prepend(tmp_path)
 
     def trained(**words):
@@ -98,7 +105,8 @@ def test_an_edited_objective_is_another_training(tmp_path, monkeypatch):
         sys.modules.pop("edited_loss", None)
         linecache.clearcache()
         importlib.invalidate_caches()
-        return run(tmp_path / "run", loss=importlib.import_module("edited_loss").loss)
+        module = importlib.import_module("edited_loss")
+        return run(tmp_path / "run", loss=module.make() if captured else module.loss)
 
     trained(comment="squares", weight=1)
     trained(comment="the mean of squares", weight=1)

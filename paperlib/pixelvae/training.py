@@ -152,6 +152,7 @@ def _recipe(settings: Any, steps: int) -> train.Recipe:
 
 def _loss(settings: Any, variant: Variant) -> train.Loss:
     """-L of (2) in nats per image, with input dropout for a variant that begins as an autoencoder."""
+    regulariser = OBJECTIVES[variant.objective]
 
     def loss(vae: nn.Module, x: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = max(0.0, 1 - 2 * progress.fraction) if variant.autoencoder_first else 0.0
@@ -162,7 +163,7 @@ def _loss(settings: Any, variant: Variant) -> train.Loss:
         if terms.mean is None:
             return reconstruction, logged
         logged["kl"] = likelihoods.gaussian_kl(terms.mean, terms.log_std).mean()
-        return reconstruction + OBJECTIVES[variant.objective](settings, *terms[1:]), logged
+        return reconstruction + regulariser(settings, *terms[1:]), logged
 
     return loss
 

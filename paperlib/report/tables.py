@@ -1,7 +1,7 @@
 """Carry recorded results into the texts that quote them, so that no verdict is typed by hand.
 
 A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
-their own, the README one table of all claims, and another of `results/benchmarks/`.
+their own, the README one table of all claims, `docs/speed.md` those of `results/benchmarks/`.
 """
 
 import json
@@ -129,7 +129,10 @@ def texts() -> Iterator[tuple[Path, str, str]]:
     """Every file with a block, as (path, its text now, its text with the block rewritten)."""
     readme = files.ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    yield readme, text, filled(filled(text, readme_block(), readme), speed_block(), readme, SPEED)
+    yield readme, text, filled(text, readme_block(), readme)
+    speed = files.ROOT / "docs" / "speed.md"
+    text = speed.read_text(encoding="utf-8")
+    yield speed, text, filled(text, speed_block(), speed, SPEED)
     for name in EXPERIMENTS:
         path = files.NOTEBOOKS / f"{name}.ipynb"
         text = path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +36,38 @@ def describe_code() -> dict[str, Any]:
 
 
 def source_hash(objects: Iterable[Any]) -> str:
-    """Twelve hexadecimal digits that change with the code of the modules that define `objects`, functions or classes.
+    """Twelve hexadecimal digits that change with the code of `objects`, functions or classes.
 
-    Comments, docstrings and layout do not count, nor do torch's own modules, nor code that Python cannot show.
+    That is the whole module of what this library defines, else the definition itself, and the same of functions that a
+    function has captured. Comments, docstrings and layout do not count, nor do torch's own modules, nor code that
+    Python cannot show.
     """
-    sources = {name: _source(one) for one in objects if not (name := one.__module__).startswith("torch.")}
     digest = hashlib.sha256()
-    for name, source in sorted(sources.items()):
-        digest.update(f"{name}\n{source}\n".encode())
+    for source in sorted({_source(one) for one in _with_captured(objects)}):
+        digest.update(source.encode() + b"\0")
     return digest.hexdigest()[:12]
 
 
+def _with_captured(objects: Iterable[Any]) -> Iterator[Any]:
+    for one in objects:
+        yield one
+        captured = (cell.cell_contents for cell in getattr(one, "__closure__", None) or ())
+        yield from _with_captured(value for value in captured if inspect.isfunction(value))
+
+
 def _source(one: Any) -> str:
-    """The code of the module of `one`, of `one` itself where there is no such file, as in a notebook."""
-    for place in (inspect.getmodule(one), one):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(place)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        return ast.unparse(tree)
-    return ""
+    name = one.__module__
+    if name.startswith("torch."):
+        return ""
+    try:
+        source = inspect.getsource(inspect.getmodule(one) if name.startswith("paperlib.") else one)
+        tree = ast.parse(textwrap.dedent(source))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return f"{name} {ast.unparse(tree)}"
 
 
 def describe_device(device: str) -> str:
