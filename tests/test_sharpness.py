@@ -55,7 +55,7 @@ def slow_edge_width(image):
                 if d and d * direction <= 0:
                     ramps.append([])
                     direction = d
-                if ramps and gradient:
+                if d:  # a plateau is steep on no ramp, though grey levels beside it may change
                     ramps[-1].append((d, gradient))
             for ramp in ramps:
                 width = abs(sum(d for d, _ in ramp)) / max(g for _, g in ramp)
@@ -73,6 +73,15 @@ def test_edge_width_is_equation_1(rng, monkeypatch):
     np.testing.assert_allclose(edge_width(torch.from_numpy(images)), expected, rtol=1e-12)
     monkeypatch.setattr(sharpness, "PIXELS", 2 * 9 * 13)  # blocks of 2, 2 and 1
     np.testing.assert_allclose(edge_width(torch.from_numpy(images)), expected, rtol=1e-12)
+
+
+def test_edge_width_does_not_change_in_mirrors(rng):
+    """Grey levels with many plateaus, at both ends of ramps."""
+    images = torch.from_numpy(rng.integers(0, 4, (200, 7, 9)).astype(np.uint8))
+    width = edge_width(images)
+    assert float((width / width.mean() - 1).abs().max()) > 0.01
+    for mirrored in (images.flip(1), images.flip(2), images.flip(1, 2), images.mT, images.rot90(1, (1, 2))):
+        torch.testing.assert_close(edge_width(mirrored), width, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("angle", [0, 10, 22.5, 45, 70, 90])

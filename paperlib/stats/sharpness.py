@@ -6,7 +6,8 @@ part w of the image's gradient that each carries. With sums and maximum over the
 
     (a)  sum_ramps w h / g  /  sum_ramps w,   h = sum |d|,  g = max |grad|,  w = sum d^2 / |grad|
 
-The weights make it the same for all directions, as d_x^2 + d_y^2 = |grad|^2. A straight edge blurred by a Gaussian of
+The gradient counts where d is not 0, so that a mirror image, whose plateaus come first, has the same ramps. The weights
+make it the same for all directions, as d_x^2 + d_y^2 = |grad|^2. A straight edge blurred by a Gaussian of
 std s has width sqrt(2 pi) s, a thin line sqrt(e) s. A faint stroke with crisp borders is crisp. Noise breaks ramps up:
 this is for smooth images.
 
@@ -49,7 +50,8 @@ def _ramps(x: Tensor) -> tuple[Tensor, Tensor]:
     ramp = begins.flatten().cumsum(0) - 1
     none = step.new_zeros(int(ramp[-1]) + 1)
     height = none.index_add(0, ramp, step.abs().flatten())
-    steepest = none.scatter_reduce(0, ramp, slope.flatten(), "amax")
+    steep = torch.where(step != 0, slope, 0.0)  # a plateau is part of the ramps on both sides, and steep on neither
+    steepest = none.scatter_reduce(0, ramp, steep.flatten(), "amax")
     width = (height / steepest.clamp(min=LEAST))[ramp].reshape(step.shape)
     weight = step.square() / slope.clamp(min=LEAST)
     return weight.flatten(1).sum(1), (weight * width).flatten(1).sum(1)
