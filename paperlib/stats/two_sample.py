@@ -54,7 +54,8 @@ def kernel_distance_ratio(a: Points, b: Points, reference: Points) -> Estimate:
     The jackknife leaves the g-th group of all three out, so that what the reference does to both cancels. Means little
     where the second distance is within its interval of 0. Raises as there.
     """
-    return _estimate(_every(a, reference, _cubic) / _every(b, reference, _cubic))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return _estimate(_every(a, reference, _cubic) / _every(b, reference, _cubic))
 
 
 def kernel_distance_difference(
