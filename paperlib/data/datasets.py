@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 
 from paperlib.data import downloads, image_arrays
 from paperlib.system.errors import UserError
-from paperlib.system.files import atomic_write, data_root, locked
+from paperlib.system.files import atomic_write, data_root, expanded, locked
 
 SETS = {
     "digits": "UCI handwritten digits (Alpaydin and Kaynak 1998), from scikit-learn",
@@ -157,7 +157,7 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
     elif source is None:
         raise UserError(f"say where the images are: {_command(name)}")
     else:
-        image_arrays.write(Path(source).expanduser(), _folder(name) / "train-images.npy", side, subset)
+        image_arrays.write(expanded(source), _folder(name) / "train-images.npy", side, subset)
     return _folder(name)
 
 
