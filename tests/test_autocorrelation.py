@@ -89,10 +89,13 @@ def test_chains_that_are_refused(rng):
     states = rng.normal(size=(4, 3, 2))
     for message, wrong, lags in [
         *((r"\(T, N, d\)", wrong, [1]) for wrong in (states[0], states[:, :2], states[:, :, :0])),
-        *(("from 1 to 3", states, lags) for lags in ([0], [1, 4], [-1])),
+        *(("from 1 to 3", states, lags) for lags in ([0], [1, 4], [-1], [])),
         ("not finite", states * np.where(states == states.max(), math.nan, 1), [1]),
     ]:
         with pytest.raises(ValueError, match=message):
             autocorrelation(wrong, lags)
+    for wrong in (np.zeros(3), np.zeros((4, 3, 2)), np.array([0, math.nan])):
+        with pytest.raises(ValueError, match=r"finite and \(d,\)"):
+            autocorrelation(states, [1], wrong)
     with pytest.raises(ValueError, match="equal shapes"):
         pair_correlation(states[0], states[0, :2])

@@ -25,7 +25,7 @@ def autocorrelation(
 
     Values, lows and highs, by a jackknife over chains. 1 for chains that stand still, 0 for states that are independent
     of those `lag` before. nan where the chains never differ from one another. Raises `ValueError` for another shape,
-    fewer than 3 chains, values that are not finite, and a lag outside 1 .. T-1.
+    fewer than 3 chains, values that are not finite, no lags, and a lag outside 1 .. T-1.
     """
     states = to_float64(states).cpu().numpy()
     if states.ndim != 3 or states.shape[1] < 3 or 0 in states.shape:
@@ -33,13 +33,17 @@ def autocorrelation(
     if not np.isfinite(states).all():
         raise ValueError("states hold values that are not finite")
     steps, chains, _ = states.shape
-    if wrong := [lag for lag in lags if not 1 <= lag < steps]:
+    wrong = [lag for lag in lags if not 1 <= lag < steps]
+    if wrong or not len(lags):
         raise ValueError(f"lags {wrong} of chains of {steps} states: they go from 1 to {steps - 1}")
     if mean is None:
         x = states - states[:, :1]  # exactly 0 where all chains agree
         x -= x.mean(1, keepdims=True)
     else:
-        x = states - to_float64(mean).cpu().numpy()
+        mean = to_float64(mean).cpu().numpy()
+        if mean.shape != states.shape[2:] or not np.isfinite(mean).all():
+            raise ValueError(f"a mean is finite and (d,), here {states.shape[2:]}, not {mean.shape}")
+        x = states - mean
     squares = np.einsum("tnd,tnd->tn", x, x)
     shared = [np.einsum("tnd,tnd->n", x[:-lag], x[lag:]) for lag in lags]
     own = [(squares[:-lag] + squares[lag:]).sum(0) / 2 for lag in lags]
