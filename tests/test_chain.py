@@ -45,3 +45,12 @@ def test_a_fair_bit_read_by_a_noisy_code_attains_the_first_order_bound(flip):
     assert float(gap) == pytest.approx(4 * flip * (1 - flip), abs=1e-12)
     assert apart == pytest.approx(float(chain.first_order_bound(price, gap)), rel=1e-3)
     assert apart == pytest.approx(float(chain.stationary_bound(price, tau) * (1 - tau).sqrt()), rel=1e-3)
+
+
+def test_maximal_correlation_of_a_table_with_unused_rows_and_columns():
+    """Of two bits that agree with probability 0.9 it is 0.8, whatever else z and x could have been."""
+    bits = torch.tensor([[0.45, 0.05], [0.05, 0.45]], **F64)
+    padded = torch.zeros(4, 5, **F64)
+    padded[[[0], [3]], [1, 4]] = bits
+    for table in (bits, padded):
+        assert float(chain.maximal_correlation(table)) == pytest.approx(0.8, abs=1e-12)

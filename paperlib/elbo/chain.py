@@ -66,7 +66,9 @@ def spectrum(p_x: Tensor, q_z_given_x: Tensor) -> Spectrum:
 
 def maximal_correlation(q_xz: Tensor) -> Tensor:
     """The greatest correlation of any f(x) with any g(z) under a joint table (X, Z), by alternating conditional
-    expectations g = E[f|z], f = E[g|x], each with mean 0 and variance 1 (Breiman and Friedman, 1985)."""
+    expectations g = E[f|z], f = E[g|x], each with mean 0 and variance 1 (Breiman and Friedman, 1985). An x or z of
+    probability 0 is left out."""
+    q_xz = q_xz[q_xz.sum(1) > 0][:, q_xz.sum(0) > 0]
     p_x, q_z = q_xz.sum(1), q_xz.sum(0)
 
     def standard(f: Tensor, weights: Tensor) -> Tensor:

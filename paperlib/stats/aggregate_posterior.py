@@ -9,8 +9,11 @@ With the encoder q(z|x_n) = N(mean_n, diag exp(2 log_std_n)) at every training p
 Over all N x M pairs, in nats. Exponents come from float64 matrix products, a tile at a time. A code for which few
 points weigh (within `REACH` nats of the heaviest) is finished from differences, (z - mean) and (x - E[x]), so nothing
 cancels. Where many weigh, sums over all points are matrix products, in float32 when the result can bear it:
-E[(x-c)^2] - (E[x]-c)^2 loses a share E[(x-c)^2] / Var of the accuracy, so each entry is checked for it, and those that
-lost too much are done again in float64, about other centres c, and at last from differences.
+E[(x-c)^2] - (E[x]-c)^2 loses a share E[(x-c)^2] / Var of the accuracy. So each code's heaviest point x_h stays out of
+the products, and their sums S over the others give the moments about c and about x_h alike, as
+sum (x-x_h)^2 = S[(x-c)^2] - 2 (x_h-c) S[x-c] + (x_h-c)^2 S[1]: where one point has nearly all the weight, only the
+second keeps the accuracy. Each entry is checked for it, and those that lost too much are done again in float64, about
+other centres c, and at last from differences.
 """
 
 import math
@@ -29,6 +32,7 @@ ROWS, COLUMNS = 1024, 2048  # a tile of pairs: 16 MiB in float64, which stays in
 FEW = 512  # points, or N / 128: up to here differences beat matrix products
 GATHERED = 2**20  # numbers gathered at a time for differences: 8 MiB
 LARGEST = 1e50  # of a code, so that its square over a variance does not overflow
+ORDINARY = 2.0**20  # ranges of a pixel from 1 / ORDINARY to ORDINARY have float32 squares; others are scaled first
 
 Tiles = Iterator[tuple[slice, Tensor]]  # some points, and the weights (M, C) of these for M codes
 
@@ -101,14 +105,20 @@ def log_density(z: Tensor, codes: Codes) -> Tensor:
     z, table = _checked(z, codes), _Table(codes)
     result = z.new_empty(len(z))
     for block in _slices(len(z), ROWS):
-        here, out = z[block], result[block]
-        top, many, bundles = _heavy(here, table, table.width)
-        for rows, _, _, log_q in bundles:
-            out[rows] = log_q
-        if len(many):
-            total = sum(w.sum(1) for _, w in _weights(here[many], table, top[many]))
-            out[many] = top[many] + total.log() - math.log(len(codes))
+        top, total = _peak_and_total(z[block], table)
+        result[block] = top + total.log() - math.log(len(codes))
     return result
+
+
+def _peak_and_total(z: Tensor, table: "_Table") -> tuple[Tensor, Tensor]:
+    """The largest exponent of codes z (M, D) and the sum of exp(exponent - largest) over all points, (M,) each."""
+    top, many, bundles = _heavy(z, table, table.width)
+    total = torch.empty_like(top)
+    for rows, _, _, peak, sums in bundles:
+        top[rows], total[rows] = peak, sums
+    if len(many):
+        total[many] = sum(w.sum(1) for _, w in _weights(z[many], table, top[many]))
+    return top, total
 
 
 @torch.no_grad()
@@ -126,7 +136,7 @@ def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(codes):
         raise ValueError(f"the {k} heaviest of {len(codes)} points")
     z, table = _checked(z, codes), _Table(codes)
-    weights, log_q = z.new_empty(len(z), k), log_density(z, codes)
+    weights = z.new_empty(len(z), k)
     indices = torch.empty_like(weights, dtype=torch.long)
     for block in _slices(len(z), max(1, min(ROWS, GATHERED // (k * table.width)))):
         best = z.new_empty(len(z[block]), 0)
@@ -140,7 +150,9 @@ def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
             points = points.gather(1, place)
         exponents, place = table.differences(z[block], points).sort(dim=1, descending=True, stable=True)
         indices[block] = points.gather(1, place)
-        weights[block] = (exponents - log_q[block, None] - math.log(len(codes))).exp()
+        # Not by way of log q(z), of which at a far code so many digits are whole nats that the weights are lost.
+        top, total = _peak_and_total(z[block], table)
+        weights[block] = (exponents - top[:, None]).exp() / total[:, None]
     return indices, weights
 
 
@@ -154,8 +166,9 @@ def conditional(
     should have; they may lie on another device. `labels` (N,) are integers from 0 to K - 1. Without `per_pixel` only
     the trace of the variance is made, in about half the time.
 
-    Variances are right to 1e-5 relative, down to 1e-28 of a pixel's range squared; means to 1e-6 of its range. Raises
-    `ValueError` for shapes or labels that do not fit.
+    Variances are right to 1e-5 relative, down to 1e-28 of the pixels' range squared; means to 1e-6 of that range. Where
+    the range is beyond 2^-20 to 2^20, the points are copied in float64 and scaled. Raises `ValueError` for shapes or
+    labels that do not fit.
     """
     z, table = _checked(z, codes), _Table(codes)
     if len(x) != len(codes) or (labels is not None and labels.shape != (len(codes),)):
@@ -167,6 +180,7 @@ def conditional(
         one_hot = torch.nn.functional.one_hot(labels.to(z.device, torch.long)).double()
     flat = x.detach().reshape(len(x), -1)
     flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
+    flat, unit = _in_ordinary_units(flat)
     count, pixels = len(z), flat.shape[1]
     result = Conditional(
         mean=z.new_empty(count, pixels),
@@ -178,24 +192,37 @@ def conditional(
     )
     for block in _slices(count, ROWS):
         top, many, bundles = _heavy(z[block], table, max(table.width, pixels))
-        for rows, points, weights, log_q in bundles:
-            _fill_by_differences(result, rows + block.start, points, weights, log_q, flat, one_hot)
+        for rows, points, weights, peak, total in bundles:
+            result.log_q[rows + block.start] = peak + total.log() - math.log(len(codes))
+            _fill_by_differences(result, rows + block.start, points, weights, flat, one_hot)
         if len(many):
             _fill_by_products(result, many + block.start, z[block][many], table, top[many], flat, one_hot)
+    variance = result.variance.mul_(unit).mul_(unit)
     return replace(
         result,
-        mean=result.mean.reshape(count, *x.shape[1:]),
-        variance=result.variance.reshape(count, *x.shape[1:]) if per_pixel else None,
-        trace=result.variance.sum(1),
+        mean=result.mean.mul_(unit).reshape(count, *x.shape[1:]),
+        variance=variance.reshape(count, *x.shape[1:]) if per_pixel else None,
+        trace=variance.sum(1),
         labels=None if labels is None else result.labels,
     )
 
 
+def _in_ordinary_units(x: Tensor) -> tuple[Tensor, float]:
+    """Points (N, P) in a unit in which squares of differences fit float32, and that unit, a power of 2."""
+    if not x.is_floating_point() or not x.numel():
+        return x, 1.0
+    extent = float(x.amax().double() - x.amin().double())
+    if extent == 0 or 1 / ORDINARY <= extent <= ORDINARY:
+        return x, 1.0
+    unit = 2.0 ** (math.frexp(extent)[1] - 1)
+    return x.double() / unit, unit
+
+
 def _fill_by_differences(
-    result: Conditional, rows: Tensor, points: Tensor, weights: Tensor, log_q: Tensor, x: Tensor, one_hot: Tensor
+    result: Conditional, rows: Tensor, points: Tensor, weights: Tensor, x: Tensor, one_hot: Tensor
 ) -> None:
     """The rows (R,) of `result` for which few `points` (R, K) weigh, by `weights` (R, K) that sum to 1."""
-    result.log_q[rows], result.ess[rows] = log_q, 1 / weights.square().sum(1)
+    result.ess[rows] = 1 / weights.square().sum(1)
     result.labels[rows] = (weights[:, None] @ one_hot[points])[:, 0]
     near = x[points.to(x.device)].to(weights.device, torch.float64)
     base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
@@ -291,8 +318,8 @@ class _Table:
 
 def _heavy(z: Tensor, table: _Table, width: int) -> tuple[Tensor, Tensor, Iterator]:
     """For codes `z` (M, D) the largest exponents (M,), the rows for which many points weigh, and, for the others,
-    bundles of (rows (R,), points (R, K), weights (R, K) that sum to 1, log q (R,)), small enough to gather
-    (R, K, width).
+    bundles of (rows (R,), points (R, K), weights (R, K) that sum to 1, largest exponent (R,), sum of
+    exp(exponent - largest) (R,)), small enough to gather (R, K, width).
     """
     count = len(table.codes)
     limit = max(FEW, count // 128)
@@ -333,17 +360,33 @@ def _bundles(z: Tensor, table: _Table, counts: Tensor, limit: int, hits: Tensor,
             padding = place >= counts[rows, None]
             chosen = points[(start[rows, None] + place).masked_fill(padding, 0)]
             exponents = table.differences(z[rows], chosen).masked_fill_(padding, -torch.inf)
-            log_q = exponents.logsumexp(1) - math.log(len(table.codes))
-            yield rows, chosen, torch.softmax(exponents, 1), log_q
+            peak = exponents.amax(1)
+            weights = exponents.sub_(peak[:, None]).exp_()
+            total = weights.sum(1)
+            yield rows, chosen, weights / total[:, None], peak, total
         size *= 2
 
 
-def _weights(z: Tensor, table: _Table, top: Tensor) -> Tiles:
-    """exp(log q(z|x_n) - top), each tile in the memory of the one before."""
+def _weights(z: Tensor, table: _Table, top: Tensor, without: Tensor | None = None) -> Tiles:
+    """exp(log q(z|x_n) - top), each tile in the memory of the one before; 0 at the point `without` (M,) of each code."""
     exact = table.is_coarse(z)
     for columns in _slices(len(table.codes), COLUMNS):
         # Far below, weights would be denormal numbers, which are slow; exp(-REACH) is as good as 0.
-        yield columns, table.exponents(z, columns, exact, top).clamp_(min=-REACH).exp_()
+        tile = table.exponents(z, columns, exact, top).clamp_(min=-REACH).exp_()
+        if without is not None:
+            here = ((without >= columns.start) & (without < columns.stop)).nonzero()[:, 0]
+            tile[here, without[here] - columns.start] = 0
+        yield columns, tile
+
+
+def _nearest(z: Tensor, table: _Table) -> Tensor:
+    """The heaviest point of each code, or one that weighs alike but for rounding: (M,)."""
+    best, point = z.new_full((len(z),), -torch.inf), torch.zeros(len(z), dtype=torch.long, device=z.device)
+    for columns in _slices(len(table.codes), COLUMNS):
+        value, place = table.exponents(z, columns, False).max(1)
+        point = torch.where(value > best, place + columns.start, point)
+        best = torch.maximum(best, value)
+    return point
 
 
 def _fill_by_products(
@@ -351,12 +394,14 @@ def _fill_by_products(
 ) -> None:
     """The rows (R,) of `result` for codes `z` (R, D) for which many points weigh; `top` are the largest exponents.
 
-    Each round does again the entries whose variance is below `share` of the second moment about the round's centre, and
-    so mostly rounding. Pixels that agree at black or white for all that weighs are right in the rounds centred there.
+    Each round does again the entries whose variance is below `share` of the moments it was made of, and so mostly
+    rounding. Pixels that agree at black or white for all that weighs are right in the rounds centred there.
     """
     every, per_pixel = torch.arange(x.shape[1], device=z.device), result.variance.shape[1] == x.shape[1]
     mean, variance = z.new_empty(len(z), len(every)), z.new_empty(len(z), result.variance.shape[1])
     undone, totals = torch.ones_like(variance, dtype=torch.bool), None
+    nearest = _nearest(z, table)
+    weight = (table.differences(z, nearest[:, None])[:, 0] - top).exp()
     for dtype, centre, share in _rounds(x):
         left = undone.any(1).nonzero()[:, 0]
         if not len(left):
@@ -364,21 +409,49 @@ def _fill_by_products(
         pixels = undone.any(0).nonzero()[:, 0] if per_pixel else every
         entries = left[:, None], pixels if per_pixel else every[:1]
         about = centre().to(z.device)[pixels]
-        first, second, *rest = _sums(_weights(z[left], table, top[left]), x, pixels, about, dtype, one_hot, per_pixel)
+        tiles = _weights(z[left], table, top[left], nearest[left])
+        first, second, *rest = _sums(tiles, x, pixels, about, dtype, one_hot, per_pixel)
         totals = totals or rest
-        first, second = first / rest[0][:, None], second / rest[0][:, None]
-        square = first.square()
-        spread = second - (square if per_pixel else square.sum(1, keepdim=True))
-        mean[left[:, None], pixels] = first + about
+        near = x[nearest[left].to(x.device)][:, pixels.to(x.device)].to(z.device, torch.float64) - about
+        shift, spread, bound = _moments(first, second, rest[0], near, weight[left], per_pixel)
+        mean[left[:, None], pixels] = shift + about
         variance[entries] = torch.where(undone[entries], spread, variance[entries])
-        undone[entries] &= spread < share * second
+        undone[entries] &= spread < share * bound
     for row in undone.any(1).nonzero()[:, 0]:
         by_differences = _variance(_weights(z[row, None], table, top[row, None]), x, mean[row], per_pixel)
         variance[row, undone[row]] = by_differences[undone[row]]
     total, squares, labelled = totals
+    total, squares = total + weight, squares + weight.square()
+    labelled = labelled + weight[:, None] * one_hot[nearest]
     result.mean[rows], result.variance[rows] = mean, variance
     result.log_q[rows], result.ess[rows] = top + total.log() - math.log(len(table.codes)), total.square() / squares
     result.labels[rows] = labelled / total[:, None]
+
+
+def _moments(
+    first: Tensor, second: Tensor, total: Tensor, near: Tensor, weight: Tensor, per_pixel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (R, P), variance (R, P) or trace (R, 1), and the moment whose rounding that variance carries.
+
+    `first` (R, P), `second` and `total` (R,) are sums over all points but one, which is at `near` (R, P), of `weight`
+    (R,); all are about one centre. The variance is taken about that centre or about `near`, whichever loses less.
+    """
+    total, weight = total[:, None], weight[:, None]
+    whole = total + weight
+
+    def summed(values: Tensor) -> Tensor:
+        return values if per_pixel else values.sum(1, keepdim=True)
+
+    mean = (first + weight * near) / whole
+    square = summed(near.square())
+    bound = (second + weight * square) / whole
+    spread = bound - summed(mean.square())
+    from_near = (first - total * near) / whole
+    near_bound = 2 * (second + total * square) / whole
+    near_spread = (second - 2 * summed(near * first) + total * square) / whole - summed(from_near.square())
+    better = near_bound < bound
+    mean = torch.where(better, near + from_near, mean) if per_pixel else mean
+    return mean, torch.where(better, near_spread, spread), torch.where(better, near_bound, bound)
 
 
 def _variance(weights: Tiles, x: Tensor, mean: Tensor, per_pixel: bool) -> Tensor:
