@@ -9,11 +9,10 @@ With the encoder q(z|x_n) = N(mean_n, diag exp(2 log_std_n)) at every training p
 Over all N x M pairs, in nats. Exponents come from float64 matrix products, a tile at a time. A code for which few
 points weigh (within `REACH` nats of the heaviest) is finished from differences, (z - mean) and (x - E[x]), so nothing
 cancels. Where many weigh, sums over all points are matrix products, in float32 when the result can bear it:
-E[(x-c)^2] - (E[x]-c)^2 loses a share E[(x-c)^2] / Var of the accuracy. So each code's heaviest point x_h stays out of
-the products, and their sums S over the others give the moments about c and about x_h alike, as
-sum (x-x_h)^2 = S[(x-c)^2] - 2 (x_h-c) S[x-c] + (x_h-c)^2 S[1]: where one point has nearly all the weight, only the
-second keeps the accuracy. Each entry is checked for it, and those that lost too much are done again in float64, about
-other centres c, and at last from differences.
+E[(x-c)^2] - (E[x]-c)^2 loses a share E[(x-c)^2] / Var of the accuracy. So the heaviest points of a code stay out of the
+products and are added by differences from m = E[x], as are the sums S over the others, by
+S[(x-m)^2] = S[(x-c)^2] - 2 (m-c) S[x-c] + (m-c)^2 S[1], which the others alone can spoil. Each entry is checked for it,
+and those that lost too much are done again in float64, about other centres c, and at last from differences.
 """
 
 import math
@@ -30,6 +29,8 @@ REACH = 80.0  # nats; all points further below the heaviest have less than N exp
 FLOOR = 2 * math.exp(-REACH)  # weights up to here, relative to the heaviest, count as none
 ROWS, COLUMNS = 1024, 2048  # a tile of pairs: 16 MiB in float64, which stays in the cache
 FEW = 512  # points, or N / 128: up to here differences beat matrix products
+NEAREST = 8  # points of a code that stay out of matrix products, each the heaviest of PART
+PART = 128
 GATHERED = 2**20  # numbers gathered at a time for differences: 8 MiB
 LARGEST = 1e50  # of a code, so that its square over a variance does not overflow
 ORDINARY = 2.0**20  # ranges of a pixel from 1 / ORDINARY to ORDINARY have float32 squares; others are scaled first
@@ -368,25 +369,28 @@ def _bundles(z: Tensor, table: _Table, counts: Tensor, limit: int, hits: Tensor,
 
 
 def _weights(z: Tensor, table: _Table, top: Tensor, without: Tensor | None = None) -> Tiles:
-    """exp(log q(z|x_n) - top), each tile in the memory of the one before; 0 at the point `without` (M,) of each code."""
+    """exp(log q(z|x_n) - top), each tile in the memory of the one before; 0 at each code's points `without` (M, K)."""
     exact = table.is_coarse(z)
     for columns in _slices(len(table.codes), COLUMNS):
         # Far below, weights would be denormal numbers, which are slow; exp(-REACH) is as good as 0.
         tile = table.exponents(z, columns, exact, top).clamp_(min=-REACH).exp_()
         if without is not None:
-            here = ((without >= columns.start) & (without < columns.stop)).nonzero()[:, 0]
-            tile[here, without[here] - columns.start] = 0
+            row, rank = ((without >= columns.start) & (without < columns.stop)).nonzero(as_tuple=True)
+            tile[row, without[row, rank] - columns.start] = 0
         yield columns, tile
 
 
 def _nearest(z: Tensor, table: _Table) -> Tensor:
-    """The heaviest point of each code, or one that weighs alike but for rounding: (M,)."""
-    best, point = z.new_full((len(z),), -torch.inf), torch.zeros(len(z), dtype=torch.long, device=z.device)
+    """About the `NEAREST` heaviest points of each code, the heaviest of parts of the list: (M, K)."""
+    tops, points = [], []
     for columns in _slices(len(table.codes), COLUMNS):
-        value, place = table.exponents(z, columns, False).max(1)
-        point = torch.where(value > best, place + columns.start, point)
-        best = torch.maximum(best, value)
-    return point
+        tile = table.exponents(z, columns, False)
+        for part in _slices(tile.shape[1], PART):
+            value, place = tile[:, part].max(1)
+            tops.append(value)
+            points.append(place + columns.start + part.start)
+    chosen = torch.stack(tops, 1).topk(min(NEAREST, len(tops)), dim=1).indices
+    return torch.stack(points, 1).gather(1, chosen)
 
 
 def _fill_by_products(
@@ -401,57 +405,56 @@ def _fill_by_products(
     mean, variance = z.new_empty(len(z), len(every)), z.new_empty(len(z), result.variance.shape[1])
     undone, totals = torch.ones_like(variance, dtype=torch.bool), None
     nearest = _nearest(z, table)
-    weight = (table.differences(z, nearest[:, None])[:, 0] - top).exp()
+    heavy = (table.differences(z, nearest) - top[:, None]).exp()
     for dtype, centre, share in _rounds(x):
         left = undone.any(1).nonzero()[:, 0]
         if not len(left):
             break
         pixels = undone.any(0).nonzero()[:, 0] if per_pixel else every
-        entries = left[:, None], pixels if per_pixel else every[:1]
         about = centre().to(z.device)[pixels]
         tiles = _weights(z[left], table, top[left], nearest[left])
         first, second, *rest = _sums(tiles, x, pixels, about, dtype, one_hot, per_pixel)
         totals = totals or rest
-        near = x[nearest[left].to(x.device)][:, pixels.to(x.device)].to(z.device, torch.float64) - about
-        shift, spread, bound = _moments(first, second, rest[0], near, weight[left], per_pixel)
-        mean[left[:, None], pixels] = shift + about
-        variance[entries] = torch.where(undone[entries], spread, variance[entries])
-        undone[entries] &= spread < share * bound
+        for part in _slices(len(left), max(1, GATHERED // (heavy.shape[1] * len(pixels)))):
+            rows_here, entries = left[part], (left[part, None], pixels if per_pixel else every[:1])
+            near = x[nearest[rows_here].to(x.device)][..., pixels.to(x.device)].to(z.device, torch.float64).sub_(about)
+            sums = first[part], second[part], rest[0][part, None]
+            shift, spread, bound = _moments(*sums, near, heavy[rows_here], per_pixel)
+            mean[rows_here[:, None], pixels] = shift + about
+            variance[entries] = torch.where(undone[entries], spread, variance[entries])
+            undone[entries] &= spread < share * bound
     for row in undone.any(1).nonzero()[:, 0]:
         by_differences = _variance(_weights(z[row, None], table, top[row, None]), x, mean[row], per_pixel)
         variance[row, undone[row]] = by_differences[undone[row]]
     total, squares, labelled = totals
-    total, squares = total + weight, squares + weight.square()
-    labelled = labelled + weight[:, None] * one_hot[nearest]
+    total, squares = total + heavy.sum(1), squares + heavy.square().sum(1)
+    labelled = labelled + (heavy[:, None] @ one_hot[nearest])[:, 0]
     result.mean[rows], result.variance[rows] = mean, variance
     result.log_q[rows], result.ess[rows] = top + total.log() - math.log(len(table.codes)), total.square() / squares
     result.labels[rows] = labelled / total[:, None]
 
 
 def _moments(
-    first: Tensor, second: Tensor, total: Tensor, near: Tensor, weight: Tensor, per_pixel: bool
+    first: Tensor, second: Tensor, total: Tensor, near: Tensor, heavy: Tensor, per_pixel: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (R, P), variance (R, P) or trace (R, 1), and the moment whose rounding that variance carries.
+    """Mean (R, P), variance (R, P) or trace (R, 1), and the moment whose rounding the variance carries.
 
-    `first` (R, P), `second` and `total` (R,) are sums over all points but one, which is at `near` (R, P), of `weight`
-    (R,); all are about one centre. The variance is taken about that centre or about `near`, whichever loses less.
+    `first` (R, P), `second` and `total` (R, 1) are sums about a centre over all points but K of each code, which are at
+    `near` (R, K, P) from that centre, destroyed here, and weigh `heavy` (R, K). The error of S[(x-m)^2], for products
+    right to e, is at most 3 e times the greater of S[(x-c)^2] and (m-c)^2 S[1].
     """
-    total, weight = total[:, None], weight[:, None]
-    whole = total + weight
-
-    def summed(values: Tensor) -> Tensor:
-        return values if per_pixel else values.sum(1, keepdim=True)
-
-    mean = (first + weight * near) / whole
-    square = summed(near.square())
-    bound = (second + weight * square) / whole
-    spread = bound - summed(mean.square())
-    from_near = (first - total * near) / whole
-    near_bound = 2 * (second + total * square) / whole
-    near_spread = (second - 2 * summed(near * first) + total * square) / whole - summed(from_near.square())
-    better = near_bound < bound
-    mean = torch.where(better, near + from_near, mean) if per_pixel else mean
-    return mean, torch.where(better, near_spread, spread), torch.where(better, near_bound, bound)
+    whole, weights = total + heavy.sum(1, keepdim=True), heavy[:, None]
+    base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
+    near -= base
+    base = base[:, 0]
+    shift = (first - total * base + (weights @ near)[:, 0]) / whole
+    mean = base + shift
+    by_differences = (weights @ near.sub_(shift[:, None]).square_())[:, 0]
+    square, cross = mean.square(), mean * first
+    if not per_pixel:
+        by_differences, square, cross = (values.sum(1, keepdim=True) for values in (by_differences, square, cross))
+    spread = by_differences + (second - 2 * cross + total * square)
+    return mean, spread / whole, torch.maximum(second, total * square) / whole
 
 
 def _variance(weights: Tiles, x: Tensor, mean: Tensor, per_pixel: bool) -> Tensor:
@@ -466,8 +469,8 @@ def _variance(weights: Tiles, x: Tensor, mean: Tensor, per_pixel: bool) -> Tenso
 
 
 def _rounds(x: Tensor) -> Iterator[tuple[torch.dtype, Callable[[], Tensor], float]]:
-    """What `_fill_by_products` tries in turn: precision, centre (P,), and the share that it needs, such that errors of
-    5e-7 and 1e-15 of the second moment stay below 3e-6 of the variance.
+    """What `_fill_by_products` tries in turn: precision, centre (P,), and the share that it needs, such that three
+    times an error of 5e-7 or 1e-15 of the moments (see `_moments`) stays below 1e-5 of the variance.
     """
     sample = x[:: max(1, len(x) // 1024)]
     # Reduced precision, where it has been asked for, would be used for float32 products too.
