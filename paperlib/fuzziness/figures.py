@@ -10,6 +10,7 @@ from paperlib.runs import plotting
 from paperlib.runs.plotting import BLUE, GREEN, ORANGE, RED
 from paperlib.stats.rank_correlation import rank_residuals
 
+PITCH = 2.4  # from one labelled digit to the next, in widths of a digit
 QUOTED = 0.25  # share of codes from which the mean variance over those where it may be quoted is drawn
 
 
@@ -29,7 +30,7 @@ def fuzziness(arrays: Arrays) -> Any:
     """The post's picture: sharp digits on the left, averages of 4, 9 and 5 on the right, each with its label mixture;
     below, variance per ink and label entropy over all ranks, the tenths from which they are taken shaded."""
     order, entropy = ranked(arrays, 0), label_entropy(arrays["labels"][0])
-    figure, (tops, below) = plotting.new(2, 2, height=6.6, height_ratios=[5.0, 2.6])
+    figure, (tops, below) = plotting.new(2, 2, height=5.4, height_ratios=[3.0, 2.2])
     for axis in below:
         axis.remove()
     titles = {"sharp": "least Var q(x|z) per ink", "mixed": "most Var q(x|z) per ink: 4, 9 and 5"}
@@ -53,13 +54,13 @@ def fuzziness(arrays: Arrays) -> Any:
 
 def _labelled_digits(axis: Any, images: np.ndarray, labels: np.ndarray) -> None:
     """Images (ROWS x COLUMNS, H, W) in columns, each with the labels of most weight beside it."""
-    plotting.show_images(axis, np.ones((1, ROWS, 2 * COLUMNS)), 1)
+    plotting.show_images(axis, np.ones((1, ROWS, round(PITCH * COLUMNS))), 1)
     for k, (image, mixture) in enumerate(zip(images, labels, strict=True)):
-        row, column = k % ROWS, 2 * (k // ROWS)
+        row, column = k % ROWS, PITCH * (k // ROWS)
         extent = (column - 0.48, column + 0.48, row + 0.48, row - 0.48)
         axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
         axis.text(column + 0.54, row, "\n".join(_parts(mixture)[:3]), va="center", fontsize=8)
-    axis.set(xlim=(-0.5, 2 * COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5))
+    axis.set(xlim=(-0.5, PITCH * COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5))
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -173,7 +174,7 @@ def better_q(arrays: Arrays) -> Any:
         error.plot(dims, quoted, "s--", markersize=3, color=BLUE, label=names[1])
         width.plot(dims, edges, "o-", markersize=3, color=GREEN)
     error.set(ylabel="grey levels², summed", title="held-out error, variance")
-    width.set(ylabel="edge width (pixels)", title="sharpness of decoded digits")
+    width.set(ylabel="edge width (pixels)", title="sharpness")
     for axis, ticks in ((frozen, arrays["frozen_units"]), (error, dims), (width, dims)):
         axis.set_xscale("log")
         axis.set_xticks(ticks, ticks)
