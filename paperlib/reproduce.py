@@ -34,7 +34,7 @@ from paperlib.runs.provenance import describe_code
 from paperlib.runs.recorded import record
 from paperlib.runs.run import run_name
 from paperlib.system import files, kernels
-from paperlib.system.devices import STOPS, pick_device
+from paperlib.system.devices import STOPS
 from paperlib.system.errors import UserError, run_command
 
 
@@ -291,7 +291,7 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
     try:
         parameters["overrides"] = presets.parse(experiment.settings(options.preset), options.set)
         settings = experiment.settings(options.preset, parameters["overrides"])
-        pick_device(options.device)
+        experiment.device(options.preset, options.device, options.weights)
         name = run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
     except UserError as error:
         raise UserError(f"{notebook.stem}: {error}") from error

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from paperlib.runs import presets, run
 from paperlib.runs.claims import Claim
 from paperlib.runs.estimate import Estimate
@@ -39,6 +41,19 @@ class Experiment:
             raise UserError(f"unknown data set {settings.dataset!r}: choose from {', '.join(self.datasets)}")
         return settings
 
+    def device(self, preset: str, name: str, weights: str) -> torch.device:
+        """What `pick_device` makes of `name`. Raises `UserError` where the CPU, not asked for, would train a preset
+        that is made for CUDA.
+        """
+        device = pick_device(name)
+        made_for_cuda = preset in ("gpu", "paper") and self.presets[preset] != self.presets["cpu"]
+        if made_for_cuda and weights == "train" and device.type == "cpu" and name != "cpu":
+            raise UserError(
+                f"preset {preset!r} is made for CUDA, which torch cannot use here: choose preset cpu, or ask for the "
+                f"CPU with device cpu"
+            )
+        return device
+
     def start(self, preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> Run:
         """Open the run that the notebook's parameters ask for. Raises `UserError` for any that are not known."""
         if not isinstance(overrides, Mapping):
@@ -47,4 +62,4 @@ class Experiment:
                 f"(papermill: -y 'overrides: {{steps: 500}}')"
             )
         settings = self.settings(preset, overrides)
-        return run.start(self.notebook, preset, settings, seed, str(pick_device(device)), weights)
+        return run.start(self.notebook, preset, settings, seed, str(self.device(preset, device, weights)), weights)
