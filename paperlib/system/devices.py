@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from paperlib.system.errors import UserError
@@ -42,6 +42,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r}: torch sees {available} CUDA devices; use auto or cpu")
     torch.backends.cudnn.allow_tf32 = False  # for products that is the default
     return torch.device("cuda", index)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`; a GPU copies it by itself, from pinned memory, and nothing waits for it."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
