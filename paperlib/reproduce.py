@@ -34,7 +34,7 @@ from paperlib.runs.experiment import RECORDED
 from paperlib.runs.provenance import describe_code
 from paperlib.runs.recorded import record
 from paperlib.system import files, kernels
-from paperlib.system.devices import STOPS, pick_device
+from paperlib.system.devices import STOPS
 from paperlib.system.errors import UserError, run_command
 
 
@@ -289,7 +289,7 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
         return Job(notebook, parameters, files.runs_root() / notebook.stem / options.preset)
     try:
         parameters["overrides"] = presets.parse(experiment.settings(options.preset), options.set)
-        pick_device(options.device)
+        experiment.device(options.preset, options.device)
         name = experiment.run_name(options.preset, options.seed, parameters["overrides"])
     except UserError as error:
         raise UserError(f"{notebook.stem}: {error}") from error

@@ -59,6 +59,26 @@ def test_pick_device(monkeypatch):
     assert pick_device("cuda") == torch.device("cuda", 1)
 
 
+def test_on_cuda_float32_is_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pick_device("auto")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_autocast_keeps_no_weights():
+    """Those that were cast without a gradient have none later, in torch 2.8 and 2.9."""
+    layer = nn.Linear(3, 3)
+    with devices.autocast(torch.device("cpu"), "bfloat16"):
+        assert not torch.is_autocast_cache_enabled()
+        with torch.no_grad():
+            layer(torch.ones(2, 3))
+        y = layer(torch.ones(2, 3))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and layer.weight.grad.abs().sum() > 0
+
+
 def test_without_a_compiler_training_runs_uncompiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     run(tmp_path / "a", dataclasses.replace(BASE, compile=True))

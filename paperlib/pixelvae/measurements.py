@@ -131,11 +131,9 @@ def samples(settings: Any, images: Images, models: Models, extract: Extractors, 
         if name == "none":
             for kind, z in fitted(sampled(vae, images, images.train, generator), settings.draws, seed).items():
                 drawn[f"none: {kind}"] = decode(z, generator)
-        begins = {"chain": noise, "chain from data": sources[: settings.chains]}
-        chains = {
-            kind: markov_chain(vae, images, start, settings.chain_steps, generator, f"{name}: {kind}")
-            for kind, start in begins.items()
-        }
+        begins = torch.cat([noise, sources[: settings.chains].cpu()])
+        states = markov_chain(vae, images, begins, settings.chain_steps, generator, f"{name}: chains")
+        chains = dict(zip(("chain", "chain from data"), states.split(settings.chains, 1), strict=True))
         for kind, states in chains.items():
             drawn[f"{name}: {kind}"] = states[list(LATE)].transpose(0, 1).flatten(0, 1)  # chain by chain
         arrays |= _chain_arrays(name, images, *chains.values(), sources, pair, extract["classifier"])

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from paperlib.runs import presets, recorded, run
 from paperlib.runs.claims import Claim
 from paperlib.runs.estimate import Estimate
@@ -56,6 +58,19 @@ class Experiment:
         settings = self.settings(preset, overrides)
         return run.run_name(self.notebook, preset, settings, seed, preset == RECORDED)
 
+    def device(self, preset: str, name: str) -> torch.device:
+        """What `pick_device` makes of `name`. Raises `UserError` where the CPU, not asked for, would train a preset
+        that is made for CUDA.
+        """
+        device = pick_device(name)
+        made_for_cuda = preset in ("gpu", "paper") and self.presets[preset] != self.presets["cpu"]
+        if made_for_cuda and device.type == "cpu" and name != "cpu":
+            raise UserError(
+                f"preset {preset!r} is made for CUDA, which torch cannot use here: choose preset cpu, or ask for the "
+                f"CPU with device cpu"
+            )
+        return device
+
     def start(
         self, preset: str = RECORDED, seed: int = 0, device: str = "auto", overrides: Mapping[str, Any] | None = None
     ) -> Run:
@@ -66,7 +81,7 @@ class Experiment:
                 f"overrides is {overrides!r}, but takes settings by name, such as {{'steps': 500}} "
                 f"(papermill: -y 'overrides: {{steps: 500}}')"
             )
-        settings, place = self.settings(preset, overrides), str(pick_device(device))
+        settings, place = self.settings(preset, overrides), str(self.device(preset, device))
         if preset == RECORDED:
             best = recorded.best(self.notebook, self.presets)
             return run.start(self.notebook, best, settings, seed, place, recorded=True)

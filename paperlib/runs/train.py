@@ -209,7 +209,7 @@ def _step(training: Training, objective: nn.Module, batch: Batch) -> None:
                 nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_norm)
             optimiser.step()
     if training.average:
-        training.average.update_parameters(training.model)
+        training.average.update(training.model)
     state.step += 1
     state.summed += 1
 
@@ -225,8 +225,7 @@ def _set_seed(training: Training, *key: int) -> None:
 def _add_to_sums(training: Training, value: Tensor, terms: Mapping[str, Tensor | float]) -> None:
     state, names = training.state, ["loss", *(term for term in terms if term != "loss")]
     scalars = [value, *(terms[term] for term in names[1:])]
-    scalars = [torch.as_tensor(scalar, device=training.device).detach() for scalar in scalars]
-    training.values = torch.stack([scalar.double().reshape(()) for scalar in scalars])
+    training.values = torch.stack([_double(scalar, training.device) for scalar in scalars])
     if training.world > 1:
         dist.all_reduce(training.values)
         training.values /= training.world
@@ -235,6 +234,13 @@ def _add_to_sums(training: Training, value: Tensor, terms: Mapping[str, Tensor |
     if state.terms != names:
         raise ValueError(f"the loss returned the terms {names}, at the step before {state.terms}")
     state.sums = state.sums + training.values
+
+
+def _double(scalar: Tensor | float, device: torch.device) -> Tensor:
+    """Without dimensions, on `device`; a number is filled in there, as copying it would have a GPU wait."""
+    if torch.is_tensor(scalar):
+        return scalar.detach().to(device, torch.float64).reshape(())
+    return torch.full((), scalar, dtype=torch.float64, device=device)
 
 
 def _refuse_non_finite(training: Training, weights: bool = False) -> None:

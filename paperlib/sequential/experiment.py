@@ -45,7 +45,7 @@ class Settings:
 
     dataset: str = option("photos", "data set: photos, lsun_bedroom or own_images")
     side: int = option(16, "side of the images in pixels; larger ones are made smaller by means over squares")
-    resident: bool = option(True, "training images on the device; else they are read from disk, batch by batch")
+    resident: bool = option(True, "training images on the device, up to 4 GiB; else read from disk by the batch")
     chain_steps: int = option(3, "steps of the chain")
     ladder: tuple[int, ...] = option((2, 3, 3, 4), "dimensions of a step's code, at side / 2, side / 4, ...")
     widths: tuple[int, ...] = option((16, 16, 24, 32), "channels of the networks at these scales")
@@ -182,7 +182,7 @@ PRESETS = {
         one_step_train_steps=200_000,
         infusion_train_steps=200_000,
         ablation_train_steps=200_000,
-        batch_size=100,
+        batch_size=96,  # the authors' 100 is no multiple of 16 processes
         learning_rate=2e-4,
         schedule="constant",
         warmup=0,
