@@ -87,9 +87,7 @@ class PixelVAE(nn.Module):
         return Terms(self.p_x_given_z(x, z, seen), mean, log_std, z)
 
 
-def build(
-    settings: Any, images: Images, coded: bool = True, linear: bool = False, factored: bool = False
-) -> PixelVAE:
+def build(settings: Any, images: Images, coded: bool = True, linear: bool = False, factored: bool = False) -> PixelVAE:
     """A new model for these images, on their device, with weights from torch's generator."""
     channels, side, _ = images.shape
     return PixelVAE(settings, channels, side, images.dataset.levels, coded, linear, factored).to(images.device)
