@@ -1,8 +1,8 @@
 """Named data sets as uint8 arrays with explicit splits, and the only place where pixels are scaled.
 
 Held out are of `digits` 297 of 1,797, stratified; of `photos` the patches in the right fifth of each photograph; of
-`mnist` and `mnist24` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images` the last tenth,
-500 at most, less near-copies of others. The first two come with scikit-learn, the others are memory-mapped from
+`mnist` and `mnist24` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images`
+the last tenth, 500 at most, less near-copies of others. The first two come with scikit-learn, the others are memory-mapped from
 `prepared/<name>/` below `data_root()`, where `prepare` writes them once.
 """
 

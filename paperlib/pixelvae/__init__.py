@@ -1,4 +1,4 @@
-"""Notebook 04: a PixelVAE on CIFAR-10, posterior collapse, and sampling by a Markov chain."""
+"""Notebook 04, and below `collapse` notebook 05: a PixelVAE on CIFAR-10, posterior collapse, and sampling by a Markov chain."""
 
 from paperlib.pixelvae import collapse, figures
 from paperlib.pixelvae.claims import sweep_table, table
@@ -6,5 +6,6 @@ from paperlib.pixelvae.experiment import conclude, continue_chain, fit, load_ima
 from paperlib.runs.run import save_figure
 
 __all__ = [
-    "collapse", "conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure", "start", "sweep_table", "table",
+    "collapse", "conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure",
+    "start", "sweep_table", "table",
 ]  # fmt: skip

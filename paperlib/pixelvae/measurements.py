@@ -1,4 +1,4 @@
-"""What notebooks 04 and 05 measure on trained PixelVAEs: terms, codes, drawn images and their distances, chains, the sweep.
+"""What notebooks 04 and 05 measure on PixelVAEs: terms, codes, drawn images and their distances, chains, the sweep.
 
 Each function returns arrays by name, from models by the names of `training.fit`; estimates are value, low, high.
 """

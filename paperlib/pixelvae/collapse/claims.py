@@ -230,9 +230,14 @@ def summary(arrays: Arrays) -> dict[str, Any]:
     return {
         "ladder": {k: arrays[f"ladder_{k}"].tolist() for k in ("filters", "kl", "gain", "bound", "own")},
         "class_shares": dict(zip(SETS, arrays["class_shares"].tolist(), strict=True)),
-        "correlation_by_lag": {m: dict(zip(map(str, LAGS), arrays[f"correlation_{m}"].tolist(), strict=True)) for m in ("none", "elbo")},
-        "sweep": {k: arrays[f"sweep_{k}"].tolist() for k in ("names", "rate", "gain", "decodes", "time", "prior", "q_z")},
-    }  # fmt: skip
+        "correlation_by_lag": {
+            model: dict(zip(map(str, LAGS), arrays[f"correlation_{model}"].tolist(), strict=True))
+            for model in ("none", "elbo")
+        },
+        "sweep": {
+            key: arrays[f"sweep_{key}"].tolist() for key in ("names", "rate", "gain", "decodes", "time", "prior", "q_z")
+        },
+    }
 
 
 def ladder_table(arrays: Arrays) -> Any:

@@ -38,13 +38,13 @@ def rung(settings: Any, objective: str, decoder: str, k: int) -> str:
 def sweep(settings: Any) -> dict[str, tuple[Variant, Any]]:
     """Variant and settings of each model of the sweep by name: codes, weights of the MMD, linear encoders."""
     none, points = VARIANTS["none"], {}
-    codes = [(dims, settings.min_std) for dims in settings.sweep_dims]
+    codes = [(dims, settings.min_std) for dims in dict.fromkeys((settings.code_dim, *settings.sweep_dims))]
     codes += [(settings.code_dim, std) for std in settings.sweep_stds if std != settings.min_std]
     for dims, std in codes:
         points[f"code-{dims}-{std:g}"] = none, replace(settings, code_dim=dims, min_std=std)
     for weight in settings.mmd_weights:
         points[f"mmd-{weight:g}"] = none._replace(objective="mmd"), replace(settings, mmd_weight=weight)
-    for dims in settings.linear_dims:
+    for dims in dict.fromkeys((settings.code_dim, *settings.linear_dims)):
         points[f"linear-{dims}"] = none._replace(linear=True), replace(settings, code_dim=dims)
     return points
 
