@@ -2,8 +2,8 @@
 
 Held out are of `digits` 297 of 1,797, stratified; of `photos` the patches in the right fifth of each photograph; of
 `mnist` and `mnist24` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images`
-the last tenth, 500 at most, less near-copies of others. The first two come with scikit-learn, the others are memory-mapped from
-`prepared/<name>/` below `data_root()`, where `prepare` writes them once.
+the last tenth, 500 at most, less near-copies of others. The first two come with scikit-learn, the others are
+memory-mapped from `prepared/<name>/` below `data_root()`, where `prepare` writes them once.
 """
 
 import contextlib

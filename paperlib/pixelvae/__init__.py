@@ -1,4 +1,4 @@
-"""Notebook 04, and below `collapse` notebook 05: a PixelVAE on CIFAR-10, posterior collapse, and sampling by a Markov chain."""
+"""Notebook 04, a PixelVAE on CIFAR-10 and its Markov chain; `collapse` is notebook 05, the same model on MNIST."""
 
 from paperlib.pixelvae import collapse, figures
 from paperlib.pixelvae.claims import sweep_table, table
