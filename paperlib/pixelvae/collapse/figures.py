@@ -23,7 +23,7 @@ def ladder(arrays: Arrays) -> Any:
     figure, axes = plotting.new(3, height=2.9)
     own = arrays["ladder_own"]
     values = arrays["ladder_kl"], arrays["ladder_gain"], arrays["ladder_bound"] - own
-    titles = "KL (nats)", "code gain (nats)", "ELBO less own log-likelihood (nats)"
+    titles = "KL (nats)", "code gain (nats)", "ELBO less own (nats)"
     for axis, rows, title in zip(axes, values, titles, strict=True):
         for k, name in enumerate(_names(arrays)):
             axis.plot(own[k], rows[k], "o", markersize=4, color=PALETTE[k], label=name)
