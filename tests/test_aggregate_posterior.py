@@ -249,6 +249,51 @@ def test_log_weights_and_the_heaviest(generator, path):
         torch.testing.assert_close(heaviness, weights[:, :k], rtol=1e-6, atol=1e-300)
 
 
+@pytest.mark.parametrize("others", [1e-30, 1e-10, 0.3])
+def test_one_heavy_point_among_many(generator, monkeypatch, others):
+    """Matrix products keep the accuracy where one point has nearly all the weight: the slow way is not needed."""
+
+    def refused(*arguments):
+        raise AssertionError("an entry was left to be done by differences")
+
+    monkeypatch.setattr(aggregate_posterior, "FEW", 0)
+    monkeypatch.setattr(aggregate_posterior, "_variance", refused)
+    mean = torch.full((900, 1), math.sqrt(-2 * math.log(others / 900)), dtype=torch.float64)
+    mean += 1e-2 * torch.randn(900, 1, generator=generator)
+    mean[500] = 0
+    codes, z = Codes(mean, 0.0), torch.zeros(3, 1)
+    x = torch.randint(0, 256, (900, 12), generator=generator).to(torch.uint8)
+    for per_pixel in (True, False):
+        result = check(z, codes, x, labels=(torch.arange(900) == 500).long(), per_pixel=per_pixel)
+    torch.testing.assert_close(result.labels[:, 0], torch.full((3,), others / (1 + others)).double(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-21, 1e19, 1e30])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_units_whose_squares_do_not_fit_float32(generator, path, kind, unit):
+    codes, x = random_codes(generator, 300, 2, 0.5), torch.rand(300, 12, generator=generator, dtype=torch.float64)
+    x, z = (unit * (x - 0.5)).to(kind), torch.randn(9, 2, generator=generator)
+    _, _, mean, variance = slow(z, codes, x)
+    result = conditional(z, codes, x)
+    torch.testing.assert_close(result.mean, mean, rtol=0, atol=1e-6 * unit)
+    torch.testing.assert_close(result.variance, variance, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.trace, variance.sum(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("distance", [1e3, 1e9, 1e20])
+def test_weights_of_the_heaviest_sum_to_one_at_far_codes(generator, path, distance):
+    once = random_codes(generator, 8, 3, 0.3)
+    twice = once[torch.arange(16) % 8]  # pairs of equal points share the weight at any distance
+    z = distance * torch.randn(6, 3, generator=generator).double()
+    expected = slow(z, twice)[1].sort(dim=1, descending=True).values
+    points, weights = heaviest(z, twice, 16)
+    torch.testing.assert_close(weights.sum(1), torch.ones(6).double(), rtol=1e-12, atol=0)
+    assert weights[:, :2].allclose(torch.full((6, 2), 0.5).double(), rtol=1e-12)
+    if distance < 1e9:  # beyond, float64 differences of exponents are whole nats
+        torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-300)
+    assert (points[:, 0] % 8 == points[:, 1] % 8).all()
+
+
 def test_information_of_codes_far_apart_and_of_equal_codes():
     apart = Codes(1e3 * torch.arange(64.0)[:, None], -1.0)
     generator = torch.Generator().manual_seed(0)

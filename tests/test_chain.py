@@ -45,3 +45,26 @@ def test_a_fair_bit_read_by_a_noisy_code_attains_the_first_order_bound(flip):
     assert float(gap) == pytest.approx(4 * flip * (1 - flip), abs=1e-12)
     assert apart == pytest.approx(float(chain.first_order_bound(price, gap)), rel=1e-3)
     assert apart == pytest.approx(float(chain.stationary_bound(price, tau) * (1 - tau).sqrt()), rel=1e-3)
+
+
+def test_codes_that_no_data_point_uses_do_not_count():
+    q_xz = torch.rand(4, 3, generator=torch.Generator().manual_seed(0), **F64)
+    q_xz /= q_xz.sum()
+    p_x = q_xz.sum(1)
+    wider = torch.zeros(5, 5, **F64)
+    wider[:4, 1:4] = q_xz
+    second = float(chain.spectrum(p_x, q_xz / p_x[:, None]).eigenvalues[1])
+    assert float(chain.maximal_correlation(q_xz)) ** 2 == pytest.approx(second, abs=1e-12)
+    assert float(chain.maximal_correlation(wider)) ** 2 == pytest.approx(second, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (2, 2), (4, 3)])
+def test_what_says_nothing_has_no_correlation(shape):
+    independent = torch.full(shape, 1 / math.prod(shape), **F64)
+    assert float(chain.maximal_correlation(independent)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_spectrum_needs_two_data_points_of_positive_probability():
+    for p_x in ([1.0], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="two or more data points"):
+            chain.spectrum(torch.tensor(p_x, **F64), torch.full((len(p_x), 2), 0.5, **F64))

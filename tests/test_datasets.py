@@ -167,6 +167,18 @@ def test_how_many_are_held_out(put):
         assert (len(dataset.train.images), len(dataset.held_out.images)) == (count - held_out, held_out)
 
 
+def test_own_images_are_held_out_in_random_order_and_always_the_same(put):
+    """In the order of names, from dark to light, groups of neighbours would differ far more than by chance."""
+    grey = np.arange(1000, dtype=np.uint16) // 4
+    images = np.broadcast_to(grey.astype(np.uint8)[:, None, None, None], (1000, 8, 8, 3))
+    put("own_images", {"train-images": images})
+    first, again = (datasets.load("own_images").held_out.images[:, 0, 0, 0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(np.sort(first), grey[900:])
+    groups = first.reshape(20, 5).mean(1)
+    assert groups.std(ddof=1) < 1.5 * first.std() / np.sqrt(5), "groups are like random ones"
+
+
 def test_lsun_holds_out_its_end_less_near_copies_which_are_looked_for_once(put, monkeypatch):
     """60 images; of the last 6, the second mirrors a training image and the fourth is one."""
     images = pixels(60, 8, 8, 3).repeat(8, 1).repeat(8, 2)

@@ -18,6 +18,9 @@ def test_roots_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
     assert files.data_root() == files.ROOT / "elsewhere"
     monkeypatch.setenv("PAPERLIB_DATA", str(tmp_path))
     assert files.data_root() == tmp_path.resolve()
+    monkeypatch.setenv("PAPERLIB_DATA", "~nobody-of-this-name/data")
+    with pytest.raises(UserError, match="write the folder out"):
+        files.data_root()
 
 
 def test_replacing_writes_whole_files_and_leaves_nothing_else(tmp_path):
@@ -87,3 +90,21 @@ def test_where_the_file_system_has_no_locks_work_goes_on(tmp_path, monkeypatch, 
     with files.locked(tmp_path, "training"):
         assert (tmp_path / files.LOCK).read_text() == f"{os.getpid()}\n"
     assert capsys.readouterr().err == f"no locks on the file system of {tmp_path}: let no second process work there\n"
+
+
+def without(*names):
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
+def test_what_a_shell_may_lack_or_cut_off_ends_in_no_traceback():
+    """No home; a reader that stops after a line; and a number of processes without a rank."""
+    python = [sys.executable, "-m"]
+    options = {"cwd": files.ROOT, "stderr": subprocess.PIPE, "text": True}
+    line = [*python, "paperlib.reproduce", "--list"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, env=without("HOME"), **options) as listing:
+        listing.stdout.close()  # before a word was written
+        assert (listing.stderr.read(), listing.wait()) == ("", 0)
+    alone = without("RANK") | {"WORLD_SIZE": "2"}
+    train = subprocess.run([*python, "paperlib.sequential", "--preset", "smoke"], env=alone, **options)
+    assert train.returncode == 2 and "start by torchrun, or unset WORLD_SIZE" in train.stderr
+    assert "Traceback" not in train.stderr

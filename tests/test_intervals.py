@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from paperlib.stats.intervals import accuracy_gain, interval_over_seeds, mean_interval
+from paperlib.stats.intervals import accuracy_gain, interval_over_seeds, mean_interval, ratio_of_means
 
 
 @pytest.fixture
@@ -40,3 +40,17 @@ def test_accuracy_gain_is_mcnemars(rng):
         for pair in ((right, wrong), (wrong, right)):
             with pytest.raises(ValueError, match="bools"):
                 accuracy_gain(*pair)
+
+
+def test_a_ratio_is_that_of_pairs_and_nan_over_nothing(rng):
+    """The interval against bootstraps of whole pairs; what both share must not widen it."""
+    shared = rng.exponential(size=400)
+    a, b = shared + 0.1 * rng.normal(size=400), 2 * shared + 0.1 * rng.normal(size=400)
+    rows = rng.integers(400, size=(4000, 400))
+    std = (a[rows].mean(1) / b[rows].mean(1)).std()
+    ratio = ratio_of_means(a, torch.from_numpy(b))
+    assert ratio.value == pytest.approx(a.mean() / b.mean())
+    assert (ratio.high - ratio.low) / 2 == pytest.approx(1.96 * std, rel=0.05)
+    assert all(math.isnan(number) for number in ratio_of_means(0 * a, 0 * b).row)
+    with pytest.raises(ValueError, match="same examples"):
+        ratio_of_means(a, b[:1])

@@ -158,3 +158,15 @@ def test_gaussian_mmd_in_half_precision_is_widened(rng):
         for given in (z, z.float()):
             value = gaussian_mmd(given)
             assert value.dtype == torch.float32 and value.item() == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize("apart", [0.0, 5e3])
+def test_gaussian_mmd_far_from_the_origin_needs_no_float64(rng, apart):
+    """Also where the batch is two distant groups, so that no common shift brings it near 0."""
+    z = torch.from_numpy(rng.normal(size=(64, 8))).float() + 5e3
+    z[::2] += apart
+    z.requires_grad_()
+    value, exact = gaussian_mmd(z), gaussian_mmd(z.double())
+    assert value.item() == pytest.approx(exact.item(), abs=1e-4) and 0 < exact.item() < 1
+    gradients = (torch.autograd.grad(one, z)[0] for one in (value, exact))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)

@@ -2,8 +2,9 @@
 
 Held out are of `digits` 297 of 1,797, stratified; of `photos` the patches in the right fifth of each photograph; of
 `mnist` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images` the last tenth,
-500 at most, less near-copies of others. The first two come with scikit-learn, the others are memory-mapped from
-`prepared/<name>/` below `data_root()`, where `prepare` writes them once.
+500 at most, less near-copies of others; those of `own_images` in random order, always the same. The first two come
+with scikit-learn, the others are memory-mapped from `prepared/<name>/` below `data_root()`, where `prepare` writes them
+once.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from numpy.lib import format as npy
 
 from paperlib.data import downloads, image_arrays
 from paperlib.system.errors import UserError
-from paperlib.system.files import atomic_write, data_root, locked
+from paperlib.system.files import atomic_write, data_root, expanded, locked
 
 SETS = {
     "digits": "UCI handwritten digits (Alpaydin and Kaynak 1998), from scikit-learn",
@@ -156,7 +157,7 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
     elif source is None:
         raise UserError(f"say where the images are: {_command(name)}")
     else:
-        image_arrays.write(Path(source).expanduser(), _folder(name) / "train-images.npy", side, subset)
+        image_arrays.write(expanded(source), _folder(name) / "train-images.npy", side, subset)
     return _folder(name)
 
 
@@ -245,7 +246,9 @@ def _read_prepared(name: str) -> Dataset:
                 f"write other images with {_command(name)}"
             )
         source += f"; held out: the last {len(copies)}, less {copies.sum()} near-copies of training images"
-        held_out = held_out[~copies]
+        kept = np.flatnonzero(~copies)
+        # Names put like beside like, and intervals take groups of neighbours; LSUN's keys are in no order.
+        held_out = held_out[np.random.default_rng(0).permutation(kept) if name == "own_images" else kept]
     elif len(test.images) < 10_000:
         source += f"; test: only the first {len(test.images):,} of the 10,000 test images"
     return Dataset(name, train, held_out, levels=256, source=source, test=test)

@@ -55,7 +55,12 @@ class Spectrum:
 
 
 def spectrum(p_x: Tensor, q_z_given_x: Tensor) -> Spectrum:
-    """Eigenvalues of the chain with p(x|z) = q(x|z), by (8). p_x is positive; a code never used is left out."""
+    """Eigenvalues of the chain with p(x|z) = q(x|z), by (8); a code never used is left out.
+
+    Raises `ValueError` for fewer than two data points, and for one of probability 0.
+    """
+    if len(p_x) < 2 or bool((p_x <= 0).any()):
+        raise ValueError(f"a spectrum takes two or more data points, each of positive probability, not {p_x.tolist()}")
     q_xz = p_x[:, None] * q_z_given_x
     q_xz = q_xz[:, q_xz.sum(0) > 0]
     left, values, _ = torch.linalg.svd(q_xz / torch.sqrt(p_x[:, None] * q_xz.sum(0)))
@@ -66,12 +71,16 @@ def spectrum(p_x: Tensor, q_z_given_x: Tensor) -> Spectrum:
 
 def maximal_correlation(q_xz: Tensor) -> Tensor:
     """The greatest correlation of any f(x) with any g(z) under a joint table (X, Z), by alternating conditional
-    expectations g = E[f|z], f = E[g|x], each with mean 0 and variance 1 (Breiman and Friedman, 1985)."""
+    expectations g = E[f|z], f = E[g|x], each with mean 0 and variance 1 (Breiman and Friedman, 1985).
+
+    Rows and columns of probability 0 do not count; 0 where x says nothing about z, as where one of them is constant."""
+    q_xz = q_xz[q_xz.sum(1) > 0][:, q_xz.sum(0) > 0]
     p_x, q_z = q_xz.sum(1), q_xz.sum(0)
 
     def standard(f: Tensor, weights: Tensor) -> Tensor:
         f = f - weights @ f
-        return f / torch.sqrt(weights @ f**2)
+        std = torch.sqrt(weights @ f**2)
+        return f / std if std > 0 else f
 
     f = torch.randn(len(p_x), generator=torch.Generator().manual_seed(0), dtype=q_xz.dtype)
     correlation = torch.tensor(-1.0, dtype=q_xz.dtype)

@@ -6,21 +6,28 @@ import numpy as np
 
 from paperlib.runs.plotting import PALETTE, Arrays, new
 
+FLOWS = 24  # drawn as lines; more hide one another
+
 
 def flows(arrays: Arrays) -> Any:
-    """Rate against distortion of the flows under the ELBO and without its KL. Arrays `flow_*`, see `measurements`."""
+    """Rate against distortion of the flows under the ELBO and without its KL: `FLOWS` of them, evenly spread over the
+    order of their ends, and the ends of all as small dots. Arrays `flow_*`, see `measurements`."""
     figure, axes = new(2, height=3.3, sharex=True, sharey=True)
     entropy, most = float(arrays["flow_entropy"]), float(arrays["flow_most"])
     reach = 1.05 * max(arrays[f"flow_{name}_rate"].max() for name in ("elbo", "none"))
     top = max(3.0, 1.02 * entropy)
+    order = arrays["flow_elbo_rate"][-1].argsort()
+    drawn = order[np.linspace(0, len(order) - 1, min(FLOWS, len(order))).round().astype(int)]
     for axis, name, title in zip(axes, ("elbo", "none"), ("ELBO", "ELBO without its KL"), strict=True):
         rate, distortion = arrays[f"flow_{name}_rate"], arrays[f"flow_{name}_distortion"]
         axis.fill_between([0, entropy], [entropy, 0], color="0.9", lw=0)
         axis.plot([0, most], [entropy, entropy - most], "--", color="black", lw=1.2)
         axis.plot(most, entropy - most, "_", color="black", ms=9, mew=1.2)
-        axis.plot(rate, distortion, color=PALETTE[0], lw=0.7, alpha=0.5)
-        axis.plot(rate[0], distortion[0], "o", color=PALETTE[9], ms=2.5, alpha=0.8, label="start")
-        axis.plot(rate[-1], distortion[-1], "o", color=PALETTE[3], ms=3.5, label="end", clip_on=False, zorder=4)
+        ends = {"ls": "none", "clip_on": False, "zorder": 4, "color": PALETTE[3]}
+        axis.plot(rate[-1], distortion[-1], marker=".", ms=2, alpha=0.5, label="ends of all", **ends)
+        axis.plot(rate[:, drawn], distortion[:, drawn], color=PALETTE[0], lw=0.9, alpha=0.8)
+        axis.plot(rate[0, drawn], distortion[0, drawn], "o", color=PALETTE[9], ms=3, label="start")
+        axis.plot(rate[-1, drawn], distortion[-1, drawn], marker="o", ms=4, label="end", **ends)
         axis.set(title=title, xlabel="rate  E KL(q(z|x) ‖ p(z)), nats", xlim=(0, reach), ylim=(0, top))
     axes[0].set_ylabel("distortion  −E log p(x|z), nats")
     axes[0].text(0.17, 0.17, "impossible", color="0.45", fontsize=8)

@@ -70,7 +70,10 @@ def panels(arrays: Arrays, titles: Mapping[str, str], across: int, columns: int,
 
 def kernel_distances(arrays: Arrays, titles: Mapping[str, str], colours: Mapping[str, str], *, height: float) -> Any:
     """Squared kernel distances to held-out photographs: for each kind in `titles` the rows value, low and high of
-    `kernel_<kind>` (sets, 3), each as a dot on a bar; `colours` by the sets' names."""
+    `kernel_<kind>` (sets, 3), each as a dot on a bar; `colours` by the sets' names.
+
+    The axis is linear between -0.1 and 0.1, and logarithmic beyond.
+    """
     figure, axes = new(len(titles), height=height, sharey=True)
     places = np.arange(len(colours))[::-1]
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
@@ -79,6 +82,10 @@ def kernel_distances(arrays: Arrays, titles: Mapping[str, str], colours: Mapping
             axis.plot(value, place, "o", color=colour, markersize=4)
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(xlabel="squared kernel distance", title=title)
+        low, high = arrays[f"kernel_{kind}"].min(), arrays[f"kernel_{kind}"].max()
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlim(min(1.3 * low, -0.02), 1.5 * high)
+        axis.xaxis.set_major_formatter("{x:g}")
     axes[0].set_yticks(places, list(colours))
     return figure
 

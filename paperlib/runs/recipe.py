@@ -13,11 +13,13 @@ from paperlib.system.errors import UserError
 class Progress(NamedTuple):
     """How far training is, for a loss that changes with it, as under KL annealing.
 
-    `step`: steps taken before this one, from 0. `fraction`: step / steps, in [0, 1).
+    `step`: steps taken before this one, from 0. `fraction`: step / steps, in [0, 1). `update`: which of the updates of
+    the step's batch, from 0.
     """
 
     step: int
     fraction: float
+    update: int = 0
 
 
 # What multiplies the learning rate, given the fraction of training done, steps and decay.
@@ -40,6 +42,7 @@ class Recipe:
     - `precision`: "float32", or "bfloat16" to run the loss under autocast; all else stays float32.
     - `clip_norm`: the greatest norm of the gradient, 0 for no limit.
     - `evaluate_every`: steps between rows of the history, 0 for one row at the end.
+    - `updates`: of the weights, from each batch.
     - `patience`: evaluations without improvement after which to stop, 0 for never.
     - `checkpoint_minutes`: time between checkpoints; it alone may change on resuming.
     - `compile`: run the model through `torch.compile`, where there is a C++ compiler.
@@ -55,6 +58,7 @@ class Recipe:
     ema: float = 0.0
     precision: str = "float32"
     clip_norm: float = 0.0
+    updates: int = 1
     evaluate_every: int = 0
     patience: int = 0
     checkpoint_minutes: float = 3.0
@@ -65,7 +69,7 @@ class Recipe:
         for name, valid in choices.items():
             if (value := getattr(self, name)) not in valid:
                 raise UserError(f"unknown {name} {value!r}: choose from {', '.join(valid)}")
-        positive = {"steps", "batch_size", "learning_rate", "decay"}
+        positive = {"steps", "updates", "batch_size", "learning_rate", "decay"}
         for name, value in vars(self).items():
             if name in positive and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}, but must be above 0")

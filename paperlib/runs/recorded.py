@@ -15,6 +15,7 @@ from paperlib.runs.claims import Claim, Verdicts
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.recipe import Trained
 from paperlib.runs.run import Run, finish, load_arrays
+from paperlib.runs.training_state import load_weights
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -39,13 +40,26 @@ def conclude(
 
 
 def save_weights(run: Run, state: Mapping[str, torch.Tensor]) -> None:
-    """Write `weights.safetensors`: floating-point tensors in half precision, settings and seed in its header."""
+    """Write `weights.safetensors`: float32 in half precision, settings and seed in its header."""
+    header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True), "seed": str(run.seed)}
+    _write(run.directory / "weights.safetensors", state, header)
+
+
+def save_unfinished(training: Path, target: Path) -> None:
+    """Write the weights of the training in the folder `training`, finished or not, to `target`, as `save_weights` does.
+
+    For a training that outlasts the machine: `start_from` begins with them, with fresh optimiser state. Raises
+    `UserError` where there is no whole checkpoint.
+    """
+    _write(target, load_weights(training), {"training": training.name})
+
+
+def _write(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
     from safetensors.torch import save_file
 
-    half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
-    header = {"settings": json.dumps(dataclasses.asdict(run.settings), sort_keys=True), "seed": str(run.seed)}
-    with files.atomic_write(run.directory / "weights.safetensors") as file:
-        save_file(half, file, metadata=header)
+    half = {k: (v.half() if v.dtype == torch.float32 else v).contiguous().cpu() for k, v in state.items()}
+    with files.atomic_write(path) as file:
+        save_file(half, file, metadata=dict(header))
 
 
 def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
@@ -58,19 +72,26 @@ def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
 
 
 def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The weights recorded for this notebook and preset, in float32.
+    """The weights recorded for this notebook and preset.
 
     Raises `UserError` where none are recorded, or of other settings or another seed, or the file is damaged.
     """
+    return read_weights(_recorded(run, "weights.safetensors"))
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a file that `save_weights` or `save_unfinished` wrote, half precision widened.
+
+    Raises `UserError` where it is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path = _recorded(run, "weights.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
 
 
 def load_model(run: Run, model: torch.nn.Module) -> Trained:

@@ -52,7 +52,7 @@ from paperlib.system.files import locked, make_folder
 
 __all__ = ["SCHEDULES", "Progress", "Recipe", "Trained", "batch_indices", "fit", "load_weights"]
 
-Loss = Callable[[nn.Module, Any, Progress], tuple[Tensor, Mapping[str, Tensor | float]]]
+Loss = Callable[[nn.Module, Any, Progress], tuple[Any, ...]]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 Batch = Callable[[Tensor], Any]
 
@@ -75,13 +75,14 @@ def fit(
     """Train `model` in place, continuing from the checkpoint in `directory` where there is one.
 
     - `loss(model, inputs, progress)` returns a scalar to minimise, a mean over the batch, and a dict of scalars to log.
-      Only what runs through `model(...)` is compiled.
+      Only what runs through `model(...)` is compiled. With several `recipe.updates` it is called for each update of
+      the batch, and the third value that it returns are the inputs of the next.
     - `batch(indices)` makes the inputs, on `device`, from int64 indices (B,) on the CPU, each below `count`. It may
       augment with noise from torch.
     - `evaluate(model)` returns named numbers of held-out data, the first of which is watched: lower is better. The
       model is `Training.evaluated`, in evaluation mode, without gradients or autocast; the noise is always the same.
     - `provenance`: JSON values that say which revision trains; others are stored as their `str`.
-    - `partial`: there are steps in which some parameters have no part.
+    - `partial`: there are updates in which some parameters have no part.
 
     A training that is finished there is returned at once, and stderr says so; a loss that has changed since is not
     noticed. The first Ctrl-C ends the step, writes a checkpoint and raises `KeyboardInterrupt`, a second one at once.
@@ -177,7 +178,7 @@ class _Objective(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, inputs: Any, progress: Progress) -> tuple[Tensor, Mapping[str, Any]]:
+    def forward(self, inputs: Any, progress: Progress) -> tuple[Any, ...]:
         return self.loss(self.model, inputs, progress)
 
 
@@ -192,20 +193,22 @@ def _step(training: Training, objective: nn.Module, batch: Batch) -> None:
     training.model.train()
     _set_seed(training, _NOISE, state.step, 0)
     with distributed.share(training.rank, training.world):
-        inputs = batch(indices)
-        with autocast(training.device, recipe.precision):
-            value, terms = objective(inputs, progress)
-    optimiser.zero_grad(set_to_none=True)
-    value.backward()
-    _add_to_sums(training, value, terms)
-    if _may_wait(training):
-        _refuse_non_finite(training)
-    if recipe.clip_norm:
-        nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_norm)
-    optimiser.step()
+        following = [batch(indices)]
+        for update in range(recipe.updates):
+            with autocast(training.device, recipe.precision):
+                value, terms, *following = objective(*following, progress._replace(update=update))
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            _add_to_sums(training, value, terms)
+            if _may_wait(training):
+                _refuse_non_finite(training)
+            if recipe.clip_norm:
+                nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_norm)
+            optimiser.step()
     if training.average:
         training.average.update_parameters(training.model)
     state.step += 1
+    state.summed += 1
 
 
 def _set_seed(training: Training, *key: int) -> None:
@@ -224,17 +227,17 @@ def _add_to_sums(training: Training, value: Tensor, terms: Mapping[str, Tensor |
     if training.world > 1:
         dist.all_reduce(training.values)
         training.values /= training.world
-    if not state.summed:
+    if not len(state.sums):
         state.terms, state.sums = names, torch.zeros_like(training.values)
     if state.terms != names:
         raise ValueError(f"the loss returned the terms {names}, at the step before {state.terms}")
-    state.sums, state.summed = state.sums + training.values, state.summed + 1
+    state.sums = state.sums + training.values
 
 
 def _refuse_non_finite(training: Training, weights: bool = False) -> None:
     """Raise `UserError` if a loss since the last row, or with `weights` a weight, is not finite."""
     state, what = training.state, ""
-    if state.summed and not math.isfinite(state.sums[0].item()):
+    if len(state.sums) and not math.isfinite(state.sums[0].item()):
         what = "the loss is"
     elif weights and not all(bool(p.isfinite().all()) for p in training.model.parameters()):
         what = "the weights are"
@@ -263,7 +266,7 @@ def _add_row(training: Training, evaluate: Evaluate | None) -> None:
         _watch(training, *next(iter(measured.items())))
     row = {"step": state.step, **_means(state)}
     state.history.append(row | {f"held_out_{key}": value for key, value in measured.items()})
-    state.summed = 0
+    state.sums, state.summed = state.sums[:0], 0
 
 
 def _watch(training: Training, watched: str, value: float) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
@@ -29,6 +30,9 @@ from paperlib.sequential.networks import Size
 from paperlib.system.errors import UserError
 
 NOTEBOOK = "03_lsun_sequential_vae"
+MODELS = ("sequential", "one_step", "infusion", "no_latent")
+KEPT = ("sequential", "no_latent")  # of these the weights are small enough to be recorded
+
 HEADLINE = (
     "lsun_sequential_samples",
     "Ten samples of the sequential VAE, one to a row: noise, then the means x(1) to x(T).",
@@ -51,12 +55,6 @@ class Settings:
     shared: bool = option(
         True, "one network for all steps but the first, each with its own embedding and its own layers at the codes"
     )
-    per_step_loss: bool = option(
-        True, "every step has its own reconstruction term, gradients stopped; else only the last"
-    )
-    steps_per_batch: int = option(
-        2, "chain steps after the first on which a batch is trained; 0, or without per_step_loss, all"
-    )
     kl_weight: float = option(1.0, "weight of the KL")
     kl_annealing: float = option(0.03, "time constant of KL annealing, as a share of the training; 0 for none")
     reconstruction_scale: float | None = option(None, "weight of the squared error; null for a learned std per step")
@@ -73,13 +71,11 @@ class Settings:
     kl_controller_gain: float = option(0.05, "gain of the KL controller of the one-step baseline")
     infusion_start: float = option(0.05, "share of pixels that infusion shows the first step")
     infusion_step: float = option(0.05, "growth of infusion's share of pixels from step to step")
-    train_steps: int = option(120, "training steps of `sequential`")
+    train_steps: int = option(80, "training steps of `sequential`, each with an update after every step of the chain")
     one_step_train_steps: int = option(60, "training steps of the one-step baseline")
-    infusion_train_steps: int = option(50, "training steps of `infusion`")
-    ablation_train_steps: int = option(40, "training steps of the no-latent ablation")
-    picture_side: int = option(0, "side of the images of a further model, for the picture alone; 0 for none")
-    picture_widths: tuple[int, ...] = option((16, 16, 24, 32), "channels of the further model")
-    picture_train_steps: int = option(40, "training steps of the further model")
+    start_from: str = option("", "start `sequential` from the weights in a file, such as one below results/unfinished")
+    infusion_train_steps: int = option(30, "training steps of `infusion`")
+    ablation_train_steps: int = option(30, "training steps of the no-latent ablation")
     batch_size: int = option(32, "images per training step")
     learning_rate: float = option(2e-3, "learning rate of Adam")
     schedule: str = option("cosine", "learning-rate schedule: constant or cosine")
@@ -97,19 +93,16 @@ class Settings:
     samples: int = option(60, "images drawn from each model")
 
     def __post_init__(self) -> None:
-        may_be_zero = {"steps_per_batch", "kl_annealing", "min_sigma", "input_noise", "infusion_start", "infusion_step"}
-        may_be_zero |= {"picture_side", "warmup", "ema", "clip_norm", "patience", "shift", "kl_controller_gain"}
+        may_be_zero = {"kl_annealing", "min_sigma", "input_noise", "infusion_start", "infusion_step"}
+        may_be_zero |= {"warmup", "ema", "clip_norm", "patience", "shift", "kl_controller_gain"}
         presets.check_numbers(self, may_be_zero)
         if self.chain_steps < 2:
             raise ValueError(f"chain_steps is {self.chain_steps}, but a chain has 2 or more")
-        for name in ("ladder", "one_step_ladder", "widths", "one_step_widths", "picture_widths"):
+        for name in ("ladder", "one_step_ladder", "widths", "one_step_widths"):
             if len(getattr(self, name)) != len(self.widths):
                 raise ValueError(f"{name} is {getattr(self, name)}, but there are {len(self.widths)} scales")
-        sizes = [(self.side, self.widths, self.units, self.maps)]
-        sizes += [(self.side, self.one_step_widths, self.one_step_units, self.one_step_maps)]
-        sizes += [(self.picture_side, self.picture_widths, self.units, self.maps)] if self.picture_side else []
-        for side, *rest in sizes:
-            Size(3, side, *rest)  # says what does not fit
+        Size(3, self.side, self.widths, self.units, self.maps)  # says what does not fit
+        Size(3, self.side, self.one_step_widths, self.one_step_units, self.one_step_maps)
         if self.samples < 40:
             raise ValueError(f"samples is {self.samples}, but the intervals need 40")
 
@@ -117,59 +110,51 @@ class Settings:
 _smoke = Settings()
 
 
-# 32 x 32, since at 64 x 64 the chain would see each photograph a few times in the time there is, too few to learn.
-# Codes of a fifth of the authors' sizes, so that no step can say everything at once.
+# The chain and the one-step baseline see as many images, at equal arithmetic each. Most of a step's code is for the
+# fine scales: coarse codes of later steps would lay the room out anew, apart from what is there already.
 _cpu = Settings(
     dataset="lsun_bedroom",
-    side=32,
+    side=64,
     chain_steps=8,
-    ladder=(4, 6, 6, 6),
-    widths=(24, 48, 96, 128),
+    ladder=(12, 14, 10, 8),
+    widths=(32, 64, 96, 128),
     units=128,
-    maps=(8, 16, 24),
+    maps=(4, 8, 16),
+    kl_annealing=0.05,
     kl_controller_gain=0.02,
-    one_step_ladder=(32, 48, 48, 48),
-    one_step_widths=(64, 112, 160, 192),
+    one_step_ladder=(96, 112, 80, 64),
+    one_step_widths=(160, 192, 160, 192),
     one_step_units=192,
     one_step_maps=(8, 16, 24),
-    train_steps=4_800,
-    one_step_train_steps=5_760,
-    infusion_train_steps=3_000,
-    ablation_train_steps=3_400,
-    picture_side=64,
-    picture_widths=(16, 32, 64, 96),
-    picture_train_steps=1_800,
+    train_steps=16_000,
+    one_step_train_steps=16_000,
+    infusion_train_steps=4_000,
+    ablation_train_steps=4_000,
     batch_size=32,
     learning_rate=1e-3,
     ema=0.999,
-    patience=20,
-    evaluations=20,
+    precision="bfloat16",
+    patience=40,
+    evaluations=40,
     evaluation_images=250,
     measured_images=248,
-    shift=2,
+    shift=4,
     samples=500,
 )
 
 
 _gpu = replace(
     _cpu,
-    side=64,
-    widths=(48, 96, 144, 192),
-    maps=(4, 8, 24),
-    ladder=(6, 8, 8, 8),
-    one_step_ladder=(48, 64, 64, 64),
-    one_step_widths=(144, 192, 144, 144),
-    one_step_units=160,
-    one_step_maps=(4, 8, 12),
-    train_steps=40_000,
-    one_step_train_steps=14_000,
-    infusion_train_steps=13_000,
-    ablation_train_steps=8_000,
-    picture_side=0,
+    widths=(48, 96, 128, 160),
+    one_step_widths=(256, 240, 128, 112),
+    one_step_units=128,
+    one_step_maps=(4, 8, 8),
+    train_steps=10_000,
+    one_step_train_steps=10_000,
+    infusion_train_steps=4_000,
+    ablation_train_steps=4_000,
     batch_size=256,
-    precision="bfloat16",
     compile=True,
-    shift=4,
 )
 
 
@@ -185,7 +170,6 @@ PRESETS = {
         maps=(48, 96, 192),
         kernel=4,
         shared=False,
-        steps_per_batch=0,
         reconstruction_scale=16.0,
         input_noise=0.0,
         ladder=(20, 30, 30, 30),
@@ -212,13 +196,13 @@ PRESETS = {
 }
 
 
-def load_images(run: Run, side: int = 0) -> Images:
-    """The run's data set at `side` (the setting, if 0) pixels, larger images made smaller by means over squares.
+def load_images(run: Run) -> Images:
+    """The run's data set at its setting `side`, larger images made smaller by means over squares.
 
     Patches of photographs, which lie side by side, have their held-out part put into random order. Raises `UserError`
     for too few held-out images, and as `data.load` does.
     """
-    settings, side = run.settings, side or run.settings.side
+    settings, side = run.settings, run.settings.side
     if settings.dataset == "photos":
         dataset = datasets.load("photos", side=side)
         order = torch.randperm(len(dataset.held_out.images), generator=torch.Generator().manual_seed(0))
@@ -257,11 +241,12 @@ def smaller(dataset: datasets.Dataset, side: int) -> datasets.Dataset:
 
 
 def fit(run: Run, images: Images) -> dict[str, train.Trained]:
-    """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded model `sequential`."""
+    """All trainings of the run by name, see `training.fit`; with recorded weights, those of `KEPT`."""
     if run.weights == "train":
-        larger = load_images(run, run.settings.picture_side) if run.settings.picture_side else None
-        return training.fit(run.settings, images, run.directory, run.seed, larger)
-    return {"sequential": load_model(run, build(run.settings, images.shape, "sequential").to(run.device))}
+        return training.fit(run.settings, images, run.directory, run.seed)
+    models = nn.ModuleDict({name: build(run.settings, images.shape, name) for name in KEPT}).to(run.device).eval()
+    load_model(run, models)
+    return {name: train.Trained(vae, [], 0, 0.0, "recorded", {}, []) for name, vae in models.items()}
 
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
@@ -272,14 +257,16 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
     if run.weights == "recorded":
         return load_recorded_arrays(run)
     settings, seed, models = run.settings, run.seed, {name: one.model for name, one in trained.items()}
-    drawn = measurements.drawings(settings, seed, images, models)
+    priors, mixture = measurements.priors(seed, images, models)
+    drawn = measurements.drawings(settings, seed, images, models, mixture)
     return save_arrays(
         run,
         levels=images.dataset.levels,
         dims=np.prod(images.shape),
         **measurements.histories(trained),
         **measurements.terms(settings, seed, images, models),
-        **measurements.spectra(settings, seed, images, drawn),
+        **priors,
+        **measurements.sharpness_along_the_chain(settings, seed, images, drawn),
         **measurements.compared(settings, seed, images, models, drawn),
         **measurements.nearest(settings, images, drawn),
         **measurements.pictures(seed, images, models),
@@ -295,9 +282,9 @@ def draw_more(run: Run, images: Images, trained: Mapping[str, train.Trained]) ->
 def conclude(
     run: Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
 ) -> Verdicts:
-    """Judge S1 to S4, and write `metrics.json`, `run.json` and the weights of `sequential`."""
-    model, data = trained["sequential"].model, images.dataset.describe()
-    return recorded.conclude(run, CLAIMS, quantities(arrays), summary(arrays), data, trained, model)
+    """Judge S1 to S4, and write `metrics.json`, `run.json` and the weights of `KEPT`."""
+    kept, data = nn.ModuleDict({name: trained[name].model for name in KEPT}), images.dataset.describe()
+    return recorded.conclude(run, CLAIMS, quantities(arrays), summary(arrays), data, trained, kept)
 
 
 EXPERIMENT = Experiment(

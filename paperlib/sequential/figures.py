@@ -43,9 +43,9 @@ def samples(arrays: Arrays) -> Any:
     return _chains(arrays, arrays["chain"])
 
 
-def more_samples(arrays: Arrays) -> Any:
-    """Ten more; of the further model for larger images where there is one."""
-    return _chains(arrays, arrays["chain_more"])
+def samples_from_standard(arrays: Arrays) -> Any:
+    """S4: the same noise as codes from N(0, I), not from the priors that fit."""
+    return _chains(arrays, arrays["chain_standard"])
 
 
 def _chains(arrays: Arrays, states: np.ndarray) -> Any:
@@ -122,32 +122,36 @@ def infusion(arrays: Arrays) -> Any:
     return figure
 
 
-def spectra(arrays: Arrays) -> Any:
-    """S2: power spectra of samples along the chain, and their distance to the photographs' at each step."""
-    figure, (left, right) = plotting.new(2, height=3.2, width_ratios=[3, 2])
+def sharpness(arrays: Arrays) -> Any:
+    """S2: edge width of samples along the chain, distance of their power spectra to photographs', and the spectra."""
+    figure, (edges, distance, spectra) = plotting.new(3, height=3.2, width_ratios=[3, 3, 4])
+    count = len(arrays["edge_sequential"])
+    steps = np.arange(1, count + 1)
+    lines = {"one_step": (ORANGE, "one-step"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
+    for axis, name, label in (
+        (edges, "edge", "edge width of samples (pixels)"),
+        (distance, "spectral", "distance of log spectra (nats)"),
+    ):
+        plotting.show_curve(axis, steps, arrays[f"{name}_sequential"], BLUE)
+        for model, (colour, title) in lines.items():
+            value, low, high = arrays[f"{name}_{model}"]
+            axis.axhline(value, color=colour, linestyle="--", linewidth=1)
+            axis.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
+            axis.annotate(title, (0.98, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        axis.set(xlabel="step t", ylabel=label)
+        axis.set_xticks(steps)
     frequencies, photographs = arrays["frequencies"], arrays["power_photographs"] + 1 / 12
-    count = len(arrays["power_sequential"])
     for t, power in enumerate(arrays["power_sequential"]):
         label = f"x({t + 1})" if t in (0, count - 1) else None
-        left.plot(frequencies, (power + 1 / 12) / photographs, color=BLUE, alpha=0.25 + 0.75 * t / count, label=label)
-    for name, colour in (("one_step", ORANGE), ("infusion", GREEN), ("training", "black")):
-        label = {"one_step": "one-step baseline", "training": "training photographs"}.get(name, name)
-        left.plot(frequencies, (arrays[f"power_{name}"] + 1 / 12) / photographs, "--", color=colour, label=label)
-    left.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
-    _plain_ticks(left, "x", ONE_TWO_FIVE)
-    _plain_ticks(left, "y", ONE_TWO_FIVE)
-    left.legend(fontsize=7)
-    steps = np.arange(1, count + 1)
-    plotting.show_curve(right, steps, arrays["spectral_sequential"], BLUE)
-    lines = {"one_step": (ORANGE, "one-step"), "infusion": (GREEN, "infusion"), "training": ("black", "training")}
-    lines |= {"noise_first": (BLUE, "x(1) + noise"), "noise_one_step": (ORANGE, "one-step + noise")}
-    for name, (colour, label) in lines.items():
-        value, low, high = arrays[f"spectral_{name}"]
-        right.axhline(value, color=colour, linestyle=":" if "noise" in name else "--", linewidth=1)
-        right.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
-        right.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=7)
-    right.set(xlabel="step t", ylabel="distance of log spectra (nats)")
-    right.set_xticks(steps)
+        spectra.plot(
+            frequencies, (power + 1 / 12) / photographs, color=BLUE, alpha=0.25 + 0.75 * t / count, label=label
+        )
+    for model, (colour, title) in lines.items():
+        spectra.plot(frequencies, (arrays[f"power_{model}"] + 1 / 12) / photographs, "--", color=colour, label=title)
+    spectra.set(xscale="log", yscale="log", xlabel="cycles per pixel", ylabel="power over held-out photographs'")
+    _plain_ticks(spectra, "x", ONE_TWO_FIVE)
+    _plain_ticks(spectra, "y", ONE_TWO_FIVE)
+    spectra.legend(fontsize=7)
     return figure
 
 
@@ -166,7 +170,13 @@ def nearest(arrays: Arrays) -> Any:
         for name, colour in (("sequential", BLUE), ("one_step", ORANGE), ("infusion", GREEN), ("held_out", "black")):
             values = np.sort(arrays[f"nearest_{view}_{name}"])
             shares = np.linspace(0, 1, len(values))
-            axis.plot(values, shares, color=colour, linewidth=1.2, label=name.replace("_", " "))
+            axis.plot(
+                values,
+                shares,
+                color=colour,
+                linewidth=1.2,
+                label=name.replace("one_step", "one-step").replace("_", " "),
+            )
         axis.set(xlabel=f"RMS difference to the nearest, {view}", ylabel="share of images")
     axes[1, 0].legend(fontsize=7, handlelength=1, loc="upper left", borderpad=0)
     return figure
@@ -175,8 +185,8 @@ def nearest(arrays: Arrays) -> Any:
 def distances(arrays: Arrays) -> Any:
     """S4: squared kernel distance of each set to held-out photographs, on two kinds of features."""
     titles = {kind: f"features: {kind}{' network' * (kind == 'random')}" for kind in KINDS}
-    colours = {name.replace("_", "-"): BLUE for name in SETS}
-    return plotting.kernel_distances(arrays, titles, colours, height=2.6)
+    colours = {name.replace("one_step", "one-step"): BLUE for name in SETS}
+    return plotting.kernel_distances(arrays, titles, colours, height=3.2)
 
 
 def training(arrays: Arrays) -> Any:

@@ -1,30 +1,28 @@
-"""The sequential VAE of notebook 03: a chain of images, a new code at every step; its objective and its samples.
+"""The sequential VAE of notebook 03: a chain of images, a new code at every step; its terms and its samples.
 
 The equation numbers up to (4) are those of the notebook, whose (3) says what errors have to do with variances.
 
 An image is made in steps t = 1 .. T. Nothing is known before the first; each takes a code z_t, a ladder of vectors
 (`networks`), and the image so far:
 
-    (1)  z_t ~ p(z) = N(0, I),  x(1) = G_1(z_1),  x(t) = G_t(x(t-1), z_t),  p(x | z_1 .. z_t) = N(x; x(t), sigma_t^2 I)
+    (1)  z_t ~ p(z_t),  x(1) = G_1(z_1),  x(t) = G_t(x(t-1), z_t),  p(x | z_1 .. z_t) = N(x; x(t), sigma_t^2 I)
     (5)  G_t(x', z) = g x' + (1 - g) m,   g in (0, 1) for each pixel and m both from the network
     (6)  sigma_t = sigma_min + exp(10 s_t),   s_t learned
 
-so x(t) is a mean, and pictures show means. With a `reconstruction_scale` w in place of learned stds sigma_t is
-1 / sqrt(2 w), which makes -log p the squared error times w, but for a constant. The encoder sees target and chain,
+so x(t) is a mean, and pictures show means. p(z_t) is the Gaussian that fits q(z_t) (`prior`). With a
+`reconstruction_scale` w in place of learned stds sigma_t is 1 / sqrt(2 w), which makes -log p the squared error times
+w, but for a constant. The encoder sees target and chain,
 
     (7)  q(z_t | x, x(t-1)) = N(mean, diag std^2).
 
-Each step has an objective of its own, in nats per image (`per_step_loss`), in which x(t-1) is given: no
-gradient goes back from a step to those before,
+Each step has an objective of its own, in nats per image, in which x(t-1) is given: no gradient goes back from a step to
+those before, and the weights move after every step of the chain,
 
-    (2)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z)),   beta = kl_weight (1 - exp(-f / a))
+    (2)  L_t = E_q log p(x | z_1 .. z_t) - beta KL(q(z_t | x, x(t-1)) || p(z_t)),   beta = kl_weight (1 - exp(-f / a))
 
-at the fraction f of training, with a the setting `kl_annealing`. The sum over t may then be estimated from a few steps
-a batch: the first, which has a network of its own and is taken anyway, and k of the T - 1 others, chosen alike and
-weighted by (T - 1) / k, which is unbiased; steps after the last of them need not be taken. Without `per_step_loss` only
-the last step's log p counts, with all KLs, and gradients go through the whole chain. Either way
+at the fraction f of training, with a the setting `kl_annealing`. For the chain as a whole
 
-    (8)  log p(x) >= E log N(x; x(T), sigma_T^2 I) - sum_t E KL(q(z_t | x, x(t-1)) || p(z)).
+    (8)  log p(x) >= E log N(x; x(T), sigma_T^2 I) - sum_t E KL(q(z_t | x, x(t-1)) || p(z_t)).
 
 That is a density of pixels in [-1, 1]; it is no probability of grey levels. (Levels lie 2 / 255 apart, so adding
 log(255 / 2) nats per dimension to -log p makes bits per dimension that compare with those, roughly.)
@@ -47,7 +45,7 @@ put into x(t-1) is a code that G_t sees, and there is no KL.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -58,6 +56,7 @@ from torch.nn import functional as F
 from paperlib.data.device_images import Images
 from paperlib.nn import likelihoods
 from paperlib.sequential.networks import Size, Step, StepNetwork
+from paperlib.sequential.prior import FittedPrior
 from paperlib.system import distributed
 
 BATCH = 100  # images at a time where nothing is trained
@@ -80,6 +79,7 @@ class SequentialVAE(nn.Module):
         first = StepNetwork(size, ladder, 1, infusion) if ladder or infusion else nn.Identity()
         counts = [steps - 1] * (steps > 1) if settings.shared else [1] * (steps - 1)
         self.networks = nn.ModuleList([first, *(StepNetwork(size, ladder, count, True) for count in counts)])
+        self.priors = nn.ModuleList(FittedPrior(sum(ladder)) for _ in range(steps if ladder else 0))
         self.s = None
         if settings.reconstruction_scale is None:
             self.s = nn.Parameter(torch.full((steps,), math.log(0.5) / SIGMA_LR_SCALE))
@@ -107,6 +107,21 @@ class SequentialVAE(nn.Module):
         which, index = self.place(t)
         return self.networks[which].generator(previous, previous, z, index)
 
+    def kl(self, t: int, mean: Tensor, log_std: Tensor, rung: int | None = None) -> Tensor:
+        """KL(q(z_t | x, x(t-1)) || p(z_t)) in nats of a batch (B, D) twice: (B,); of one rung of the ladder if told,
+        against that rung's own part of the prior.
+        """
+        first = sum(self.ladder[:rung]) if rung else 0
+        part = slice(None) if rung is None else slice(first, first + self.ladder[rung])
+        return self.priors[t - 1].kl(mean, log_std, part)
+
+    def sample_z(self, t: int, count: int, generator: torch.Generator, fitted: bool = True) -> Tensor | None:
+        """z_t ~ p(z_t) (count, D), or from N(0, I) if not `fitted`; None where steps have no code."""
+        if not self.ladder:
+            return None
+        noise = torch.randn(count, sum(self.ladder), generator=generator, device=self.positions.device)
+        return self.priors[t - 1].sample(noise) if fitted else noise
+
 
 def build(settings: Any, shape: tuple[int, int, int], name: str) -> SequentialVAE:
     """A new model, `name` as in the table of `training`, for images of `shape`, with weights from torch's generator."""
@@ -117,8 +132,6 @@ def build(settings: Any, shape: tuple[int, int, int], name: str) -> SequentialVA
             size, widths=settings.one_step_widths, units=settings.one_step_units, maps=settings.one_step_maps
         )
         return SequentialVAE(settings, size, 1, settings.one_step_ladder)
-    if name == "picture":
-        size = replace(size, widths=settings.picture_widths)
     ladder = () if name in ("infusion", "no_latent") else settings.ladder
     return SequentialVAE(settings, size, settings.chain_steps, ladder, infusion=name == "infusion")
 
@@ -152,100 +165,55 @@ class Link(NamedTuple):
     kl: Tensor
 
 
-def chain(
+def take_step(
     vae: SequentialVAE,
+    t: int,
     x: Tensor,
+    previous: Tensor | None,
     *,
-    per_step_loss: bool = True,
-    chosen: Sequence[int] | None = None,
     noise: float = 0.0,
     codes: PixelCodes | None = None,
     call: Callable[..., Step] | None = None,
-) -> list[Link]:
-    """The chain for targets x (B, C, S, S), codes from q(z_t | x, x(t-1)) by torch's generator: a link for each step.
+) -> Link:
+    """Step t for targets x (B, C, S, S) after the image x(t-1), its code from q(z_t | x, x(t-1)) by torch's generator.
 
-    With `chosen` steps it ends at the last of them, and only they have gradients. With `per_step_loss` no gradient goes
-    from a step to those before. `noise` is added to what the networks see of x(t-1). `call` stands in for `vae`, which
-    may be compiled. `codes` are those of infusion, drawn unless given.
+    `noise` is added to what the networks see of x(t-1). `codes` are those of infusion. `call` stands in for `vae`,
+    which may be compiled. In training mode the moments of the step's prior follow its codes.
     """
-    call = vae if call is None else call
+    if codes is not None:
+        previous = codes.masks[t - 1] * x + (1 - codes.masks[t - 1]) * previous
+    step = (vae if call is None else call)(x, previous, *vae.place(t), noise)
+    log_p = likelihoods.gaussian_log_prob(x, step.image, vae.log_sigma(t))
+    if step.mean is None:
+        return Link(t, step, log_p, log_p.new_zeros(len(x)))
+    if vae.training:
+        vae.priors[t - 1].update(step.mean, step.log_std)
+    return Link(t, step, log_p, vae.kl(t, step.mean, step.log_std))
+
+
+def after(vae: SequentialVAE, link: Link, codes: PixelCodes | None = None) -> Tensor:
+    """x(t) as the next step is given it, without gradient: the mean, for infusion a draw."""
+    image = link.step.image.detach()
+    if codes is None or link.t == vae.steps:
+        return image
+    return image + vae.log_sigma(link.t).detach().exp() * codes.noise[link.t]
+
+
+def chain(vae: SequentialVAE, x: Tensor, codes: PixelCodes | None = None) -> list[Link]:
+    """The whole chain for targets x (B, C, S, S): a link for each step. `codes` of infusion are drawn unless given."""
     if vae.infusion and codes is None:
         codes = pixel_codes(vae, x)
-    state = codes.noise[0] if vae.infusion else None
-    links = []
-    for t in range(1, (max(chosen) if chosen else vae.steps) + 1):
-        if vae.infusion:
-            state = codes.masks[t - 1] * x + (1 - codes.masks[t - 1]) * state
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (chosen is None or t in chosen)):
-            step = call(x, state, *vae.place(t), noise)
-            links.append(_link(vae, t, x, step))
-        state = step.image.detach() if per_step_loss else step.image
-        if vae.infusion and t < vae.steps:
-            state = state + vae.log_sigma(t).detach().exp() * codes.noise[t]
+    image, links = codes.noise[0] if codes else None, []
+    for t in range(1, vae.steps + 1):
+        links.append(take_step(vae, t, x, image, codes=codes))
+        image = after(vae, links[-1], codes)
     return links
 
 
-def _link(vae: SequentialVAE, t: int, x: Tensor, step: Step) -> Link:
-    log_p = likelihoods.gaussian_log_prob(x, step.image, vae.log_sigma(t))
-    kl = log_p.new_zeros(len(x)) if step.mean is None else likelihoods.gaussian_kl(step.mean, step.log_std)
-    return Link(t, step, log_p, kl)
-
-
-def no_latent_links(
-    vae: SequentialVAE,
-    x: Tensor,
-    parent: SequentialVAE,
-    *,
-    chosen: Sequence[int] | None = None,
-    noise: float = 0.0,
-    call: Callable[..., Step] | None = None,
-) -> list[Link]:
-    """The control's steps 2 .. T, or those `chosen`, each from the image x(t-1) of the `parent`'s chain.
-
-    Without `chosen` the parent draws all its codes, so that equal seeds give its own images.
-    """
-    with torch.no_grad():
-        before = chain(parent, x, chosen=[max(chosen) - 1] if chosen else None)
-    call, chosen = vae if call is None else call, chosen or range(2, vae.steps + 1)
-    links = []
-    for t in chosen:
-        step = call(x, before[t - 2].step.image, *vae.place(t), noise)
-        links.append(_link(vae, t, x, step))
-    return links
-
-
-def random_steps(steps: Sequence[int], count: int, always: Sequence[int] = ()) -> dict[int, float]:
-    """Steps for a batch, in order, with weights that make a sum over them an unbiased one over all `steps`.
-
-    Those of `always`, and `count` of the others, all subsets alike; all of them where `count` is 0 or more than there
-    are.
-    """
-    others = [t for t in steps if t not in always]
-    if not 0 < count < len(others):
-        return dict.fromkeys(steps, 1.0)
-    drawn = [others[k] for k in torch.randperm(len(others))[:count].tolist()]
-    weights = dict.fromkeys(always, 1.0) | dict.fromkeys(drawn, len(others) / count)
-    return dict(sorted(weights.items()))
-
-
-def objective(
-    links: Sequence[Link],
-    beta: Tensor | float,
-    *,
-    weights: Mapping[int, float] | None = None,
-    per_step_loss: bool = True,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus the sum of (2) over the steps of `links`, each times its weight (1 unless told): a scalar, nats per image.
-
-    Without `per_step_loss`, minus log p of the last link plus the weighted KLs of all. Also its terms.
-    """
-    weight = [1.0 if weights is None else weights[link.t] for link in links]
-    kl = sum(w * link.kl.mean() for w, link in zip(weight, links, strict=True))
-    if per_step_loss:
-        log_p = sum(w * link.log_p.mean() for w, link in zip(weight, links, strict=True))
-    else:
-        log_p = links[-1].log_p.mean()
-    return beta * kl - log_p, {"log_p": log_p, "kl": kl}
+def no_latent_links(vae: SequentialVAE, x: Tensor, parent: SequentialVAE) -> list[Link]:
+    """The control's steps 2 .. T, each from the image x(t-1) of the `parent`'s chain, whose codes it draws."""
+    before = chain(parent, x)
+    return [take_step(vae, link.t + 1, x, after(parent, link)) for link in before[:-1]]
 
 
 # Reconstructing, swapping and drawing
@@ -294,14 +262,26 @@ class Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def draw(vae: SequentialVAE, images: Images, count: int, generator: torch.Generator) -> Drawn:
-    """`count` images by equation (1) or (4), from a generator on the model's device."""
+def draw(
+    vae: SequentialVAE,
+    images: Images,
+    count: int,
+    generator: torch.Generator,
+    *,
+    fitted: bool = True,
+    first: Tensor | None = None,
+) -> Drawn:
+    """`count` images by equation (1) or (4), from a generator on the model's device.
+
+    Codes are from N(0, I) if not `fitted`; z_1 is `first` (count, D) where given.
+    """
     device, parts = images.held_out.device, []
-    for size in [len(part) for part in torch.arange(count).split(BATCH)]:
+    for part in torch.arange(count).split(BATCH):
+        size = len(part)
         noise = 2 * torch.rand(size, *vae.shape, generator=generator, device=device) - 1
         state, states = noise if vae.infusion else None, [noise]
         for t in range(1, vae.steps + 1):
-            z = torch.randn(size, sum(vae.ladder), generator=generator, device=device) if vae.ladder else None
+            z = vae.sample_z(t, size, generator, fitted) if t > 1 or first is None else first[part.to(device)]
             state = mean = vae.generate(t, state, z)
             if vae.infusion:
                 state = likelihoods.sample_gaussian(mean, vae.log_sigma(t), generator=generator)

@@ -2,16 +2,17 @@
 
 | model | chain | objective |
 | --- | --- | --- |
-| `sequential` | T steps, each with a code | equation (2) of `model`, every step's own term or the last's |
+| `sequential` | T steps, each with a code | equation (2) of `model` at every step |
 | `one_step` | one step, a code as large as all, as much arithmetic | a KL controller holds it at `sequential`'s E KL |
 | `infusion` | T steps, the code a random subset of the target's pixels | (10) |
 | `no_latent` | the steps 2 .. T without codes, from the images of the trained `sequential` | log p alone |
 
+A batch is taken through the whole chain, with an update of the weights after each of its steps.
 """
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +21,31 @@ from paperlib.data import datasets
 from paperlib.data.device_images import Images
 from paperlib.runs import train
 from paperlib.runs.provenance import describe_code
+from paperlib.runs.recorded import read_weights
 from paperlib.sequential.model import (
+    PixelCodes,
     SequentialVAE,
+    after,
     batches,
     build,
     chain,
     no_latent_links,
-    objective,
-    random_steps,
+    pixel_codes,
     squared_error,
+    take_step,
 )
 from paperlib.stats import features
-from paperlib.system import distributed
+from paperlib.system import distributed, files
 from paperlib.system.devices import seeded
 
 MAX_LOG_KL_WEIGHT = math.log(1000.0)  # up and down, of the weight of the one-step baseline's KL
 
 
-def fit(settings: Any, images: Images, directory: Path, seed: int, larger: Images | None) -> dict[str, train.Trained]:
-    """Train all models of the table, or continue, each in a folder of its name below `directory`: by name.
-
-    Given `larger` images there is also `picture`, the same chain on them, for a figure alone.
-    """
+def fit(settings: Any, images: Images, directory: Path, seed: int) -> dict[str, train.Trained]:
+    """Train all models of the table, or continue, each in a folder of its name below `directory`: by name."""
 
     def fitted(name: str, train_steps: int, **more: Any) -> train.Trained:
-        pictures = larger if name == "picture" else images
-        return fit_model(settings, pictures, name, train_steps, directory, seed, **more)
+        return fit_model(settings, images, name, train_steps, directory, seed, **more)
 
     trained = {"sequential": fitted("sequential", settings.train_steps)}
     parent = trained["sequential"].model
@@ -53,8 +53,6 @@ def fit(settings: Any, images: Images, directory: Path, seed: int, larger: Image
     trained["one_step"] = fitted("one_step", settings.one_step_train_steps, rates=targets)
     trained["infusion"] = fitted("infusion", settings.infusion_train_steps)
     trained["no_latent"] = fitted("no_latent", settings.ablation_train_steps, parent=parent)
-    if larger:
-        trained["picture"] = fitted("picture", settings.picture_train_steps)
     return trained
 
 
@@ -69,41 +67,42 @@ def fit_model(
     rates: tuple[float, float] | None = None,
     parent: SequentialVAE | None = None,
 ) -> train.Trained:
-    """Train one model into its folder below `directory`.
-
-    `rates`, see there, are the targets of the KL controller of `one_step`; `parent` is the trained chain from whose
-    images `no_latent` starts.
+    """Train one model into its folder below `directory`. `rates`, see there, are the targets of the KL controller of
+    `one_step`; `parent` is the trained chain from whose images `no_latent` starts.
     """
     torch.manual_seed(seed)
     vae = build(settings, images.shape, name).to(images.device)
-    per_step_loss = settings.per_step_loss or name in ("infusion", "no_latent")
-    steps = list(range(2 if name == "no_latent" else 1, vae.steps + 1))
+    start_from = settings.start_from if name == "sequential" else ""
+    if start_from:
+        vae.load_state_dict(read_weights(files.ROOT / start_from))
 
-    def batch(rows: Tensor) -> Tensor:
-        x = images.to_float(images.batch(rows))
-        return features.augmented(x, mirror=settings.mirror, reach=settings.shift)
+    def batch(rows: Tensor) -> "Chains":
+        x = features.augmented(images.to_float(images.batch(rows)), mirror=settings.mirror, reach=settings.shift)
+        codes = pixel_codes(vae, x) if vae.infusion else None
+        return Chains(x, codes.noise[0] if codes else None, codes)
 
     def evaluated(vae: nn.Module) -> dict[str, float]:
         held_out = images.held_out[: settings.evaluation_images]
         return watched(evaluate(vae, images, held_out, parent), images, rates and rates[1])
 
+    recipe = _recipe(settings, train_steps, vae.steps - (parent is not None))
     return train.fit(
         vae,
-        _loss(settings, vae, steps, per_step_loss, rates, parent),
+        _loss(settings, vae, rates and rates[0], parent),
         batch,
         len(images.train),
-        _recipe(settings, train_steps),
+        recipe,
         directory / name,
         seed=seed,
         device=images.device,
         evaluate=evaluated,
-        provenance=describe_code(),
+        provenance=describe_code() | {"start_from": start_from},
         name=name,
-        partial=per_step_loss and 0 < settings.steps_per_batch < len(steps) - 1,
+        partial=recipe.updates > 1,
     )
 
 
-def _recipe(settings: Any, train_steps: int) -> train.Recipe:
+def _recipe(settings: Any, train_steps: int, updates: int) -> train.Recipe:
     return train.Recipe(
         train_steps,
         settings.batch_size,
@@ -113,38 +112,40 @@ def _recipe(settings: Any, train_steps: int) -> train.Recipe:
         ema=settings.ema,
         precision=settings.precision,
         clip_norm=settings.clip_norm,
+        updates=updates,
         evaluate_every=max(1, train_steps // settings.evaluations),
         patience=settings.patience,
         compile=settings.compile,
     )
 
 
-def _loss(
-    settings: Any,
-    vae: SequentialVAE,
-    steps: list[int],
-    per_step_loss: bool,
-    rates: tuple[float, float] | None,
-    parent: SequentialVAE | None,
-) -> train.Loss:
-    """What `fit_model` minimises: equation (2) over steps drawn for each batch, those of network 1 always."""
-    noise = 0.0 if vae.infusion else settings.input_noise
-    first = [t for t in steps if t == 1]  # has a network of its own
+class Chains(NamedTuple):
+    """A batch on its way: targets (B, C, S, S), the images x(t) so far, and infusion's codes."""
 
-    def loss(model: nn.Module, x: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = random_steps(steps, settings.steps_per_batch if per_step_loss else 0, always=first)
-        if parent is not None:
-            links = no_latent_links(vae, x, parent, chosen=list(chosen), noise=noise, call=model)
-        else:
-            links = chain(vae, x, per_step_loss=per_step_loss, chosen=list(chosen), noise=noise, call=model)
-        links = [link for link in links if link.t in chosen]
+    x: Tensor
+    image: Tensor | None
+    codes: PixelCodes | None
+
+
+def _loss(settings: Any, vae: SequentialVAE, rate: float | None, parent: SequentialVAE | None) -> train.Loss:
+    """What `fit_model` minimises: of each update, minus equation (2) of one step of the chain."""
+    noise = 0.0 if vae.infusion else settings.input_noise
+
+    def loss(model: nn.Module, chains: Chains, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor], Chains]:
+        x, image, codes = chains
+        t = progress.update + 1
+        if parent is not None:  # its step t, after which comes the control's step t + 1
+            with torch.no_grad():
+                image, t = after(parent, take_step(parent, t, x, image)), t + 1
+        link = take_step(vae, t, x, image, noise=noise, codes=codes, call=model)
         beta = kl_annealing_factor(settings, progress.fraction) * vae.log_weight.exp()
-        value, terms = objective(links, beta, weights=chosen, per_step_loss=per_step_loss)
-        if rates is not None:
+        terms = {"log_p": link.log_p.mean(), "kl": link.kl.mean()}
+        if rate is not None:
             if progress.fraction > 3 * settings.kl_annealing:  # before, KL annealing decides the rate
-                update_kl_weight(vae, distributed.mean(terms["kl"]), rates[0], settings.kl_controller_gain)
+                update_kl_weight(vae, distributed.mean(terms["kl"]), rate, settings.kl_controller_gain)
             terms["kl_weight"] = vae.log_weight.exp()
-        return value, terms
+        image = image if parent is not None else after(vae, link, codes)
+        return beta * terms["kl"] - terms["log_p"], terms, Chains(x, image, codes)
 
     return loss
 
@@ -157,8 +158,8 @@ def rates(settings: Any, images: Images, vae: SequentialVAE, seed: int) -> tuple
     known = images.batch(torch.linspace(0, len(images.train) - 1, 1000).long())
     with seeded(seed, images.device):
         moved = features.augmented(images.to_float(known), mirror=settings.mirror, reach=settings.shift)
-        for pictures in (torch.from_numpy(datasets.to_uint8(moved, images.dataset.levels)), images.held_out):
-            pictures = pictures[: settings.evaluation_images] if pictures is images.held_out else pictures
+        seen = torch.from_numpy(datasets.to_uint8(moved, images.dataset.levels))
+        for pictures in (seen, images.held_out[: settings.evaluation_images]):
             rates.append(float(evaluate(vae, images, pictures)["kl"].sum(1).mean()))
     return rates[0], rates[1]
 

@@ -9,8 +9,10 @@ With the encoder q(z|x_n) = N(mean_n, diag exp(2 log_std_n)) at every training p
 Over all N x M pairs, in nats. Exponents come from float64 matrix products, a tile at a time. A code for which few
 points weigh (within `REACH` nats of the heaviest) is finished from differences, (z - mean) and (x - E[x]), so nothing
 cancels. Where many weigh, sums over all points are matrix products, in float32 when the result can bear it:
-E[(x-c)^2] - (E[x]-c)^2 loses a share E[(x-c)^2] / Var of the accuracy, so each entry is checked for it, and those that
-lost too much are done again in float64, about other centres c, and at last from differences.
+E[(x-c)^2] - (E[x]-c)^2 loses a share E[(x-c)^2] / Var of the accuracy. So the heaviest points of a code stay out of the
+products and are added by differences from m = E[x], as are the sums S over the others, by
+S[(x-m)^2] = S[(x-c)^2] - 2 (m-c) S[x-c] + (m-c)^2 S[1], which the others alone can spoil. Each entry is checked for it,
+and those that lost too much are done again in float64, about other centres c, and at last from differences.
 """
 
 import math
@@ -27,8 +29,11 @@ REACH = 80.0  # nats; all points further below the heaviest have less than N exp
 FLOOR = 2 * math.exp(-REACH)  # weights up to here, relative to the heaviest, count as none
 ROWS, COLUMNS = 1024, 2048  # a tile of pairs: 16 MiB in float64, which stays in the cache
 FEW = 512  # points, or N / 128: up to here differences beat matrix products
+NEAREST = 8  # points of a code that stay out of matrix products, each the heaviest of PART
+PART = 128
 GATHERED = 2**20  # numbers gathered at a time for differences: 8 MiB
 LARGEST = 1e50  # of a code, so that its square over a variance does not overflow
+ORDINARY = 2.0**20  # ranges of a pixel from 1 / ORDINARY to ORDINARY have float32 squares; others are scaled first
 
 Tiles = Iterator[tuple[slice, Tensor]]  # some points, and the weights (M, C) of these for M codes
 
@@ -101,14 +106,20 @@ def log_density(z: Tensor, codes: Codes) -> Tensor:
     z, table = _checked(z, codes), _Table(codes)
     result = z.new_empty(len(z))
     for block in _slices(len(z), ROWS):
-        here, out = z[block], result[block]
-        top, many, bundles = _heavy(here, table, table.width)
-        for rows, _, _, log_q in bundles:
-            out[rows] = log_q
-        if len(many):
-            total = sum(w.sum(1) for _, w in _weights(here[many], table, top[many]))
-            out[many] = top[many] + total.log() - math.log(len(codes))
+        top, total = _peak_and_total(z[block], table)
+        result[block] = top + total.log() - math.log(len(codes))
     return result
+
+
+def _peak_and_total(z: Tensor, table: "_Table") -> tuple[Tensor, Tensor]:
+    """The largest exponent of codes z (M, D) and the sum of exp(exponent - largest) over all points, (M,) each."""
+    top, many, bundles = _heavy(z, table, table.width)
+    total = torch.empty_like(top)
+    for rows, _, _, peak, sums in bundles:
+        top[rows], total[rows] = peak, sums
+    if len(many):
+        total[many] = sum(w.sum(1) for _, w in _weights(z[many], table, top[many]))
+    return top, total
 
 
 @torch.no_grad()
@@ -126,7 +137,7 @@ def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(codes):
         raise ValueError(f"the {k} heaviest of {len(codes)} points")
     z, table = _checked(z, codes), _Table(codes)
-    weights, log_q = z.new_empty(len(z), k), log_density(z, codes)
+    weights = z.new_empty(len(z), k)
     indices = torch.empty_like(weights, dtype=torch.long)
     for block in _slices(len(z), max(1, min(ROWS, GATHERED // (k * table.width)))):
         best = z.new_empty(len(z[block]), 0)
@@ -140,7 +151,9 @@ def heaviest(z: Tensor, codes: Codes, k: int) -> tuple[Tensor, Tensor]:
             points = points.gather(1, place)
         exponents, place = table.differences(z[block], points).sort(dim=1, descending=True, stable=True)
         indices[block] = points.gather(1, place)
-        weights[block] = (exponents - log_q[block, None] - math.log(len(codes))).exp()
+        # Not by way of log q(z), of which at a far code so many digits are whole nats that the weights are lost.
+        top, total = _peak_and_total(z[block], table)
+        weights[block] = (exponents - top[:, None]).exp() / total[:, None]
     return indices, weights
 
 
@@ -154,8 +167,9 @@ def conditional(
     should have; they may lie on another device. `labels` (N,) are integers from 0 to K - 1. Without `per_pixel` only
     the trace of the variance is made, in about half the time.
 
-    Variances are right to 1e-5 relative, down to 1e-28 of a pixel's range squared; means to 1e-6 of its range. Raises
-    `ValueError` for shapes or labels that do not fit.
+    Variances are right to 1e-5 relative, down to 1e-28 of the pixels' range squared; means to 1e-6 of that range. Where
+    the range is beyond 2^-20 to 2^20, the points are copied in float64 and scaled. Raises `ValueError` for shapes or
+    labels that do not fit.
     """
     z, table = _checked(z, codes), _Table(codes)
     if len(x) != len(codes) or (labels is not None and labels.shape != (len(codes),)):
@@ -167,6 +181,7 @@ def conditional(
         one_hot = torch.nn.functional.one_hot(labels.to(z.device, torch.long)).double()
     flat = x.detach().reshape(len(x), -1)
     flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
+    flat, unit = _in_ordinary_units(flat)
     count, pixels = len(z), flat.shape[1]
     result = Conditional(
         mean=z.new_empty(count, pixels),
@@ -178,24 +193,37 @@ def conditional(
     )
     for block in _slices(count, ROWS):
         top, many, bundles = _heavy(z[block], table, max(table.width, pixels))
-        for rows, points, weights, log_q in bundles:
-            _fill_by_differences(result, rows + block.start, points, weights, log_q, flat, one_hot)
+        for rows, points, weights, peak, total in bundles:
+            result.log_q[rows + block.start] = peak + total.log() - math.log(len(codes))
+            _fill_by_differences(result, rows + block.start, points, weights, flat, one_hot)
         if len(many):
             _fill_by_products(result, many + block.start, z[block][many], table, top[many], flat, one_hot)
+    variance = result.variance.mul_(unit).mul_(unit)
     return replace(
         result,
-        mean=result.mean.reshape(count, *x.shape[1:]),
-        variance=result.variance.reshape(count, *x.shape[1:]) if per_pixel else None,
-        trace=result.variance.sum(1),
+        mean=result.mean.mul_(unit).reshape(count, *x.shape[1:]),
+        variance=variance.reshape(count, *x.shape[1:]) if per_pixel else None,
+        trace=variance.sum(1),
         labels=None if labels is None else result.labels,
     )
 
 
+def _in_ordinary_units(x: Tensor) -> tuple[Tensor, float]:
+    """Points (N, P) in a unit in which squares of differences fit float32, and that unit, a power of 2."""
+    if not x.is_floating_point() or not x.numel():
+        return x, 1.0
+    extent = float(x.amax().double() - x.amin().double())
+    if extent == 0 or 1 / ORDINARY <= extent <= ORDINARY:
+        return x, 1.0
+    unit = 2.0 ** (math.frexp(extent)[1] - 1)
+    return x.double() / unit, unit
+
+
 def _fill_by_differences(
-    result: Conditional, rows: Tensor, points: Tensor, weights: Tensor, log_q: Tensor, x: Tensor, one_hot: Tensor
+    result: Conditional, rows: Tensor, points: Tensor, weights: Tensor, x: Tensor, one_hot: Tensor
 ) -> None:
     """The rows (R,) of `result` for which few `points` (R, K) weigh, by `weights` (R, K) that sum to 1."""
-    result.log_q[rows], result.ess[rows] = log_q, 1 / weights.square().sum(1)
+    result.ess[rows] = 1 / weights.square().sum(1)
     result.labels[rows] = (weights[:, None] @ one_hot[points])[:, 0]
     near = x[points.to(x.device)].to(weights.device, torch.float64)
     base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
@@ -291,8 +319,8 @@ class _Table:
 
 def _heavy(z: Tensor, table: _Table, width: int) -> tuple[Tensor, Tensor, Iterator]:
     """For codes `z` (M, D) the largest exponents (M,), the rows for which many points weigh, and, for the others,
-    bundles of (rows (R,), points (R, K), weights (R, K) that sum to 1, log q (R,)), small enough to gather
-    (R, K, width).
+    bundles of (rows (R,), points (R, K), weights (R, K) that sum to 1, largest exponent (R,), sum of
+    exp(exponent - largest) (R,)), small enough to gather (R, K, width).
     """
     count = len(table.codes)
     limit = max(FEW, count // 128)
@@ -333,17 +361,36 @@ def _bundles(z: Tensor, table: _Table, counts: Tensor, limit: int, hits: Tensor,
             padding = place >= counts[rows, None]
             chosen = points[(start[rows, None] + place).masked_fill(padding, 0)]
             exponents = table.differences(z[rows], chosen).masked_fill_(padding, -torch.inf)
-            log_q = exponents.logsumexp(1) - math.log(len(table.codes))
-            yield rows, chosen, torch.softmax(exponents, 1), log_q
+            peak = exponents.amax(1)
+            weights = exponents.sub_(peak[:, None]).exp_()
+            total = weights.sum(1)
+            yield rows, chosen, weights / total[:, None], peak, total
         size *= 2
 
 
-def _weights(z: Tensor, table: _Table, top: Tensor) -> Tiles:
-    """exp(log q(z|x_n) - top), each tile in the memory of the one before."""
+def _weights(z: Tensor, table: _Table, top: Tensor, without: Tensor | None = None) -> Tiles:
+    """exp(log q(z|x_n) - top), each tile in the memory of the one before; 0 at each code's points `without` (M, K)."""
     exact = table.is_coarse(z)
     for columns in _slices(len(table.codes), COLUMNS):
         # Far below, weights would be denormal numbers, which are slow; exp(-REACH) is as good as 0.
-        yield columns, table.exponents(z, columns, exact, top).clamp_(min=-REACH).exp_()
+        tile = table.exponents(z, columns, exact, top).clamp_(min=-REACH).exp_()
+        if without is not None:
+            row, rank = ((without >= columns.start) & (without < columns.stop)).nonzero(as_tuple=True)
+            tile[row, without[row, rank] - columns.start] = 0
+        yield columns, tile
+
+
+def _nearest(z: Tensor, table: _Table) -> Tensor:
+    """About the `NEAREST` heaviest points of each code, the heaviest of parts of the list: (M, K)."""
+    tops, points = [], []
+    for columns in _slices(len(table.codes), COLUMNS):
+        tile = table.exponents(z, columns, False)
+        for part in _slices(tile.shape[1], PART):
+            value, place = tile[:, part].max(1)
+            tops.append(value)
+            points.append(place + columns.start + part.start)
+    chosen = torch.stack(tops, 1).topk(min(NEAREST, len(tops)), dim=1).indices
+    return torch.stack(points, 1).gather(1, chosen)
 
 
 def _fill_by_products(
@@ -351,34 +398,63 @@ def _fill_by_products(
 ) -> None:
     """The rows (R,) of `result` for codes `z` (R, D) for which many points weigh; `top` are the largest exponents.
 
-    Each round does again the entries whose variance is below `share` of the second moment about the round's centre, and
-    so mostly rounding. Pixels that agree at black or white for all that weighs are right in the rounds centred there.
+    Each round does again the entries whose variance is below `share` of the moments it was made of, and so mostly
+    rounding. Pixels that agree at black or white for all that weighs are right in the rounds centred there.
     """
     every, per_pixel = torch.arange(x.shape[1], device=z.device), result.variance.shape[1] == x.shape[1]
     mean, variance = z.new_empty(len(z), len(every)), z.new_empty(len(z), result.variance.shape[1])
     undone, totals = torch.ones_like(variance, dtype=torch.bool), None
+    nearest = _nearest(z, table)
+    heavy = (table.differences(z, nearest) - top[:, None]).exp()
     for dtype, centre, share in _rounds(x):
         left = undone.any(1).nonzero()[:, 0]
         if not len(left):
             break
         pixels = undone.any(0).nonzero()[:, 0] if per_pixel else every
-        entries = left[:, None], pixels if per_pixel else every[:1]
         about = centre().to(z.device)[pixels]
-        first, second, *rest = _sums(_weights(z[left], table, top[left]), x, pixels, about, dtype, one_hot, per_pixel)
+        tiles = _weights(z[left], table, top[left], nearest[left])
+        first, second, *rest = _sums(tiles, x, pixels, about, dtype, one_hot, per_pixel)
         totals = totals or rest
-        first, second = first / rest[0][:, None], second / rest[0][:, None]
-        square = first.square()
-        spread = second - (square if per_pixel else square.sum(1, keepdim=True))
-        mean[left[:, None], pixels] = first + about
-        variance[entries] = torch.where(undone[entries], spread, variance[entries])
-        undone[entries] &= spread < share * second
+        for part in _slices(len(left), max(1, GATHERED // (heavy.shape[1] * len(pixels)))):
+            rows_here, entries = left[part], (left[part, None], pixels if per_pixel else every[:1])
+            near = x[nearest[rows_here].to(x.device)][..., pixels.to(x.device)].to(z.device, torch.float64).sub_(about)
+            sums = first[part], second[part], rest[0][part, None]
+            shift, spread, bound = _moments(*sums, near, heavy[rows_here], per_pixel)
+            mean[rows_here[:, None], pixels] = shift + about
+            variance[entries] = torch.where(undone[entries], spread, variance[entries])
+            undone[entries] &= spread < share * bound
     for row in undone.any(1).nonzero()[:, 0]:
         by_differences = _variance(_weights(z[row, None], table, top[row, None]), x, mean[row], per_pixel)
         variance[row, undone[row]] = by_differences[undone[row]]
     total, squares, labelled = totals
+    total, squares = total + heavy.sum(1), squares + heavy.square().sum(1)
+    labelled = labelled + (heavy[:, None] @ one_hot[nearest])[:, 0]
     result.mean[rows], result.variance[rows] = mean, variance
     result.log_q[rows], result.ess[rows] = top + total.log() - math.log(len(table.codes)), total.square() / squares
     result.labels[rows] = labelled / total[:, None]
+
+
+def _moments(
+    first: Tensor, second: Tensor, total: Tensor, near: Tensor, heavy: Tensor, per_pixel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (R, P), variance (R, P) or trace (R, 1), and the moment whose rounding the variance carries.
+
+    `first` (R, P), `second` and `total` (R, 1) are sums about a centre over all points but K of each code, which are at
+    `near` (R, K, P) from that centre, destroyed here, and weigh `heavy` (R, K). The error of S[(x-m)^2], for products
+    right to e, is at most 3 e times the greater of S[(x-c)^2] and (m-c)^2 S[1].
+    """
+    whole, weights = total + heavy.sum(1, keepdim=True), heavy[:, None]
+    base = near[:, :1].clone()  # so that where all agree the variance is exactly 0
+    near -= base
+    base = base[:, 0]
+    shift = (first - total * base + (weights @ near)[:, 0]) / whole
+    mean = base + shift
+    by_differences = (weights @ near.sub_(shift[:, None]).square_())[:, 0]
+    square, cross = mean.square(), mean * first
+    if not per_pixel:
+        by_differences, square, cross = (values.sum(1, keepdim=True) for values in (by_differences, square, cross))
+    spread = by_differences + (second - 2 * cross + total * square)
+    return mean, spread / whole, torch.maximum(second, total * square) / whole
 
 
 def _variance(weights: Tiles, x: Tensor, mean: Tensor, per_pixel: bool) -> Tensor:
@@ -393,8 +469,8 @@ def _variance(weights: Tiles, x: Tensor, mean: Tensor, per_pixel: bool) -> Tenso
 
 
 def _rounds(x: Tensor) -> Iterator[tuple[torch.dtype, Callable[[], Tensor], float]]:
-    """What `_fill_by_products` tries in turn: precision, centre (P,), and the share that it needs, such that errors of
-    5e-7 and 1e-15 of the second moment stay below 3e-6 of the variance.
+    """What `_fill_by_products` tries in turn: precision, centre (P,), and the share that it needs, such that three
+    times an error of 5e-7 or 1e-15 of the moments (see `_moments`) stays below 1e-5 of the variance.
     """
     sample = x[:: max(1, len(x) // 1024)]
     # Reduced precision, where it has been asked for, would be used for float32 products too.

@@ -69,6 +69,22 @@ def ratio(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(value, value - half, value + half)
 
 
+def ratio_of_means(a: Points, b: Points) -> Estimate:
+    """mean(a) / mean(b) of values (n,) twice on the same examples, by the delta method.
+
+    The half width is 1.96 standard errors of the mean of (a - r b) / mean(b), so what moves both does not widen it.
+    nan where mean(b) is 0. Raises `ValueError` as `mean_interval`, and for shapes that differ.
+    """
+    a, b = (to_float64(values).cpu().numpy() for values in (a, b))
+    if a.shape != b.shape:
+        raise ValueError(f"a ratio takes values twice on the same examples, not {a.shape} and {b.shape}")
+    if b.mean() == 0:
+        return Estimate.from_row((math.nan,) * 3)
+    value = a.mean() / b.mean()
+    half = mean_interval((a - value * b) / b.mean()).high
+    return Estimate.from_row((value, value - half, value + half))
+
+
 def jackknife(value: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """95 % interval by a delete-a-group jackknife: a value (...), and what it is without each of G groups (G, ...).
 

@@ -6,7 +6,8 @@ part w of the image's gradient that each carries. With sums and maximum over the
 
     (a)  sum_ramps w h / g  /  sum_ramps w,   h = sum |d|,  g = max |grad|,  w = sum d^2 / |grad|
 
-The weights make it the same for all directions, as d_x^2 + d_y^2 = |grad|^2. A straight edge blurred by a Gaussian of
+The gradient counts where d is not 0, so that a mirror image, whose plateaus come first, has the same ramps. The weights
+make it the same for all directions, as d_x^2 + d_y^2 = |grad|^2. A straight edge blurred by a Gaussian of
 std s has width sqrt(2 pi) s, a thin line sqrt(e) s. A faint stroke with crisp borders is crisp. Noise breaks ramps up:
 this is for smooth images.
 
@@ -14,6 +15,7 @@ this is for smooth images.
 digits. It tells blurs apart up to a std of about two pixels; beyond, power that leaks from low frequencies holds it up.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -49,7 +51,8 @@ def _ramps(x: Tensor) -> tuple[Tensor, Tensor]:
     ramp = begins.flatten().cumsum(0) - 1
     none = step.new_zeros(int(ramp[-1]) + 1)
     height = none.index_add(0, ramp, step.abs().flatten())
-    steepest = none.scatter_reduce(0, ramp, slope.flatten(), "amax")
+    steep = torch.where(step != 0, slope, 0.0)  # a plateau is part of the ramps on both sides, and steep on neither
+    steepest = none.scatter_reduce(0, ramp, steep.flatten(), "amax")
     width = (height / steepest.clamp(min=LEAST))[ramp].reshape(step.shape)
     weight = step.square() / slope.clamp(min=LEAST)
     return weight.flatten(1).sum(1), (weight * width).flatten(1).sum(1)
@@ -77,7 +80,8 @@ def power_spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
     member = torch.nn.functional.one_hot(annulus[inside] - 1).double()
     member /= member.sum(0)  # (frequencies inside, K): a product with it averages over each annulus
 
-    taper = torch.hann_window(size, dtype=torch.float64, device=images.device)
+    centres = (torch.arange(size, dtype=torch.float64, device=images.device) + 0.5) / size
+    taper = torch.sin(math.pi * centres).square()  # Hann's window, as high on the left as on the right
     taper = taper[:, None] * taper
     results = []
     for x in blocks:

@@ -168,7 +168,8 @@ def gaussian_mmd(z: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
         norms = z.square().sum(1)
-        apart = norms[:, None] + norms - 2 * z @ z.mT
+        # From differences: products of vectors far from 0 lose all digits of float32, and the exponential explodes.
+        apart = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square()
         total = z.new_zeros(())
         for s2 in (dims * scale for scale in SCALES):
             kernel = torch.exp(apart / (-2 * s2))

@@ -41,7 +41,15 @@ _MENDABLE = (  # errors of the system that a reader can mend, and what is said o
 
 
 def _root(variable: str, default: str) -> Path:
-    return (ROOT / Path(os.environ.get(variable) or default).expanduser()).resolve()
+    return (ROOT / expanded(os.environ.get(variable) or default)).resolve()
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with its `~` written out. Raises `UserError` where nobody has a home of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} names a home that is not known: write the folder out, from /") from error
 
 
 data_root = partial(_root, "PAPERLIB_DATA", "data")
