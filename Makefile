@@ -32,9 +32,13 @@ claims: install ## list all claims, failed ones first, and compute their numbers
 report: install ## one page of everything recorded, that needs no network: report/index.html
 	@$(BIN)/python -m paperlib.report
 
-test: install lint ## lint, unit tests, and every notebook cell against its committed output
+test: install lint ## lint, unit tests, every notebook cell against its committed output, and all of them training
 	$(BIN)/python -m pytest -q -m "not slow and not browser" tests
 	$(BIN)/python -m pytest -q --nbval notebooks
+	rm -rf build && mkdir build
+	for notebook in notebooks/[0-9]*.ipynb; do \
+		$(BIN)/papermill --prepare-only --log-level ERROR -p preset smoke $$notebook build/$${notebook##*/}; done
+	$(BIN)/python -m pytest -q --nbval-lax build
 
 test-slow: install ## the tests that take longer
 	$(BIN)/python -m pytest -q -m slow tests
@@ -51,7 +55,7 @@ format: install ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebooks: install ## run the committed notebooks in place with smoke, as they are to be committed
+notebooks: install ## run the committed notebooks in place, as they are to be committed
 	$(BIN)/python -m paperlib.report tables
 	runs=$$(mktemp -d) && PAPERLIB_RUNS=$$runs TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR \
 		--ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=50 \

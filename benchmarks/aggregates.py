@@ -2,6 +2,7 @@
 
     python benchmarks/aggregates.py
 
+Ours runs on the device asked for, the usual way always on the CPU.
 N = 60,000 training points of 784 pixels, M = 1,000 codes. The usual way repeats codes and means to (tile, N, D),
 subtracts, squares, sums and takes exp, in NumPy's float64. For I_q it makes all N x N densities at once; that is timed
 on 100 of the codes and extrapolated, as is its memory. Errors are against differences in float64 with the largest
@@ -41,40 +42,48 @@ def _rows(asked, points, codes):
     for dims, std in cases:
         generator = torch.Generator().manual_seed(0)
         mean = torch.randn(points, dims, generator=generator, dtype=torch.float64)
+        z = mean[:codes] + std * torch.randn(codes, dims, generator=generator, dtype=torch.float64)
+        z, mean = z.to(asked.device), mean.to(asked.device)
         table = aggregate_posterior.Codes(mean, torch.full((dims,), std).log())
-        z = table.mean[:codes] + std * torch.randn(codes, dims, generator=generator, dtype=torch.float64)
         yield _variance(asked, table, z, x, dims, std)
         yield _information(asked, table, dims, std)
 
 
 def _variance(asked, table, z, x, dims, std):
-    tensor, few, computed = torch.from_numpy(x), slice(0, 20), {}
+    tensor, few, computed = torch.from_numpy(x).to(asked.device), slice(0, 20), {}
+    on_cpu = z.numpy(force=True), table.mean.numpy(force=True)
     works = {
-        "ours": lambda: computed.update(ours=aggregate_posterior.conditional(z, table, tensor).variance.numpy()),
-        "usual": lambda: computed.update(usual=usual_variance(z.numpy(), table.mean.numpy(), std, x)),
+        "ours": lambda: computed.update(
+            ours=aggregate_posterior.conditional(z, table, tensor).variance.numpy(force=True)
+        ),
+        "usual": lambda: computed.update(usual=usual_variance(*on_cpu, std, x)),
     }
-    memory = [peak_memory(work) for work in works.values()]
+    places = {"ours": asked.device, "usual": torch.device("cpu")}
+    memory = [peak_memory(work, places[name]) for name, work in works.items()]
     times = side_by_side(works, asked.device, max(1, asked.rounds // 2), warm=False)
-    exact = exact_variance(z[few].numpy(), table.mean.numpy(), std, x)
+    exact = exact_variance(on_cpu[0][few], on_cpu[1], std, x)
     errors = [float(np.abs(one[few] - exact).max() / 255**2) for one in computed.values()]
     medians = [statistics.median(times[name]) for name in works]
     return ["Var q(x|z)", dims, std, *medians, ratio(times["usual"], times["ours"]), *memory, *errors]
 
 
 def _information(asked, table, dims, std):
-    count, draw = len(table), torch.Generator().manual_seed(1)
+    count, draw = len(table), torch.Generator(asked.device).manual_seed(1)
     times = []
     memory = peak_memory(
         lambda: times.append(
             seconds(lambda: aggregate_posterior.mutual_information(table, generator=draw), asked.device)
-        )
+        ),
+        asked.device,
     )
     few = min(100, count)
-    z = table.mean[:few] + std * torch.randn(few, dims, generator=draw, dtype=torch.float64)
-    usual = seconds(lambda: usual_log_density(z.numpy(), table.mean.numpy(), std), asked.device) * count / few
-    exact = exact_log_density(z[:20].numpy(), table.mean.numpy(), std)
-    ours = aggregate_posterior.log_density(z[:20], table).numpy()
-    theirs = usual_log_density(z[:20].numpy(), table.mean.numpy(), std)
+    noise = torch.randn(few, dims, generator=draw, dtype=torch.float64, device=asked.device)
+    z = table.mean[:few] + std * noise
+    on_cpu, mean = z.numpy(force=True), table.mean.numpy(force=True)
+    usual = seconds(lambda: usual_log_density(on_cpu, mean, std), asked.device) * count / few
+    exact = exact_log_density(on_cpu[:20], mean, std)
+    ours = aggregate_posterior.log_density(z[:20], table).numpy(force=True)
+    theirs = usual_log_density(on_cpu[:20], mean, std)
     errors = [float(np.abs(one - exact).max()) for one in (ours, theirs)]
     whole = 8 * count**2 / 2**30
     return ["I_q(x;z)", dims, std, times[0], usual, usual / times[0], memory, whole, *errors]

@@ -36,11 +36,12 @@ def options(description: str | None) -> argparse.Namespace:
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """How long one call takes; on a GPU by events around it."""
     if device.type == "cuda":
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        work()
-        ended.record()
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):  # else events are those of cuda:0
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            work()
+            ended.record()
+            ended.synchronize()
         return began.elapsed_time(ended) / 1000
     began = time.perf_counter()
     work()
@@ -78,8 +79,13 @@ def flops(work: Callable[[], Any]) -> float:
     return counter.get_total_flops()
 
 
-def peak_memory(work: Callable[[], Any]) -> float:
-    """GiB that one call holds at most, beyond what the process held before (on Linux; elsewhere nan)."""
+def peak_memory(work: Callable[[], Any], device: torch.device) -> float:
+    """GiB that one call holds at most beyond what was held before: of the GPU, else of the process (Linux; or nan)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**30
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # starts the high-water mark anew
     except OSError:

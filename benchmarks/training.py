@@ -49,12 +49,12 @@ def _pixelvae(asked, blocks, filters, batch, rates):
     torch.manual_seed(0)
     x = torch.rand(batch, 3, 32, 32, device=asked.device) * 2 - 1
     settings = replace(pixelvae.PRESETS["cpu"], blocks=blocks, filters=filters, mixtures=10)
-    ours = PixelVAE(settings, channels=3, side=32, levels=256, classes=10, encoder="nothing").to(asked.device)
+    ours = PixelVAE(settings, channels=3, side=32, levels=256, coded=False).to(asked.device)
     pixelcnn.initialise(ours.decoder, x)
     plain, fast = PlainPixelCNN(blocks, filters).to(asked.device), devices.compiled(ours)
 
     def cost():
-        return -fast(x, None).log_p.mean()
+        return -fast(x).log_p.mean()
 
     def plain_cost():
         return nats(x, plain(x)) / batch
@@ -63,7 +63,7 @@ def _pixelvae(asked, blocks, filters, batch, rates):
     works = {"plain": _step(plain, plain_cost, asked.device, usual)}
     works |= {precision: _step(ours, cost, asked.device, precision, fused=True) for precision in rates}
     times = side_by_side(works, asked.device, 3 * asked.rounds)
-    arithmetic = flops(lambda: ours(x, None).log_p.mean().backward()), flops(lambda: plain_cost().backward())
+    arithmetic = flops(lambda: ours(x).log_p.mean().backward()), flops(lambda: plain_cost().backward())
     for precision, rate in rates.items():
         pair = times[precision], times["plain"]
         yield _row(f"PixelVAE {blocks} / {filters}", precision, batch, pair, arithmetic, (rate, rates[usual]))

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from paperlib.experiments import EXPERIMENTS
 from paperlib.runs import presets
 from paperlib.runs.claims import Verdicts
+from paperlib.runs.experiment import RECORDED
 from paperlib.runs.provenance import describe_code
 from paperlib.runs.recorded import record
-from paperlib.runs.run import run_name
 from paperlib.system import files, kernels
-from paperlib.system.devices import STOPS, pick_device
+from paperlib.system.devices import STOPS
 from paperlib.system.errors import UserError, run_command
 
 
@@ -258,11 +258,10 @@ def watch(label: str, file: Path, done: threading.Event) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paperlib.reproduce", description=__doc__.split("\n")[0])
     add, several = parser.add_argument, {"action": "append", "default": []}
-    add("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
+    add("--preset", default="smoke", help="smoke (default), cpu, gpu or paper; or recorded, which trains nothing")
     add("--only", metavar="NN", help="a notebook by number or name; may be repeated", **several)
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
-    add("--weights", default="train", help="train (default), or recorded to load the committed weights")
     add("--set", metavar="NAME=VALUE", help="change one setting; may be repeated", **several)
     add("--fresh", action="store_true", help="forget an earlier run of the same settings")
     add("--record", action="store_true", help="promote finished runs to results/ and figures/")
@@ -284,15 +283,14 @@ def select(only: list[str]) -> list[Path]:
 
 
 def _plan(notebook: Path, options: argparse.Namespace) -> Job:
-    parameters = {name: getattr(options, name) for name in ("preset", "seed", "device", "weights")}
+    parameters = {name: getattr(options, name) for name in ("preset", "seed", "device")}
     parameters["overrides"] = {}
     if (experiment := EXPERIMENTS.get(notebook.stem)) is None:
         return Job(notebook, parameters, files.runs_root() / notebook.stem / options.preset)
     try:
         parameters["overrides"] = presets.parse(experiment.settings(options.preset), options.set)
-        settings = experiment.settings(options.preset, parameters["overrides"])
-        pick_device(options.device)
-        name = run_name(notebook.stem, options.preset, settings, options.seed, options.weights)
+        experiment.device(options.preset, options.device)
+        name = experiment.run_name(options.preset, options.seed, parameters["overrides"])
     except UserError as error:
         raise UserError(f"{notebook.stem}: {error}") from error
     return Job(notebook, parameters, files.runs_root() / name)
@@ -301,8 +299,8 @@ def _plan(notebook: Path, options: argparse.Namespace) -> Job:
 def _check_recordable(options: argparse.Namespace) -> None:
     if options.set:
         raise UserError("--record keeps runs of a preset as it stands: drop --set")
-    if options.weights != "train":
-        raise UserError("--record keeps runs that were trained: drop --weights")
+    if options.preset == RECORDED:
+        raise UserError("--record keeps runs that were trained: choose a preset that trains")
     code = describe_code()
     if code["revision"] is None or code["modified"]:
         raise UserError("--record needs committed code: commit (or stash) the changes first")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -82,8 +83,9 @@ def test_the_index(browser, report):
     """Failed claims come first, every recorded preset has its part, and links lead to the notebooks."""
     opened = browser.new_page()
     opened.goto((report / "index.html").as_uri())
-    verdicts = opened.locator("table").first.locator("span.fails, span.holds").all_inner_texts()
-    assert verdicts == sorted(verdicts) and {"fails", "holds"} <= set(verdicts)
+    tables = [table.locator("span.fails, span.holds").all_inner_texts() for table in opened.locator(".claims").all()]
+    assert all(verdicts and verdicts == sorted(verdicts) for verdicts in tables)
+    assert {"fails", "holds"} <= {verdict for verdicts in tables for verdict in verdicts}
     for metrics in files.results_root().glob("*/*/metrics.json"):
         preset, notebook = metrics.parts[-3:-1]
         assert opened.locator(f'[id="{notebook}-{preset}"]').count() == 1
@@ -91,6 +93,25 @@ def test_the_index(browser, report):
     opened.locator(f'a[href="{NOTEBOOKS[0]}.html"]').first.click()
     assert "ELBO" in opened.title() or opened.locator("h1").first.inner_text()
     opened.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_verdicts_and_numbers_of_equations_are_in_sight_on_a_phone(browser, report, scheme):
+    context = browser.new_context(viewport={"width": PHONE[0], "height": PHONE[1]}, color_scheme=scheme)
+    opened = context.new_page()
+    opened.goto((report / "index.html").as_uri())
+    boxes = [one.bounding_box() for one in opened.locator(".claims span.fails, .claims span.holds").all()]
+    assert boxes and all(box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0] for box in boxes)
+    ink, paper = (
+        opened.evaluate(f"() => getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
+    )
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert light == sorted(light, reverse=scheme == "dark")
+    opened.goto((report / f"{NOTEBOOKS[0]}.html").as_uri())
+    for equation in opened.locator(".equation").all():
+        formula, number = equation.locator("math").bounding_box(), equation.locator("span").bounding_box()
+        assert formula["x"] + formula["width"] <= number["x"] and number["x"] + number["width"] <= PHONE[0]
+    context.close()
 
 
 # JupyterLab

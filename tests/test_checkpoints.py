@@ -1,8 +1,11 @@
 """Checkpoints that are damaged, foreign, hostile, or do not fit on the disk."""
 
 import dataclasses
+import importlib
+import linecache
 import os
 import resource
+import sys
 
 import pytest
 import torch
@@ -77,6 +80,38 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, zipped, message):
 def test_a_checkpoint_of_another_training_names_what_differs(cut, changes, message):
     with pytest.raises(UserError, match=f"holds another training .*{message}.*--fresh to start over"):
         run(cut, **changes)
+
+
+LOSS = """
+# {comment}
+def loss(model, x, progress):
+    \"\"\"{comment}\"\"\"
+    return {weight} * model(x).square().mean(), {{}}
+
+def make():
+    weigh = lambda value: {weight} * value
+    def captured(model, x, progress):
+        return weigh(model(x).square().mean()), {{}}
+    return captured
+"""
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_edited_objective_is_another_training(tmp_path, monkeypatch, captured):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def trained(**words):
+        (tmp_path / "edited_loss.py").write_text(LOSS.format(**words), encoding="utf-8")
+        sys.modules.pop("edited_loss", None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        module = importlib.import_module("edited_loss")
+        return run(tmp_path / "run", loss=module.make() if captured else module.loss)
+
+    trained(comment="squares", weight=1)
+    trained(comment="the mean of squares", weight=1)
+    with pytest.raises(UserError, match=r"holds another training \(code \w+ -> \w+\)"):
+        trained(comment="squares", weight=2)
 
 
 def test_checkpoints_hold_plain_values_whatever_the_provenance(tmp_path):

@@ -59,6 +59,26 @@ def test_pick_device(monkeypatch):
     assert pick_device("cuda") == torch.device("cuda", 1)
 
 
+def test_on_cuda_float32_is_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pick_device("auto")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_autocast_keeps_no_weights():
+    """Those that were cast without a gradient have none later, in torch 2.8 and 2.9."""
+    layer = nn.Linear(3, 3)
+    with devices.autocast(torch.device("cpu"), "bfloat16"):
+        assert not torch.is_autocast_cache_enabled()
+        with torch.no_grad():
+            layer(torch.ones(2, 3))
+        y = layer(torch.ones(2, 3))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and layer.weight.grad.abs().sum() > 0
+
+
 def test_without_a_compiler_training_runs_uncompiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     run(tmp_path / "a", dataclasses.replace(BASE, compile=True))
@@ -77,6 +97,31 @@ def test_compiled_training_agrees_with_uncompiled(tmp_path):
         trained.append(run(tmp_path / str(flag), recipe, model, loss=lambda m, x, _: ((m(x) - x).square().mean(), {})))
     for key, tensor in trained[0].model.state_dict().items():
         torch.testing.assert_close(trained[1].model.state_dict()[key], tensor, rtol=0, atol=1e-8)
+
+
+class Toy(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.slow
+def test_the_ninth_model_of_a_process_is_compiled_too(monkeypatch):
+    """torch keeps eight compilations of one forward, and then runs it as it is."""
+    counted, true = [], torch.compile
+    monkeypatch.setattr(devices, "_compiles", lambda device: True)
+
+    def backend(module, _):
+        counted.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: true(model, backend=backend))
+    for width in range(1, 13):
+        devices.compiled(Toy(width))(torch.ones(3, width))
+    assert len(counted) == 12
 
 
 def test_progress_goes_to_a_bar_or_to_a_file(tmp_path, monkeypatch, capsys):

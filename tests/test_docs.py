@@ -30,7 +30,7 @@ def test_the_tree_says_something_of_exactly_the_modules_that_exist():
     assert all(len(line.split()) > 1 and len(line) <= 120 for line in TREE)
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["sampler", "aggregate posterior"])
+@pytest.mark.parametrize("code", EXAMPLES, ids=["pretrained", "sampler", "aggregate posterior"])
 def test_an_example_is_short_and_runs(code, capsys):
     assert len([line for line in code.splitlines() if line]) <= 8
     exec(compile(code, "docs/library.md", "exec"), {})  # noqa: S102

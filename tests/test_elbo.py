@@ -22,7 +22,7 @@ SMALL |= {"starts": 12, "flow_steps": 1500, "chains": 20, "wrong_decoders": 2}
 def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAPERLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        yield elbo.start("smoke", 0, "auto", "train", SMALL)
+        yield elbo.start("smoke", 0, "auto", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_wrong_decoders_cost_the_same_and_slow_chains_amplify(sections):
 
 
 def test_the_seed_decides_the_random_models(run):
-    other = elbo.measure(elbo.start("smoke", 1, "auto", "train", SMALL), "E1")
+    other = elbo.measure(elbo.start("smoke", 1, "auto", SMALL), "E1")
     assert repr(other.table) != repr(elbo.measure(run, "E1").table) == repr(elbo.measure(run, "E1").table)
 
 
 def test_the_smallest_run_still_gives_verdicts_and_a_smaller_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     with pytest.raises(UserError, match="starts is 0"):
-        elbo.start("smoke", 0, "auto", "train", {"starts": 0})
-    least = elbo.start("smoke", 0, "auto", "train", dict.fromkeys(SMALL, 1) | {"samples": 50, "ascent_steps": 1})
+        elbo.start("smoke", 0, "auto", {"starts": 0})
+    least = elbo.start("smoke", 0, "auto", dict.fromkeys(SMALL, 1) | {"samples": 50, "ascent_steps": 1})
     for claim in ("E3", "E5", "E6"):
         assert elbo.verdict(least, elbo.measure(least, claim))[claim]["holds"] is (claim == "E6")

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import commands
@@ -22,9 +22,9 @@ from PIL import Image
 from paperlib.fuzziness import experiment as fuzziness
 from paperlib.system import files
 
-SMALL = {"pretrain_steps": 2, "finetune_steps": 1, "ablation_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
+SMALL = {"train_steps": 2, "elbo_steps": 1, "sweep_steps": 1, "evaluations": 1, "filters": 4, "mixtures": 2}
 REPRODUCE = ["paperlib.reproduce", "--only", "02"]
-RECORDED = [*NOTEBOOK, "--weights", "recorded"]
+RECORDED = [*REPRODUCE, "--preset", "recorded"]
 SEQUENTIAL = ["paperlib.sequential"]
 LAUNCH = ["paperlib.pixelvae", *commands.settings(SMALL)]
 CIFAR10 = [*LAUNCH, "--set", "dataset=cifar10"]
@@ -130,8 +130,14 @@ def recorded(home, name):
     return home / "results" / "smoke" / fuzziness.NOTEBOOK / name
 
 
+def without_results(home):
+    shutil.rmtree(home / "results")
+
+
 def weights_missing(home):
     recorded(home, "weights.safetensors").unlink()
+    run = files.load_json(recorded(home, "run.json"))
+    files.write_json(recorded(home, "run.json"), run | {"settings": asdict(fuzziness.PRESETS["smoke"])})
 
 
 def record_damaged(home):
@@ -139,9 +145,9 @@ def record_damaged(home):
 
 
 AT_ONCE = [  # mistakes on the command line, said before anything is begun
-    Fault("preset", [*REPRODUCE, "--preset", "smokee"], "unknown preset 'smokee': choose from smoke, cpu, gpu, paper"),
+    Fault("preset", [*REPRODUCE, "--preset", "smokee"], "unknown preset 'smokee': choose from recorded, smoke"),
     Fault("notebook", ["paperlib.reproduce", "--only", "7"], "no notebook '7': choose from 01_elbo", forked=False),
-    Fault("setting", [*REPRODUCE, "--set", "stepz=3"], "unknown setting 'stepz': choose from dataset, code_dim"),
+    Fault("setting", [*REPRODUCE, "--set", "stepz=3"], "unknown setting 'stepz': choose from dataset, code_dims"),
     Fault("word for int", [*REPRODUCE, "--set", "steps=many"], "'steps' is 'many', but takes int"),
     Fault("zero", [*REPRODUCE, "--set", "steps=0"], "steps is 0, but must be above 0"),
     Fault("negative", [*LAUNCH, "--set", "learning_rate=-1"], "learning_rate is -1.0, but must be above 0"),
@@ -158,9 +164,9 @@ AT_ONCE = [  # mistakes on the command line, said before anything is begun
     Fault("text for float", [*LAUNCH, "--set", 'learning_rate="1e-3"'], "'learning_rate' is text: write 0.001"),
     Fault("device", [*REPRODUCE, "--device", "tpu"], "unknown device 'tpu': choose auto, cpu, cuda"),
     Fault("no such GPU", [*REPRODUCE, "--device", "cuda:99"], "torch sees . CUDA devices; use auto or cpu"),
-    Fault("weights", [*REPRODUCE, "--weights", "recordde"], "unknown weights 'recordde': choose from train, recorded"),
+    Fault("change what is recorded", [*RECORDED, "--set", "steps=9"], "recorded trains nothing: drop overrides"),
     Fault("record a change", [*REPRODUCE, "--record", "--set", "steps=9"], "drop --set"),
-    Fault("record recorded", [*REPRODUCE, "--record", "--weights", "recorded"], "drop --weights"),
+    Fault("record recorded", [*RECORDED, "--record"], "choose a preset that trains"),
 ]
 FAULTS = [
     *AT_ONCE,
@@ -188,11 +194,12 @@ FAULTS = [
     # Trainings and checkpoints
     Fault("both damaged", LAUNCH, "no whole checkpoint in .*--fresh", set_up=both_damaged),
     Fault("other format", LAUNCH, "not a checkpoint of this", set_up=of_another_format),
-    Fault("starts from nothing", [*LAUNCH, "--set", "start_from=nix"], "there is no checkpoint in .*nix to start from"),
+    Fault("starts from nothing", [*LAUNCH, "--set", "start_from=nix"], ".*nix cannot be read"),
     Fault("diverges", [*LAUNCH, "--set", "learning_rate=1e30"], "not finite at step .*lower learning_rate"),
     Fault("too little memory", [*LAUNCH, "--set", "batch_size=1000000"], "out of memory: lower", limits=MEMORY),
     # What is recorded
-    Fault("nothing recorded", [*REPRODUCE, "--weights", "recorded"], "was recorded with other settings", 1),
+    Fault("nothing recorded", RECORDED, "nothing is recorded of 02_mnist_fuzziness", set_up=without_results),
+    Fault("other settings", RECORDED, "recorded with other settings than smoke has now: run smoke", 1),
     Fault("weights missing", RECORDED, "nothing is recorded at", 1, weights_missing),
     Fault("record damaged", RECORDED, "run.json is damaged", 1, record_damaged),
 ]  # fmt: skip

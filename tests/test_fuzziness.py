@@ -16,13 +16,14 @@ from paperlib import fuzziness
 from paperlib.fuzziness import claims, figures, measurements
 from paperlib.fuzziness.experiment import Settings
 from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, encode, pixels, square
+from paperlib.runs import run as runs
 from paperlib.runs.run import Run
 from paperlib.stats import aggregate_posterior, rank_correlation, sharpness
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
-QUICK = {"steps": 150, "learning_rate": 5e-3, "hidden": (32,), "kl_weights": (0.25, 1.0), "decoders": (2, 64)}
-QUICK |= {"seeds": 2, "codes": 300, "min_samples": 150.0}
+QUICK = {"steps": 150, "learning_rate": 5e-3, "hidden": (32,), "code_dims": (1, 2, 4), "decoders": (2, 64)}
+QUICK |= {"seeds": 2, "first_seed": 3, "codes": 300, "min_samples": 180.0}
 INDEPENDENT = {"rtol": 1e-5}  # of float32 decoders and of the aggregate posterior's own accuracy
 
 
@@ -32,7 +33,7 @@ def toy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RUNS", "RESULTS"):
             patch.setenv(f"PAPERLIB_{name}", str(tmp_path_factory.mktemp(name)))
-        run = fuzziness.start("smoke", 0, "cpu", "train", QUICK)
+        run = fuzziness.start("smoke", 0, "cpu", QUICK)
         images = fuzziness.load_images(run)
         models = fuzziness.fit(run, images)
         arrays = fuzziness.measure(run, images, models)
@@ -50,7 +51,7 @@ def lists(vae, x, z):
 def at_aggregate_codes(toy, seed, variant=MAIN):
     """A VAE, the codes z ~ q(z) that its measurements use, and where they may quote the variance of q(x|z)."""
     vae = toy.models.vaes[seed][variant].model
-    z = measurements.aggregate_codes(encode(vae, toy.x), toy.run.settings.codes, toy.run.seed)
+    z = measurements.aggregate_codes(encode(vae, toy.x), toy.run.settings.codes, 3)
     return vae, z, may_be_quoted(toy, vae, z)
 
 
@@ -63,7 +64,7 @@ def may_be_quoted(toy, vae, z):
 @pytest.mark.parametrize(("likelihood", "sigma"), [("gaussian", 0.3), ("gaussian", None), ("bernoulli", None)])
 def test_the_terms_of_the_elbo_are_those_of_torch_distributions(likelihood, sigma):
     torch.manual_seed(0)
-    vae = VAE(12, Settings(code_dim=3, hidden=(8,), sigma=sigma), likelihood).double()
+    vae = VAE(12, Settings(hidden=(8,), sigma=sigma), Variant(likelihood, 3)).double()
     x = torch.rand(5, 12, dtype=torch.float64)
     assert vae.log_sigma.requires_grad == (likelihood == "gaussian" and sigma is None), "learned where it has a part"
     x = x.round() if likelihood == "bernoulli" else x
@@ -80,20 +81,20 @@ def test_the_terms_of_the_elbo_are_those_of_torch_distributions(likelihood, sigm
     torch.testing.assert_close(kl, kl_divergence(encoder, prior), rtol=1e-12, atol=1e-12)
 
 
-def test_every_seed_trains_every_model_on_the_pixels_and_a_larger_kl_weight_lowers_the_kl(toy):
+def test_every_seed_trains_every_model_on_the_pixels_and_more_dimensions_raise_the_kl(toy):
     for vectors, images in ((toy.x, toy.images.train), (toy.held_out, toy.images.held_out)):
         torch.testing.assert_close(square(vectors) * 16, images[..., 0].float())
-    weights, models = toy.run.settings.kl_weights, toy.models
-    variants = {MAIN, BERNOULLI, *(Variant(kl_weight=weight) for weight in weights)}
+    dims, models = toy.run.settings.code_dims, toy.models
+    variants = {MAIN, BERNOULLI, *(Variant(code_dim=d) for d in dims)}
     assert [set(vaes) for vaes in models.vaes] == [variants] * 2
     assert [list(decoders) for decoders in models.decoders] == [[2, 64]] * 2
     names = {path.name for path in toy.run.directory.iterdir() if path.is_dir()}
-    assert set(models.by_name(0)) == names and "gaussian-kl0.25-seed1" in names and "decoder-64-seed0" in names
+    assert set(models.by_name(3)) == names and "gaussian-4d-seed4" in names and "decoder-64-seed3" in names
     assert not torch.equal(*(vaes[MAIN].model.encoder[0].weight for vaes in models.vaes))
     losses = [row["held_out_loss"] for row in models.vaes[0][MAIN].history]
     assert losses[-1] < losses[0] - 5
-    kls = [models.vaes[0][Variant(kl_weight=weight)].history[-1]["held_out_kl"] for weight in weights]
-    assert kls == sorted(kls, reverse=True) and kls[0] > 1.2 * kls[-1]
+    kls = [models.vaes[0][Variant(code_dim=d)].history[-1]["held_out_kl"] for d in dims]
+    assert kls == sorted(kls) and kls[-1] > 1.2 * kls[0]
 
 
 def test_errors_and_their_parts_are_what_they_are_called(toy):
@@ -138,7 +139,7 @@ def test_the_arrays_at_prior_codes_are_those_of_their_decoder(toy):
         expected["edge_width"] = sharpness.edge_width(square(vae.p_x_given_z(z)))
         for name, values in expected.items():
             np.testing.assert_allclose(toy.arrays[prefix + name][seed], values, err_msg=name, **INDEPENDENT)
-        assert 0 < expected["reliable"].double().mean() < 1, "nothing was set aside: the limits are not at work"
+    assert 0 < toy.arrays["reliable"].mean() < 1, "nothing was set aside: the limits are not at work"
     assert len(set(measurements.random_half(len(toy.x)).tolist())) == len(toy.x) // 2
 
 
@@ -154,10 +155,18 @@ def test_codes_are_ranked_by_variance_per_ink_and_only_where_it_can_be_trusted(t
 def test_what_the_figures_draw_is_what_the_arrays_say(toy):
     """The map has its corners where the axes say."""
     arrays, order = toy.arrays, claims.ranked(toy.arrays, 0)
-    assert (arrays["shown"][0], arrays["shown"][-1]) == (order[0], order[-1])
-    z = torch.from_numpy(arrays["z"][0][arrays["shown"]])
-    np.testing.assert_array_equal(arrays["decoded"], square(toy.models.main.p_x_given_z(z).detach()))
-    np.testing.assert_allclose(arrays["average"], square(lists(toy.models.main, toy.x, z)[0]), atol=2e-6)
+    assert (arrays["made_of"][0], arrays["made_of"][-1]) == (order[0], order[-1])
+    left, right = claims.ends(arrays, 0)
+    assert set(arrays["sharp"]) <= set(left) and arrays["sharp"][0] == order[0]
+    mixed, per_ink = arrays["mixed"], arrays["variance"][0] / arrays["ink"][0]
+    assert set(mixed) <= set(right) and (np.diff(per_ink[mixed]) >= 0).all()
+    least = arrays["labels"][0][:, [4, 5, 9]].min(1)
+    assert set(least[mixed]) == set(np.sort(least[right])[-len(mixed) :])
+    for name in ("sharp", "mixed", "made_of"):
+        z = torch.from_numpy(arrays["z"][0][arrays[name]])
+        np.testing.assert_array_equal(arrays[f"{name}_decoded"], square(toy.models.main.p_x_given_z(z).detach()))
+    z = torch.from_numpy(arrays["z"][0][arrays["made_of"]])
+    np.testing.assert_allclose(arrays["made_of_average"], square(lists(toy.models.main, toy.x, z)[0]), atol=2e-6)
     for name in ("fuzziness", "made_of", "error_split", "plane", "sharpness", "better_q"):
         assert getattr(figures, name)(arrays).axes
     nowhere = arrays | {"reliable": np.zeros_like(arrays["reliable"])}
@@ -185,8 +194,8 @@ def test_correlations_hold_the_controls_fixed(toy):
 
 
 def test_the_swept_numbers_are_those_of_their_models(toy):
-    for k, weight in enumerate(toy.run.settings.kl_weights):
-        vae, z, reliable = at_aggregate_codes(toy, 1, Variant(kl_weight=weight))
+    for k, dims in enumerate(toy.run.settings.code_dims):
+        vae, z, reliable = at_aggregate_codes(toy, 1, Variant(code_dim=dims))
         swept = {name: toy.arrays[name][1, k] for name in measurements.SWEPT}
         mean, log_std = vae.q_z_given_x(toy.held_out)
         draws = [mean + log_std.exp() * torch.randn_like(mean) for _ in range(20)]
@@ -209,7 +218,7 @@ def test_the_swept_numbers_are_those_of_their_models(toy):
 def test_verdicts_follow_the_arrays(toy):
     """Each claim can fail: arrays that contradict it are judged so."""
     run, arrays, random = toy.run, toy.arrays, np.random.default_rng(0)
-    cpu = Run(run.notebook, "cpu", run.settings, 0, "cpu", "recorded")
+    cpu = Run(run.notebook, "cpu", run.settings, 0, "cpu", True)
     variance, floor, spread = arrays["variance"], arrays["floor"][:, None], arrays["spread"]
     gap = 0.01 * arrays["between"][:, None] * np.ones_like(spread)
     pure = np.broadcast_to(np.eye(10)[0], arrays["labels"].shape)
@@ -219,8 +228,8 @@ def test_verdicts_follow_the_arrays(toy):
     rising, fuzzy = np.arange(6.0).reshape(2, 3), variance * (1 + 0.01 * random.random(variance.shape))
     noisy = fuzzy + 2 * variance.std() * random.normal(size=variance.shape)
     good = arrays | {"gap": gap, "error": spread + gap, "edge_width": fuzzy, "labels": mixed}
-    good |= {"frozen_error": floor * [[1.5, 1.01]], "kl_weights": rising[0]}
-    good |= {"swept_error": rising, "swept_width": rising}
+    good |= {"frozen_error": floor * [[1.5, 1.01]], "code_dims": rising[0]}
+    good |= {"swept_error": -rising, "swept_width": -rising}
     contradictions = [
         ("F1", {"gap": gap * 20, "error": spread + gap * 20}),
         ("F1", {"error": spread + gap * 1.1}),
@@ -228,14 +237,31 @@ def test_verdicts_follow_the_arrays(toy):
         ("F2", {"edge_width": np.stack([fuzzy[0], noisy[1]]), "slope": fuzzy}),
         ("F3", {"labels": pure}),
         ("F3", {"labels": np.full_like(mixed, 0.1)}),
-        ("F4", {"swept_error": rising[:, ::-1]}),
-        ("F4", {"swept_width": np.array([[0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])}),
-        ("F4", {"swept_width": np.array([[0.0, np.nan, 2.0], [0.0, 1.0, 2.0]])}),
+        ("F3", {"labels": np.stack([mixed[0], pure[1]])}),
+        ("F3", {"edge_width": fuzzy + 10 * fuzzy.max()}),
+        ("F4", {"swept_error": rising}),
+        ("F4", {"swept_width": np.array([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0]])}),
+        ("F4", {"swept_width": np.array([[2.0, np.nan, 0.0], [2.0, 1.0, 0.0]])}),
         ("F4", {"frozen_error": floor * [[1.5, 1.06]]}),
     ]
     for key, changed in [(None, {}), *contradictions]:
         decided = fuzziness.conclude(cpu, good | changed, toy.models, toy.images).decided()
         assert decided == {claim: "fails" if claim == key else "holds" for claim in claims.CLAIMS}
+
+
+def test_with_one_seed_the_interval_of_a_correlation_is_over_its_codes(toy):
+    one = {name: toy.arrays[name][:1] for name in ("reliable", "variance", "ink", "log_q", "edge_width")}
+    both, alone = (claims._correlation(arrays, "edge_width") for arrays in (toy.arrays, one))
+    value = claims.correlations(one, "edge_width")[0]
+    count = int((one["reliable"] & np.isfinite(one["edge_width"])).sum())
+    assert (alone.low, alone.high) == rank_correlation.correlation_interval(value, count, 2)
+    assert alone.value == value and both.low < both.value < both.high
+
+
+def test_a_mixture_of_4_9_and_5_has_all_three():
+    evenly, lacking = np.zeros(10), np.eye(10)[4] / 2 + np.eye(10)[9] / 2
+    evenly[[4, 9, 5]] = 1 / 3
+    np.testing.assert_allclose(claims.mixtures(np.stack([evenly, lacking])), [1 / 3, 0])
 
 
 def test_the_entropy_of_label_mixtures():
@@ -251,7 +277,8 @@ def test_a_finished_training_is_used_again_and_recorded_weights_serve_without_on
     target = files.make_folder(files.results_root() / "smoke" / run.notebook)
     for name in ("weights.safetensors", "arrays.npz", "run.json"):
         shutil.copy(run.directory / name, target)
-    recorded = fuzziness.start("smoke", 0, "cpu", "recorded", QUICK)
+    recorded = runs.start(run.notebook, run.preset, run.settings, 0, "cpu", recorded=True)
+    images = fuzziness.load_images(recorded)
     loaded = fuzziness.fit(recorded, images)
     again = fuzziness.measure(recorded, images, loaded)
     assert set(again) == set(arrays)
@@ -274,8 +301,8 @@ def test_the_explorer_draws_what_the_sliders_say(toy):
 
 
 def test_settings_that_mean_nothing_are_refused():
-    refused = {"dataset": "minst", "hidden": (), "kl_weights": (1.0,), "decoders": (4, 4), "code_dim": 1, "codes": 50}
-    told = {"dataset": "unknown data set 'minst': choose from digits, mnist", "codes": "codes is 50, but .* needs 70"}
+    refused = {"dataset": "minst", "hidden": (), "code_dims": (2,), "decoders": (4, 4), "codes": 149}
+    told = {"dataset": "unknown data set 'minst': choose from digits, mnist", "codes": "codes is 149, but .* needs 150"}
     for name, value in refused.items():
         with pytest.raises(UserError, match=told.get(name, f"{name} is")):
-            fuzziness.start("smoke", 0, "cpu", "train", {name: value})
+            fuzziness.start("smoke", 0, "cpu", {name: value})

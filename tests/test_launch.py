@@ -15,7 +15,7 @@ import torch
 from paperlib.system import files
 
 FEW = {  # steps of every training; a row of the history for each, to compare
-    "pixelvae": {"pretrain_steps": 20, "finetune_steps": 4, "ablation_steps": 2, "evaluations": 20, "batch_size": 16}
+    "pixelvae": {"train_steps": 20, "elbo_steps": 4, "sweep_steps": 2, "evaluations": 20, "batch_size": 16}
     | {"dropout": 0.1, "evaluation_images": 20, "learning_rate": 1e-5},
     "sequential": {"train_steps": 20, "one_step_train_steps": 8, "infusion_train_steps": 6, "ablation_train_steps": 4}
     | {"evaluations": 20, "batch_size": 16, "evaluation_images": 20, "measured_images": 40, "learning_rate": 1e-5},
@@ -79,26 +79,26 @@ def test_two_processes_train_as_one(name, tmp_path):
 
 def test_one_of_two_killed_ends_the_job_and_what_was_finished_stays(tmp_path):
     runs = tmp_path / "runs"
-    process = launch("pixelvae", runs, 2, FEW["pixelvae"] | {"finetune_steps": 400})
-    until(process, lambda: list(runs.glob("*/*/pretraining/last.pt")))
+    process = launch("pixelvae", runs, 2, FEW["pixelvae"] | {"elbo_steps": 400})
+    until(process, lambda: list(runs.glob("*/*/none/last.pt")))
     time.sleep(1)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[1]), signal.SIGKILL)
     assert "SIGKILL" in finish(process, ok=False)
-    assert state(runs, "pretraining")["stopped"] == "finished"
+    assert state(runs, "none")["stopped"] == "finished"
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_stopped_training_goes_on_with_another_number_of_processes(before, after, tmp_path):
     """The rows are those of a training that one process did without a stop: before the stop, around it, and after."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    settings = FEW["pixelvae"] | {"pretrain_steps": 60, "evaluations": 60, "learning_rate": 1e-6}
+    settings = FEW["pixelvae"] | {"train_steps": 60, "evaluations": 60, "learning_rate": 1e-6}
     finish(launch("pixelvae", whole, 1, settings))
     process = launch("pixelvae", stopped, before, settings)
     until(process, (tmp_path / "stopped.json").exists)  # after the first step
     process.send_signal(signal.SIGINT)
     assert "stopping after this step" in finish(process, ok=False)
-    kept = state(stopped, "pretraining")
+    kept = state(stopped, "none")
     assert not kept["stopped"] and 0 < kept["step"] < 50
     finish(launch("pixelvae", stopped, after, settings))
     assert_same_rows(stopped, whole, 60)

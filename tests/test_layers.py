@@ -13,6 +13,9 @@ SHARED = {"data", "nn", "runs"}
 BELOW_STATS = {*SHARED, "system"}
 MAY_IMPORT = {
     **{name: {"experiments", *CHAPTERS, "stats", *BELOW_STATS} for name in ("reproduce", "report", "experiments")},
+    "__init__": {"pretrained"},
+    "pretrained": {*CHAPTERS, "system"},
+    "sample": {"pretrained", *BELOW_STATS},
     **{name: {"stats", *BELOW_STATS} for name in CHAPTERS},
     "stats": BELOW_STATS,
     **{name: {"system"} for name in SHARED},

@@ -72,6 +72,16 @@ def test_a_vector_a_map_and_a_vector_again():
         assert torch.equal(drawn, redrawn(net, drawn, noise, h))
 
 
+@pytest.mark.parametrize("arguments", CASES[1:6])
+def test_below_rows_that_are_given_the_others_are_drawn(arguments):
+    net, x, h = case(*arguments)
+    noise, sampler = noise_for(net, x), Sampler(net, len(x), *x.shape[2:])
+    for rows in (1, 3):
+        drawn = sampler.draw(h, noise=noise, top=x[:, :, :rows])
+        assert torch.equal(drawn[:, :, :rows], x[:, :, :rows])
+        assert torch.equal(drawn[:, :, rows:], redrawn(net, drawn, noise, h)[:, :, rows:])
+
+
 @pytest.fixture
 def small():
     """A network, images, noise, a sampler and the images that it draws from the noise."""

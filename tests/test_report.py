@@ -20,7 +20,8 @@ def index():
 
 def test_every_recorded_figure_and_claim_is_there_and_nothing_comes_from_elsewhere(index):
     sources = re.findall(r'(?:src|href)="([^"]*)"', index)
-    assert sources and all(one.startswith("data:image/png;base64,") or one.endswith(".html") for one in sources)
+    assert sources and all(re.match(r"data:image/png;base64,|#|\w+\.html$", one) for one in sources)
+    assert all(f'id="{one[1:]}"' in index for one in sources if one.startswith("#"))
     for one in RECORDED:
         for name in page.captions(one.notebook):
             assert (files.figures_root() / one.preset / f"{name}.png").exists(), "a figure is not recorded"
@@ -41,6 +42,7 @@ def test_formulas_become_mathml_but_not_in_code():
     text = page.markdown(r"Let $x^2$ and `$HOME` be. $$\sum_t x_t \tag{1}$$")
     assert text.count("<math") == 2 and "<code>$HOME</code>" in text and r"\sum" not in text
     assert "<mi>x</mi>" in text and "FORMULA" not in text
+    assert text.count('<span class="equation">') == 1 and "<span>(1)</span>" in text and "tag" not in text
 
 
 def test_a_notebook_page_loads_nothing():

@@ -18,7 +18,7 @@ from paperlib.experiments import EXPERIMENTS
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
-PARAMETERS = 'preset = "smoke"\nseed = 0\ndevice = "auto"\nweights = "train"\noverrides = {}'
+PARAMETERS = 'preset = "smoke"\nseed = 0\ndevice = "auto"\noverrides = {}'
 
 
 @pytest.fixture

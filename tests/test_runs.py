@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from paperlib.runs import plotting, provenance
+from paperlib.runs import plotting, provenance, recorded
 from paperlib.runs import run as runs
 from paperlib.runs.claims import Claim, Verdicts, measured_text
 from paperlib.runs.estimate import Estimate
+from paperlib.runs.experiment import Experiment
 from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, record, save_weights
 from paperlib.runs.run import load_arrays, save_arrays, save_figure
 from paperlib.system import files
@@ -52,11 +53,11 @@ def finish(run, measured=MEASURED, **options):
 
 def test_the_folder_of_a_run_depends_on_settings_and_seed_alone():
     assert start().name == start(settings=Settings(hidden=(4, 4))).name and start().directory.is_dir()
-    others = (start(settings=Settings(steps=4)), start(seed=1), start("gpu"), start(weights="recorded"))
+    others = (start(settings=Settings(steps=4)), start(seed=1), start("gpu"), start(recorded=True))
     assert len({run.name for run in (start(), *others)}) == 5
-    for mistaken in ({"seed": -1}, {"seed": True}, {"weights": "best"}):
-        with pytest.raises(UserError, match=r"but takes a whole number|choose from train, recorded"):
-            start(**mistaken)
+    for mistaken in (-1, True):
+        with pytest.raises(UserError, match="but takes a whole number"):
+            start(seed=mistaken)
 
 
 def test_verdicts_come_from_the_criteria_and_only_where_the_preset_may_claim():
@@ -155,7 +156,7 @@ def test_nothing_that_was_made_by_modified_code_is_recorded(monkeypatch, code, t
 
 
 def test_only_finished_trainings_of_the_preset_s_settings_are_recorded():
-    run, other = start(), start(weights="recorded")
+    run, other = start(), start(recorded=True)
     with pytest.raises(UserError, match="not finished"):
         record(run.directory, Settings())
     finish(run)
@@ -168,7 +169,7 @@ def test_only_finished_trainings_of_the_preset_s_settings_are_recorded():
     assert written == {"results/cpu/99_test/metrics.json", "results/cpu/99_test/run.json", "figures/cpu/picture.png"}
 
 
-def test_what_is_recorded_comes_back_in_half_precision_and_for_its_settings_and_seed_alone():
+def test_what_is_recorded_comes_back_in_half_precision_and_for_its_settings_alone():
     run = start()
     state = {"weight": torch.tensor([1.0, 1 / 3]), "count": torch.tensor(7)}
     save_weights(run, state)
@@ -181,13 +182,34 @@ def test_what_is_recorded_comes_back_in_half_precision_and_for_its_settings_and_
     assert loaded["count"] == 7 and loaded["weight"].dtype == torch.float32
     assert torch.equal(loaded["weight"], state["weight"].half().float())
     assert load_recorded_arrays(run)["a"].tolist() == [0, 1, 2]
-    for other in (start(settings=replace(Settings(), steps=9)), start(seed=1)):
-        for load in (load_recorded_weights, load_recorded_arrays):
-            with pytest.raises(UserError, match="other settings or seed 0"):
-                load(other)
+    assert recorded.load_recorded_metrics(start(seed=1))["claims"]["X1"]["holds"] is True
+    for load in (load_recorded_weights, load_recorded_arrays, recorded.load_recorded_metrics):
+        with pytest.raises(UserError, match="recorded with other settings than cpu has now: run cpu"):
+            load(start(settings=replace(Settings(), steps=9)))
     for load, name in ((load_recorded_weights, "weights.safetensors"), (load_recorded_arrays, "arrays.npz")):
         file = files.results_root() / "cpu" / "99_test" / name
         for damaged in (file.read_bytes()[:40], b"", b"nonsense"):
             file.write_bytes(damaged)
             with pytest.raises(UserError, match="cannot be read"):
                 load(run)
+
+
+def test_the_preset_recorded_opens_the_best_recorded_run_and_takes_no_overrides():
+    rising = {"smoke": Settings(), "cpu": Settings(steps=5), "gpu": Settings(steps=7)}
+    experiment = Experiment("99_test", ("", ""), rising, CLAIMS, lambda run: MEASURED)
+    with pytest.raises(UserError, match="nothing is recorded of 99_test"):
+        experiment.start()
+    for preset in ("cpu", "smoke"):
+        run = start(preset, rising[preset])
+        finish(run)
+        record(run.directory, rising[preset])
+    opened = experiment.start(seed=3, device="cpu")
+    assert (opened.preset, opened.settings, opened.seed, opened.recorded) == ("cpu", rising["cpu"], 3, True)
+    assert opened.name == experiment.run_name("recorded", 3, {}) == "99_test/recorded"
+    assert experiment.start("cpu", device="cpu").recorded is False
+    for preset, overrides, message in (
+        ("recorded", {"steps": 3}, "recorded trains nothing: drop overrides"),
+        ("cqu", {}, "unknown preset 'cqu': choose from recorded, smoke, cpu, gpu"),
+    ):
+        with pytest.raises(UserError, match=message):
+            experiment.start(preset, overrides=overrides)

@@ -11,6 +11,7 @@ import torch
 
 from paperlib.data.device_images import Images
 from paperlib.nn.likelihoods import gaussian_kl
+from paperlib.runs import run as runs
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.run import load_arrays
 from paperlib.sequential import claims, experiment, figures, measurements, model
@@ -31,7 +32,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RUNS", "RESULTS"):
             patch.setenv(f"PAPERLIB_{name}", str(tmp_path_factory.mktemp(name)))
-        run = experiment.start("smoke", 0, "cpu", "train", QUICK)
+        run = experiment.start("smoke", 0, "cpu", QUICK)
         images = experiment.load_images(run)
         trained = experiment.fit(run, images)
         arrays = experiment.measure(run, images, trained)
@@ -234,17 +235,19 @@ def test_verdicts_and_recorded_weights_that_draw(finished):
     target.mkdir(parents=True)
     for name in ("arrays.npz", "run.json", "metrics.json", "weights.safetensors"):
         shutil.copy(run.directory / name, target / name)
-    again = experiment.start("smoke", 0, "cpu", "recorded", QUICK)
-    loaded = experiment.fit(again, images)
+    again = runs.start(run.notebook, run.preset, run.settings, 0, "cpu", recorded=True)
+    blank = experiment.load_images(again)
+    assert blank.shape == images.shape and len(blank.train) == 0
+    loaded = experiment.fit(again, blank)
     assert tuple(loaded) == experiment.KEPT and loaded["sequential"].steps == 0
-    recorded = experiment.measure(again, images, loaded)
+    recorded = experiment.measure(again, blank, loaded)
     assert all(np.array_equal(recorded[name], arrays[name], equal_nan=True) for name in arrays)
     states, own = (
-        model.draw(models["sequential"], images, 5, torch.Generator().manual_seed(0)).means.int()
+        model.draw(models["sequential"], blank, 5, torch.Generator().manual_seed(0)).means.int()
         for models in ({name: one.model for name, one in loaded.items()}, finished.models)
     )
     assert ((states - own).abs() <= 2).float().mean() > 0.95, "half precision moves few pixels by much"
-    assert set(experiment.conclude(again, recorded, loaded, images)) == set(CLAIMS)
+    assert set(experiment.conclude(again, recorded, loaded, blank)) == set(CLAIMS)
 
 
 def test_figures_are_drawn_from_the_arrays_alone(finished, tmp_path):
@@ -285,7 +288,7 @@ def test_settings_out_of_range_are_named(changes, message):
 
 def test_unknown_data_sets_are_refused():
     with pytest.raises(UserError, match="photos, lsun_bedroom, own_images"):
-        experiment.start("smoke", 0, "cpu", "train", {"dataset": "mnist"})
+        experiment.start("smoke", 0, "cpu", {"dataset": "mnist"})
 
 
 def test_intervals_take_held_out_photographs_in_random_order():

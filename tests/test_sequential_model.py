@@ -519,6 +519,6 @@ def test_the_gpu_preset_takes_a_few_steps(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERLIB_RUNS", str(tmp_path))
     few = {"dataset": "photos", "side": 16, "batch_size": 4, "compile": False, "evaluation_images": 8}
     few |= {name: 2 for name in ("train_steps", "one_step_train_steps", "infusion_train_steps", "ablation_train_steps")}
-    run = experiment.start("gpu", 0, "cpu", "train", {**few, "measured_images": 8})
+    run = experiment.start("gpu", 0, "cpu", {**few, "measured_images": 8})
     trained = experiment.fit(run, experiment.load_images(run))
     assert all(math.isfinite(one.history[-1]["loss"]) for one in trained.values())

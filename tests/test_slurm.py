@@ -43,7 +43,7 @@ def test_the_array_runs_each_notebook_once(tmp_path):
         module, name, *arguments = dry(script, tmp_path / str(task), SLURM_ARRAY_TASK_ID=str(task), PRESET="cpu")
         assert (module, name) == ("-m", "paperlib.reproduce")
         options = reproduce.parser().parse_args(arguments)
-        assert (options.preset, options.seed) == ("cpu", 0)
+        assert (options.preset, options.device, options.seed) == ("cpu", "cuda", 0)
         (notebook,) = reproduce.select(options.only)
         assert notebook.stem.startswith(f"0{task}")
 
@@ -51,10 +51,11 @@ def test_the_array_runs_each_notebook_once(tmp_path):
 @pytest.mark.parametrize("module", ["pixelvae", "sequential"])
 def test_a_training_over_nodes(module, tmp_path):
     variables = {"SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
+    variables |= {"SLURM_CPUS_PER_TASK": "12"}
     said = dry(files.ROOT / "slurm" / "train.sbatch", tmp_path, MODULE=module, **variables)
-    assert said[0] == "torchrun"
+    assert said[:2] == ["--cpus-per-task=12", "torchrun"], "srun does not inherit it from sbatch"
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=one:20007", "--rdzv-id=7"} <= set(said)
     at = said.index("-m")
     assert said[at + 1] == f"paperlib.{module}"
     options = launch.parser("").parse_args(said[at + 2 :])
-    assert (options.preset, options.seed) == ("paper", 0)
+    assert (options.preset, options.device, options.seed) == ("paper", "cuda", 0)

@@ -2,7 +2,6 @@
 
 import re
 
-import nbformat
 import pytest
 
 from paperlib.experiments import EXPERIMENTS
@@ -30,16 +29,6 @@ def test_the_blocks_hold_the_recorded_numbers(notebook):
             assert verdict_text(entry) in row
             shown = set(map(float, re.findall(r"-?\d+\.?\d*(?:e[+-]\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", row))))
             assert {float(f"{entry['measured'][name]['value']:.3g}") for name in names} <= shown, key
-
-
-@pytest.mark.parametrize("notebook", EXPERIMENTS)
-def test_every_recorded_figure_stands_below_that_of_the_committed_outputs(notebook):
-    cells = nbformat.read(files.NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
-    text = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    names = [name for cell in cells if cell.cell_type == "code" for name in tables.FIGURE.findall(cell.source)]
-    assert len(names) >= 3
-    for name in names:
-        assert text.count(f"/{tables.best(notebook).preset}/{name}.png)") == 1, name
 
 
 def test_a_block_is_put_between_its_marks_and_a_text_without_them_is_an_error(tmp_path):

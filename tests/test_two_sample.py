@@ -48,6 +48,11 @@ LOOPS = [
     (energy_distance, energy_loop, (11, 8)),
     (functools.partial(kernel_distance, together=(3, 2)), functools.partial(kernel_loop, together=(3, 2)), (24, 16)),
     (two_sample.kernel_distance_ratio, lambda a, b, c: kernel_loop(a, c) / kernel_loop(b, c), (11, 8, 9)),
+    (
+        functools.partial(two_sample.kernel_distance_difference, together=(1, 2)),
+        lambda a, b, c: kernel_loop(a, c) - kernel_loop(b, c, together=(2, 1)),
+        (11, 16, 9),
+    ),
     (functools.partial(spectral_distance, least=0.1), spectral_loop, (11, 8)),
 ]
 
@@ -170,3 +175,12 @@ def test_gaussian_mmd_far_from_the_origin_needs_no_float64(rng, apart):
     assert value.item() == pytest.approx(exact.item(), abs=1e-4) and 0 < exact.item() < 1
     gradients = (torch.autograd.grad(one, z)[0] for one in (value, exact))
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_a_ratio_of_nothing_to_nothing_is_nan(rng):
+    """Without a warning, which the tests take for an error."""
+    a = rng.normal(size=(40, 3))
+    same = np.zeros((40, 3))
+    with np.errstate(all="raise"):
+        assert all(math.isnan(number) for number in two_sample.kernel_distance_ratio(same, same, same).row)
+        assert two_sample.kernel_distance_ratio(a, same, same).value == math.inf

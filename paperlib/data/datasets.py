@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +85,12 @@ class Dataset:
         return {"name": self.name, "source": self.source, "levels": self.levels, "parts": parts}
 
 
+def without_images(described: Mapping[str, Any]) -> Dataset:
+    """A data set of no images, of the shape and grey levels of the one that `Dataset.describe` described."""
+    empty = Split(np.empty((0, *described["parts"]["train"]["shape"]), dtype=np.uint8))
+    return Dataset(described["name"], empty, empty, described["levels"], described["source"])
+
+
 def load(name: str, side: int | None = None) -> Dataset:
     """The data set called `name`, one of `SETS`; MNIST and CIFAR-10 are prepared on first use.
 
@@ -103,7 +111,7 @@ def to_unit(images: _Images, levels: int = 256, device: torch.device | str | Non
     """uint8 (N, H, W, C) to float32 (N, C, H, W) in [0, 1]: grey level k is k / (levels - 1).
 
     The bytes move to `device` before they are widened. Raises `TypeError` for another type, `ValueError` for another
-    number of dimensions or a pixel of `levels` or more.
+    number of dimensions and, of images on the CPU, a pixel of `levels` or more: to look, a GPU would have to wait.
     """
     if not torch.is_tensor(images):
         # A copy, since torch warns of memory that it may not write to, such as a memory map's.
@@ -112,7 +120,7 @@ def to_unit(images: _Images, levels: int = 256, device: torch.device | str | Non
         raise TypeError(f"images are {images.dtype}, not uint8")
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (N, H, W, C)")
-    if levels < 256 and images.numel() and (top := int(images.max())) >= levels:
+    if levels < 256 and images.numel() and not images.is_cuda and (top := int(images.max())) >= levels:
         raise ValueError(f"a pixel is {top}, but {levels} grey levels end at {levels - 1}")
     images = images.to(device).permute(0, 3, 1, 2).contiguous()
     return images.to(torch.float32).div_(levels - 1)

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from paperlib.data import datasets
+from paperlib.system.devices import to_device
+
+MOST_BYTES = 4 * 2**30  # all of LSUN at 64 pixels is 37 GB
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class Images:
     def batch(self, rows: Tensor) -> Tensor:
         """Training images, uint8 (B, S, S, C) on the device, of int64 rows (B,)."""
         if torch.is_tensor(self.train):
-            return self.train[rows.to(self.train.device)]
+            return self.train[to_device(rows, self.device)]
         order = rows.cpu().argsort()  # a disk likes to be read in its own order
         images = torch.from_numpy(self.train[rows.cpu()[order].numpy()])
-        return images[order.argsort()].to(self.device)
+        return to_device(images[order.argsort()], self.device)
 
     def to_float(self, images: Tensor) -> Tensor:
         """(B, C, S, S) in [-1, 1] of uint8 (B, S, S, C)."""
@@ -53,15 +56,17 @@ class Images:
         channels, side, _ = self.shape
         colour = "grey" if channels == 1 else "colour"
         counts = f"{len(self.train):,} training and {len(self.held_out):,} held-out images"
+        if not len(self.train):
+            counts = "no images at hand"
         return f"{self.dataset.name}: {counts}, {side} x {side} pixels, {colour}, {self.dataset.levels} levels"
 
 
 def load(dataset: datasets.Dataset, device: torch.device | str, *, training_set: bool = True) -> Images:
-    """`dataset` on `device`; without `training_set` its training images stay where they are."""
+    """`dataset` on `device`; training images of more than `MOST_BYTES`, or without `training_set`, stay on disk."""
 
     def moved(array: np.ndarray | None) -> Tensor | None:
         return None if array is None else torch.from_numpy(np.array(array)).to(device)
 
     train, held_out = dataset.train, dataset.held_out
-    images = moved(train.images) if training_set else train.images
+    images = moved(train.images) if training_set and train.images.nbytes <= MOST_BYTES else train.images
     return Images(dataset, images, moved(train.labels), moved(held_out.images), moved(held_out.labels))

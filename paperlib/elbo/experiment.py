@@ -6,7 +6,8 @@ from typing import Any
 
 from paperlib.elbo import measurements
 from paperlib.elbo.claims import CLAIMS
-from paperlib.elbo.section import Section
+from paperlib.elbo.section import Section, Table
+from paperlib.runs import recorded
 from paperlib.runs.claims import Verdicts, decide
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
@@ -55,8 +56,12 @@ SECTIONS = {
 
 
 def measure(run: Run, claim: str) -> Section:
-    """Compute what decides `claim`, "E1" to "E6"."""
-    return SECTIONS[claim](run.settings, run.generator)
+    """Compute what decides `claim`, "E1" to "E6"; of a recorded run what is recorded."""
+    if not run.recorded:
+        return SECTIONS[claim](run.settings, run.generator)
+    metrics, arrays = recorded.load_recorded_metrics(run), recorded.load_recorded_arrays(run)
+    measured = {name: Estimate(**fields) for name, fields in metrics["claims"][claim]["measured"].items()}
+    return Section(claim, measured, Table(**metrics["numbers"][claim]), arrays)
 
 
 def verdict(run: Run, section: Section) -> Verdicts:
@@ -66,18 +71,20 @@ def verdict(run: Run, section: Section) -> Verdicts:
 
 def conclude(run: Run, *sections: Section) -> Verdicts:
     """Write the arrays, judge all claims and write `metrics.json` and `run.json`. Returns the table of verdicts."""
-    save_arrays(run, **{name: array for section in sections for name, array in section.arrays.items()})
-    return finish(run, CLAIMS, {section.claim: section.measured for section in sections})
+    if not run.recorded:
+        save_arrays(run, **{name: array for section in sections for name, array in section.arrays.items()})
+    tables = {section.claim: section.table.as_text() for section in sections}
+    return finish(run, CLAIMS, {section.claim: section.measured for section in sections}, tables)
 
 
 def recompute(run: Run) -> dict[str, Mapping[str, Estimate]]:
     """The quantities of each claim, computed again, which takes a minute."""
-    return {claim: measure(run, claim).measured for claim in CLAIMS}
+    return {claim: SECTIONS[claim](run.settings, run.generator).measured for claim in CLAIMS}
 
 
 EXPERIMENT = Experiment("01_elbo_derivation", HEADLINE, PRESETS, CLAIMS, recompute)
 
 
-def start(preset: str, seed: int, device: str, weights: str, overrides: Mapping[str, Any]) -> Run:
+def start(preset: str, seed: int, device: str, overrides: Mapping[str, Any]) -> Run:
     """Open the run that the notebook's parameters ask for; it computes on the CPU whatever `device` says."""
-    return EXPERIMENT.start(preset, seed, "cpu", weights, overrides)
+    return EXPERIMENT.start(preset, seed, "cpu", overrides)

@@ -25,6 +25,10 @@ class Table:
 
     __repr__ = _repr_markdown_
 
+    def as_text(self) -> dict[str, Any]:
+        """Heading and rows as they are shown, for JSON."""
+        return {"heading": list(self.heading), "rows": [[_cell(value) for value in row] for row in self.rows]}
+
 
 @dataclass(frozen=True)
 class Section:

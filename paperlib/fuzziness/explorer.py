@@ -19,7 +19,7 @@ SHOWN = 8  # training digits
 class Explorer(ipywidgets.VBox):
     """Two sliders for z, and below them in one row: mu(z), E_q[x|z], the std of q(x|z), its heaviest digits.
 
-    `x` (N, P) in [0, 1] and `labels` (N,) are the training images. Dimensions of z beyond the second are 0.
+    `x` (N, P) in [0, 1] and `labels` (N,) are the training images; codes have two dimensions.
     """
 
     def __init__(self, vae: VAE, x: torch.Tensor, labels: torch.Tensor) -> None:
@@ -37,8 +37,7 @@ class Explorer(ipywidgets.VBox):
 
     @torch.no_grad()
     def _update(self, change: Any = None) -> None:
-        z = torch.zeros(1, self._codes.mean.shape[1], device=self._x.device)
-        z[0, 0], z[0, 1] = (slider.value for slider in self.sliders)
+        z = torch.tensor([[slider.value for slider in self.sliders]], device=self._x.device)
         conditional = aggregate_posterior.conditional(z, self._codes, self._x, self._labels)
         points, weights = aggregate_posterior.heaviest(z, self._codes, SHOWN)
         decoded, std = self._vae.p_x_given_z(z).double(), conditional.variance.sqrt()

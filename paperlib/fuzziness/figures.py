@@ -10,6 +10,9 @@ from paperlib.runs import plotting
 from paperlib.runs.plotting import BLUE, GREEN, ORANGE, RED
 from paperlib.stats.rank_correlation import rank_residuals
 
+PITCH = 2.4  # from one labelled digit to the next, in widths of a digit
+QUOTED = 0.25  # share of codes from which the mean variance over those where it may be quoted is drawn
+
 
 def error_split(arrays: Arrays) -> Any:
     """Equation (3) at codes z ~ q(z): the decoder's error against Var q(x|z); the height above the line is its gap."""
@@ -24,22 +27,40 @@ def error_split(arrays: Arrays) -> Any:
 
 
 def fuzziness(arrays: Arrays) -> Any:
-    """The post's picture: decoder means in order of Var q(x|z) per ink, with variance and label entropy below."""
+    """The post's picture: sharp digits on the left, averages of 4, 9 and 5 on the right, each with its label mixture;
+    below, variance per ink and label entropy over all ranks, the tenths from which they are taken shaded."""
     order, entropy = ranked(arrays, 0), label_entropy(arrays["labels"][0])
-    figure, (top, bottom) = plotting.new(rows=2, height=4.2, height_ratios=[5.0, 3.6])
-    by_column = arrays["decoded"].reshape(COLUMNS, ROWS, *arrays["decoded"].shape[1:]).swapaxes(0, 1)
-    plotting.show_images(top, by_column.reshape(-1, *by_column.shape[2:]), COLUMNS)
-    top.set_title("decoder mean of codes z ~ p(z), ordered from left to right by Var q(x|z) per ink")
+    figure, (tops, below) = plotting.new(2, 2, height=5.4, height_ratios=[3.0, 2.2])
+    for axis in below:
+        axis.remove()
+    titles = {"sharp": "least Var q(x|z) per ink", "mixed": "most Var q(x|z) per ink: 4, 9 and 5"}
+    for axis, (name, title) in zip(tops, titles.items(), strict=True):
+        _labelled_digits(axis, arrays[f"{name}_decoded"], arrays["labels"][0][arrays[name]])
+        axis.set_title(title)
 
+    bottom = figure.add_subplot(below[0].get_gridspec()[1, :])
     rank = np.linspace(0, 100, len(order))
     bottom.plot(rank, (arrays["variance"][0] / arrays["ink"][0])[order], color=BLUE)
     bottom.set(xlabel="rank among the codes where Var q(x|z) can be trusted (%)", xlim=(0, 100))
     bottom.set_ylabel("tr Var q(x|z)\nper ink", color=BLUE)
+    for start in (0, 90):
+        bottom.axvspan(start, start + 10, color="0.9", linewidth=0)
     other = bottom.twinx()
     other.plot(rank, entropy[order], ".", markersize=2, color=RED, alpha=0.3)
     other.plot(rank, _running_mean(entropy[order]), color=RED)
     other.set_ylabel("label entropy under\nq(x|z) (nats)", color=RED)
     return figure
+
+
+def _labelled_digits(axis: Any, images: np.ndarray, labels: np.ndarray) -> None:
+    """Images (ROWS x COLUMNS, H, W) in columns, each with the labels of most weight beside it."""
+    plotting.show_images(axis, np.ones((1, ROWS, round(PITCH * COLUMNS))), 1)
+    for k, (image, mixture) in enumerate(zip(images, labels, strict=True)):
+        row, column = k % ROWS, PITCH * (k // ROWS)
+        extent = (column - 0.48, column + 0.48, row + 0.48, row - 0.48)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+        axis.text(column + 0.54, row, "\n".join(_parts(mixture)[:3]), va="center", fontsize=8)
+    axis.set(xlim=(-0.5, PITCH * COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5))
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -57,7 +78,7 @@ def made_of(arrays: Arrays) -> Any:
         code = arrays["made_of"][k]
         per_ink = arrays["variance"][0][code] / arrays["ink"][0][code]
         column[0].set_title(f"{per_ink:.2f} per ink\n{arrays['samples'][0][code]:.0f} samples")
-        column[1].set_title(_mixture(arrays["labels"][0][code]), fontsize=7)
+        column[1].set_title("\n".join(_parts(arrays["labels"][0][code])[:3]), fontsize=8)
         heaviest = (arrays[name][k] for name in ("heaviest", "heaviest_labels", "weights"))
         for axis, digit, label, weight in zip(column[3:], *heaviest, strict=True):
             plotting.show_images(axis, digit[None], 1)
@@ -68,10 +89,10 @@ def made_of(arrays: Arrays) -> Any:
     return figure
 
 
-def _mixture(labels: np.ndarray) -> str:
+def _parts(labels: np.ndarray) -> list[str]:
+    """The four labels of most weight, as far as they have 1 % or more: "5: 37 %"."""
     best = [label for label in np.argsort(-labels)[:4] if labels[label] >= 0.01]
-    words = [f"{label}: {100 * labels[label]:.0f} %" for label in best]
-    return "\n".join("  ".join(words[k : k + 2]) for k in (0, 2) if words[k:])
+    return [f"{label}: {100 * labels[label]:.0f} %" for label in best]
 
 
 def plane(arrays: Arrays) -> Any:
@@ -136,27 +157,30 @@ def sharpness(arrays: Arrays) -> Any:
 
 
 def better_q(arrays: Arrays) -> Any:
-    """F4: the error of ever larger decoders for one frozen q, and what the weight of the KL does to q and samples."""
+    """F4: the error of ever larger decoders for one frozen q, and what more dimensions of the code do to samples."""
     figure, (frozen, error, width) = plotting.new(3, height=2.8)
     for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
         frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=BLUE)
         frozen.axhline(floor, color="black", linewidth=0.8)
-    frozen.set(xscale="log", xlabel="units per layer of the decoder", title="q frozen: E tr Var$_q$ is a floor")
+    frozen.set(xlabel="units per layer of the decoder", title="q frozen: E tr Var$_q$ is a floor")
     frozen.set_ylabel("squared error\n(grey levels², summed over pixels)")
-    frozen.set_xticks(arrays["frozen_units"], arrays["frozen_units"])
-    frozen.minorticks_off()
-    for k in range(len(arrays["swept_error"])):
-        information = arrays["swept_information"][k]
-        names = ("held-out error", "E tr Var$_q$") if k == 0 else (None, None)
-        error.plot(information, arrays["swept_error"][k], "o-", markersize=3, color=ORANGE, label=names[0])
-        error.plot(information, arrays["swept_variance"][k], "s--", ms=3, color=BLUE, label=names[1])
-        width.plot(information, arrays["swept_width"][k], "o-", markersize=3, color=GREEN)
-    information = "information $I_q(x;z)$ (nats)"
-    error.set(xlabel=information, ylabel="grey levels², summed", title="KL weight swept: error, variance")
-    width.set(xlabel=information, ylabel="edge width (pixels)", title="KL weight swept: sharpness")
-    swept = (arrays[f"swept_{name}"].mean(0) for name in ("information", "variance", "reliable"))
-    for x, y, share in zip(*swept, strict=True):
-        error.annotate(f"{share:.0%}", (x, y), (-6, -13), textcoords="offset points", fontsize=7, ha="center")
-    error.margins(x=0.15, y=0.15)
-    error.legend(loc="upper right", fontsize=7)
+    dims = arrays["code_dims"]
+    for k, (row, variance, edges) in enumerate(
+        zip(arrays["swept_error"], arrays["swept_variance"], arrays["swept_width"], strict=True)
+    ):
+        quoted = np.where(arrays["swept_reliable"][k] >= QUOTED, variance, np.nan)
+        names = ("held-out error", "E tr Var$_q$, where quoted") if k == 0 else (None, None)
+        error.plot(dims, row, "o-", markersize=3, color=ORANGE, label=names[0])
+        error.plot(dims, quoted, "s--", markersize=3, color=BLUE, label=names[1])
+        width.plot(dims, edges, "o-", markersize=3, color=GREEN)
+    error.set(ylabel="grey levels², summed", title="held-out error, variance")
+    width.set(ylabel="edge width (pixels)", title="sharpness")
+    for axis, ticks in ((frozen, arrays["frozen_units"]), (error, dims), (width, dims)):
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
+    for axis in (error, width):
+        axis.set_xlabel("dimensions of the code")
+    error.set_ylim(0, None)
+    error.legend(loc="lower left", fontsize=7)
     return figure

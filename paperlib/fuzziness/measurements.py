@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paperlib.fuzziness.claims import ranked
+from paperlib.fuzziness.claims import ends, mixtures, ranked
 from paperlib.fuzziness.model import MAIN, VAE, Variant, encode, square
 from paperlib.fuzziness.training import Models
 from paperlib.nn import likelihoods
@@ -15,7 +15,7 @@ from paperlib.stats import aggregate_posterior, sharpness
 from paperlib.stats.aggregate_posterior import Codes, Conditional
 from paperlib.system.errors import UserError
 
-ROWS, COLUMNS = 5, 14  # of the post's picture: codes of like variance stand in one column
+ROWS, COLUMNS = 5, 3  # of each of the two groups of the post's picture
 MADE_OF = 6  # codes of which is shown what q(x|z) is made of
 HEAVIEST = 4  # training digits shown for each
 MOSAIC = 20  # decoded digits per side of the map
@@ -30,7 +30,7 @@ def at_prior_codes(settings: Any, vae: VAE, x: Tensor, labels: Tensor, seed: int
     image mu(z), `edge_width` in pixels, `slope` of its power spectrum, `greyness` sum mu (1 - mu).
     """
     generator, codes = torch.Generator(x.device).manual_seed(seed), encode(vae, x)
-    z = torch.randn(settings.codes, settings.code_dim, generator=generator, device=x.device)
+    z = torch.randn(settings.codes, vae.code_dim, generator=generator, device=x.device)
     conditional, halves, reliable = _at_codes(settings, z, codes, x, labels)
     decoded = vae.p_x_given_z(z)
     arrays = {
@@ -67,23 +67,28 @@ def random_half(count: int) -> Tensor:
 
 @torch.no_grad()
 def picture(vae: VAE, x: Tensor, labels: Tensor, at_prior: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Of the first seed: `decoded` and `average` E_q[x|z] of ROWS x COLUMNS codes, `shown`, from the least to the most
-    variance per ink; for MADE_OF of these, `made_of`, the decoded image, average, std of each pixel, and the `heaviest`
-    training digits with labels and `weights`. Raises `UserError` where the variance may be quoted at fewer codes.
+    """Of the first seed: `sharp`, ROWS x COLUMNS codes from the left tenth at equal distances in rank, and `mixed`, so
+    many of the right tenth that are most a mixture of 4, 9 and 5, both in order of variance per ink; `sharp_decoded`
+    and `mixed_decoded`; of MADE_OF codes from the least to the most variance per ink, `made_of`, the decoded image,
+    average, std of each pixel, and the `heaviest` training digits with labels and `weights`. Raises `UserError` where
+    the variance may be quoted at too few codes.
     """
     order, z = ranked(at_prior, 0), torch.from_numpy(at_prior["z"][0]).to(x.device)
-    if len(order) < ROWS * COLUMNS:
+    left, right = ends(at_prior, 0)
+    if len(right) < ROWS * COLUMNS:
         trusted = f"Var q(x|z) can be trusted at {len(order)} of {len(z)} codes"
-        raise UserError(f"{trusted}, and the picture needs {ROWS * COLUMNS}: draw more codes, or lower min_samples")
-    shown = order[np.linspace(0, len(order) - 1, ROWS * COLUMNS).round().astype(int)]
-    made_of = shown[np.linspace(0, len(shown) - 1, MADE_OF).round().astype(int)]
+        raise UserError(f"{trusted}, and the picture needs {10 * ROWS * COLUMNS}: draw more, or lower min_samples")
+    sharp = left[np.linspace(0, len(left) - 1, ROWS * COLUMNS).round().astype(int)]
+    mixed = right[np.sort(np.argsort(mixtures(at_prior["labels"][0][right]))[-ROWS * COLUMNS :])]
+    made_of = order[np.linspace(0, len(order) - 1, MADE_OF).round().astype(int)]
     codes, few = encode(vae, x), z[made_of]
     conditional = aggregate_posterior.conditional(few, codes, x)
     points, weights = aggregate_posterior.heaviest(few, codes, HEAVIEST)
     return {
-        "shown": shown,
-        "decoded": square(vae.p_x_given_z(z[shown])),
-        "average": square(aggregate_posterior.conditional(z[shown], codes, x, per_pixel=False).mean).float(),
+        "sharp": sharp,
+        "sharp_decoded": square(vae.p_x_given_z(z[sharp])),
+        "mixed": mixed,
+        "mixed_decoded": square(vae.p_x_given_z(z[mixed])),
         "made_of": made_of,
         "made_of_decoded": square(vae.p_x_given_z(few)),
         "made_of_average": square(conditional.mean).float(),
@@ -96,11 +101,11 @@ def picture(vae: VAE, x: Tensor, labels: Tensor, at_prior: Mapping[str, np.ndarr
 
 @torch.no_grad()
 def plane(settings: Any, vae: VAE, x: Tensor, labels: Tensor) -> dict[str, Any]:
-    """A map of the first two dimensions of z, from -3 to 3, the others at 0: on a grid of `plane` points per side, row
+    """A map of the plane of codes z, from -3 to 3: on a grid of `plane` points per side, row
     0 at the top, `plane_variance` per ink, `plane_samples`, `plane_trusted` where these suffice, and `plane_labels`;
     `plane_decoded`, MOSAIC x MOSAIC digits, uint8."""
     side = settings.plane
-    z, mosaic = (_grid(settings.code_dim, points, x.device) for points in (side, MOSAIC))
+    z, mosaic = (_grid(points, x.device) for points in (side, MOSAIC))
     conditional = aggregate_posterior.conditional(z, encode(vae, x), x, labels, per_pixel=False)
     return {
         "plane_variance": (conditional.trace / conditional.mean.sum(1)).reshape(side, side),
@@ -111,13 +116,11 @@ def plane(settings: Any, vae: VAE, x: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def _grid(code_dim: int, side: int, device: torch.device) -> Tensor:
-    """Centres of `side` x `side` cells of the square from -3 to 3, from the top left, as codes (side^2, D)."""
+def _grid(side: int, device: torch.device) -> Tensor:
+    """Centres of `side` x `side` cells of the square from -3 to 3, from the top left, as codes (side^2, 2)."""
     edge = 3 * (1 - 1 / side)
     across = torch.linspace(-edge, edge, side, device=device)
-    z = torch.zeros(side * side, code_dim, device=device)
-    z[:, :2] = torch.cartesian_prod(across.flip(0), across).flip(1)
-    return z
+    return torch.cartesian_prod(across.flip(0), across).flip(1)
 
 
 @torch.no_grad()
@@ -160,10 +163,10 @@ def squared_error(mu: Tensor, z: Tensor, codes: Codes, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor, seed: int) -> dict[str, Any]:
-    """What F4 compares, each with one row per seed; every seed and weight is measured with the same draws.
+    """What F4 compares, each with one row per seed; every seed and code is measured with the same draws.
 
     Frozen q, over those of M codes z ~ q(z) where the variance may be quoted: `floor` E tr Var_q[x|z] (S,), and
-    `frozen_error` (S, decoders), the error of each decoder by (3). KL weight swept, (S, weights) each:
+    `frozen_error` (S, decoders), the error of each decoder by (3). Code dimension swept, (S, dims) each:
     `swept_information` I_q(x;z) and `swept_rate`, the held-out KL, in nats; `swept_error`, squared, held out;
     `swept_variance`, E tr Var_q[x|z] over codes where it may be quoted, times 1 / (1 - 1 / samples) because the lists
     differ in length; `swept_reliable`, their share; `swept_width`, the mean edge width of decoded images of all codes.
@@ -177,11 +180,11 @@ def frozen_and_swept(settings: Any, models: Models, x: Tensor, held_out: Tensor,
         gaps = [(mu - conditional.mean).square().sum(1) for mu in means]
         rows["floor"].append(conditional.trace[reliable].mean())
         rows["frozen_error"].append(torch.stack([(conditional.trace + gap)[reliable].mean() for gap in gaps]))
-        variants = (Variant(kl_weight=weight) for weight in settings.kl_weights)
+        variants = (Variant(code_dim=dims) for dims in settings.code_dims)
         swept = [_swept(settings, vaes[variant].model, x, held_out, seed) for variant in variants]
         for name in SWEPT:
             rows[name].append(torch.tensor([numbers[name] for numbers in swept]))
-    swept_over = {"kl_weights": np.array(settings.kl_weights), "frozen_units": np.array(settings.decoders)}
+    swept_over = {"code_dims": np.array(settings.code_dims), "frozen_units": np.array(settings.decoders)}
     return {name: torch.stack(row) for name, row in rows.items()} | swept_over
 
 

@@ -13,14 +13,14 @@ from paperlib.stats import aggregate_posterior
 
 
 class Variant(NamedTuple):
-    """How a VAE is trained: the likelihood of its decoder and the weight of the KL."""
+    """Which VAE is trained: the likelihood of its decoder and the dimensions of its code."""
 
     likelihood: str = "gaussian"
-    kl_weight: float = 1.0
+    code_dim: int = 2
 
     @property
     def name(self) -> str:
-        return f"{self.likelihood}-kl{self.kl_weight:g}"
+        return f"{self.likelihood}-{self.code_dim}d"
 
 
 MAIN, BERNOULLI = Variant(), Variant("bernoulli")
@@ -32,11 +32,12 @@ class VAE(nn.Module):
     sigma is one number, learned where it is None. With the likelihood "bernoulli" p(x|z) are bits of mean mu(z).
     """
 
-    def __init__(self, pixels: int, settings: Any, likelihood: str = "gaussian") -> None:
+    def __init__(self, pixels: int, settings: Any, variant: Variant = MAIN) -> None:
         super().__init__()
-        self.encoder = perceptron(pixels, settings.hidden, 2 * settings.code_dim)
-        self.decoder = perceptron(settings.code_dim, settings.hidden[::-1], pixels)
-        self.likelihood, learned = likelihood, settings.sigma is None and likelihood == "gaussian"
+        self.code_dim, self.likelihood = variant.code_dim, variant.likelihood
+        self.encoder = perceptron(pixels, settings.hidden, 2 * self.code_dim)
+        self.decoder = perceptron(self.code_dim, settings.hidden[::-1], pixels)
+        learned = settings.sigma is None and self.likelihood == "gaussian"
         self.log_sigma = nn.Parameter(torch.tensor(math.log(settings.sigma or 0.4)), requires_grad=learned)
 
     def q_z_given_x(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class Models:
 
     @property
     def main(self) -> VAE:
-        """The VAE of the first seed under the ELBO."""
+        """The VAE of the first seed with a code of two dimensions."""
         return self.vaes[0][MAIN].model
 
     def by_name(self, seed: int) -> dict[str, train.Trained]:
@@ -41,8 +41,7 @@ class Models:
 
 def fit(settings: Any, x: Tensor, held_out: Tensor, directory: Path, seed: int) -> Models:
     """Train all that the claims need on pixels `x` (N, P), on their device, each in a folder below `directory`."""
-    weights = sorted({1.0, *settings.kl_weights})
-    variants = [BERNOULLI, *(Variant(kl_weight=weight) for weight in weights)]
+    variants = [BERNOULLI, *(Variant(code_dim=dims) for dims in sorted({MAIN.code_dim, *settings.code_dims}))]
     vaes, decoders = [], []
     for this_seed in range(seed, seed + settings.seeds):
         vaes.append({variant: fit_vae(settings, x, held_out, variant, directory, this_seed) for variant in variants})
@@ -54,18 +53,19 @@ def fit(settings: Any, x: Tensor, held_out: Tensor, directory: Path, seed: int) 
 
 
 def fit_vae(settings: Any, x: Tensor, held_out: Tensor, variant: Variant, directory: Path, seed: int) -> train.Trained:
-    """Train a VAE by maximising E_q log p(x|z) - kl_weight * KL; with weight 1, the ELBO."""
+    """Train a VAE by maximising the ELBO."""
 
     def loss(vae: nn.Module, rows: Tensor, progress: train.Progress) -> tuple[Tensor, dict[str, Tensor]]:
         log_p, kl = vae(x[rows])
-        return (variant.kl_weight * kl - log_p).mean(), {"elbo": (log_p - kl).mean(), "kl": kl.mean()}
+        elbo = (log_p - kl).mean()
+        return -elbo, {"elbo": elbo, "kl": kl.mean()}
 
     def evaluate(vae: nn.Module) -> dict[str, float]:
         log_p, kl = vae(held_out)
-        return {"loss": float((variant.kl_weight * kl - log_p).mean()), "kl": float(kl.mean())}
+        return {"loss": float((kl - log_p).mean()), "kl": float(kl.mean())}
 
     torch.manual_seed(seed)
-    vae = VAE(x.shape[1], settings, variant.likelihood)
+    vae = VAE(x.shape[1], settings, variant)
     return _fit(settings, vae, loss, x, directory / f"{variant.name}-seed{seed}", seed, evaluate=evaluate)
 
 
@@ -79,7 +79,7 @@ def fit_decoder(settings: Any, x: Tensor, codes: Codes, units: int, directory: P
         return error, {"error": error}
 
     torch.manual_seed(seed)
-    decoder = perceptron(settings.code_dim, (units, units), x.shape[1])
+    decoder = perceptron(MAIN.code_dim, (units, units), x.shape[1])
     return _fit(settings, decoder, loss, x, directory / f"decoder-{units}-seed{seed}", seed)
 
 

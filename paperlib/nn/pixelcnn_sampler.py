@@ -88,9 +88,12 @@ class Sampler:
         *,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        top: Tensor | None = None,
         progress: bool = True,
     ) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], on grey levels, with h as in `PixelCNN.forward`.
+
+        Where the first rows are given as `top` (B, C, R, W), the others are drawn from p(rest | top).
 
         `noise` is what `mix_logistic_noise((B, H, W), mixtures, channels)` gives, drawn from `generator` (on the device
         of the network) unless it is given. The bar appears after two seconds; Ctrl-C ends within a row, and the sampler
@@ -109,8 +112,10 @@ class Sampler:
         with torch.inference_mode():
             rows = noise.permute(2, 3, 0, 1).to(like)
             for i in self._rows(h, progress):
+                if given := top is not None and i < top.shape[2]:
+                    self.given.copy_(top[:, :, i].permute(2, 0, 1))
                 self.noise.copy_(rows[i])
-                self._compute(i, draw=True)
+                self._compute(i, draw=not given)
                 images[:, :, i] = self.streams.pixels.permute(0, 2, 1)
         return images
 

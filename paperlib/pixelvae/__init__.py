@@ -1,10 +1,11 @@
 """Notebook 04: a PixelVAE on CIFAR-10, posterior collapse, and sampling by a Markov chain."""
 
 from paperlib.pixelvae import figures
-from paperlib.pixelvae.claims import table
+from paperlib.pixelvae.claims import sweep_table, table
 from paperlib.pixelvae.experiment import conclude, continue_chain, fit, load_images, measure, start
 from paperlib.runs.run import save_figure
 
 __all__ = [
-    "conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure", "start", "table",
+    "conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure", "start", "sweep_table",
+    "table",
 ]  # fmt: skip

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from paperlib.pixelvae.measurements import CHAINED, LAGS, PROBES, SETS
-from paperlib.pixelvae.training import CODED, VARIANTS
+from paperlib.pixelvae.glasses import FEATURES
+from paperlib.pixelvae.measurements import CODED, LAGS, SETS
+from paperlib.pixelvae.training import VARIANTS
 from paperlib.runs.claims import Claim
 from paperlib.runs.estimate import Estimate
 from paperlib.stats import intervals
@@ -17,85 +18,39 @@ Arrays = Mapping[str, np.ndarray]
 Quantities = dict[str, Estimate]
 
 CLAIMS = {
-    "P1": Claim(
-        "With an autoregressive decoder the ELBO leaves z unused.",
-        "KL below 0.5 nat and shuffle gap below 0.1 nat per image, from scratch and after pretraining",
-        lambda kl, shuffle_gap, kl_scratch, shuffle_gap_scratch, **_: (
-            max(kl.value, kl_scratch.value) < 0.5 and max(shuffle_gap.value, shuffle_gap_scratch.value) < 0.1
-        ),
-        shows=("kl", "shuffle_gap"),
-    ),
     "P2": Claim(
-        "Without the KL z is used, once pretraining has prevented posterior collapse.",
-        "shuffle gap above 5 nats per image, interval above 0",
-        lambda shuffle_gap, **_: shuffle_gap.value > 5 and shuffle_gap.low > 0,
-        shows=("shuffle_gap",),
+        "Without the KL z is used.",
+        "code gain, the nats per held-out image that the decoder wins with z over an unconditional one of equal "
+        "budget, above 30, interval above 0; two decodes of one z agree: pixel correlation 0.5 or more",
+        lambda code_gain, two_decodes, **_: code_gain.value > 30 and code_gain.low > 0 and two_decodes.value >= 0.5,
+        shows=("code_gain", "two_decodes"),
     ),
     "P3": Claim(
         "Then decoding the prior fails, and the Markov chain works.",
-        "kernel distance to photographs: of N(0, I) above the chain's, intervals apart; of the chain at most 1.2 times "
-        "that of z ~ q(z) of held-out images; between chains from noise and from data not shown (by its interval) to "
-        "exceed a tenth of the chain's",
-        lambda prior, chain, q_z, noise_to_data, **_: (
-            prior.low > chain.high and chain.value <= 1.2 * q_z.value and noise_to_data.low <= 0.1 * chain.value
+        "kernel distance to photographs: N(0, I) above the chain, interval of the difference above 0; between chains "
+        "from noise and from data, after 60 steps, not shown (by its interval) to exceed a tenth of the chain's",
+        lambda prior_minus_chain, chain, noise_to_data, **_: (
+            prior_minus_chain.low > 0 and noise_to_data.low <= 0.1 * chain.value
         ),
-        shows=("prior", "chain", "q_z"),
+        shows=("prior", "chain", "prior_minus_chain"),
     ),
     "P4": Claim(
         "The chain moves gradually; under the ELBO it jumps.",
-        "autocorrelation of pixels: without the KL neighbouring states above 0.05, interval included, and above 0.5 "
-        "of what two decodes of one z have; after 60 steps less than half of it; under the ELBO neighbours below 0.05 "
-        "on the same scale",
-        lambda neighbours, similarity, after_60_steps, similarity_elbo, **_: (
-            neighbours.low > 0.05
-            and similarity.value > 0.5
-            and after_60_steps.value < 0.5 * neighbours.value
-            and similarity_elbo.value < 0.05
+        "correlation of neighbouring states, the data mean taken off: without the KL at least 0.6, and at least 0.3 "
+        "above the ELBO's; at lag 20 at most half of that at lag 1",
+        lambda neighbours, neighbours_elbo, lag_20, **_: (
+            neighbours.value >= 0.6
+            and neighbours.value - neighbours_elbo.value >= 0.3
+            and lag_20.value <= 0.5 * neighbours.value
         ),
-        shows=("neighbours", "similarity", "similarity_elbo"),
-    ),
-    "P5": Claim(
-        "The features are useful.",
-        "linear probe on sampled z of `none`: 3 points above the means of a random encoder and above as many principal "
-        "components, intervals above 0",
-        lambda above_random, above_components, **_: (
-            min(above_random.value, above_components.value) >= 0.03 and min(above_random.low, above_components.low) > 0
-        ),
-        shows=("above_random", "above_components"),
-    ),
-    "P6": Claim(
-        "A sample-based regulariser (MMD) has both: z is used, and the prior can be decoded.",
-        "shuffle gap at least half of `none`'s; kernel distance of prior samples at most 1.2 times that of z ~ q(z); "
-        "energy distance of q(z) to p(z) at most a tenth of `none`'s",
-        lambda shuffle_gap, shuffle_gap_none, prior, q_z, energy, energy_none, **_: (
-            shuffle_gap.value >= 0.5 * shuffle_gap_none.value
-            and prior.value <= 1.2 * q_z.value
-            and energy.value <= 0.1 * energy_none.value
-        ),
-        shows=("shuffle_gap", "shuffle_gap_none"),
-    ),
-    "P7": Claim(
-        "The incremental sampler is exact.",
-        "float64: the same images as one full pass per pixel; float32: parameters within 1e-5 of the network's, "
-        "relative above 1",
-        lambda pixels_that_differ, worst_parameter: pixels_that_differ.value == 0 and worst_parameter.value <= 1e-5,
-        exact=True,
-        shows=("pixels_that_differ",),
-    ),
-    "D1": Claim(
-        "The generator complex, the inference simple: with a linear encoder z is used and useful as well.",
-        "shuffle gap at least half of the convolutional encoder's; linear probe at most 3 points below",
-        lambda shuffle_gap, shuffle_gap_conv, probe_gain, **_: (
-            shuffle_gap.value >= 0.5 * shuffle_gap_conv.value and probe_gain.value >= -0.03
-        ),
-        shows=("shuffle_gap", "shuffle_gap_conv"),
+        shows=("neighbours", "lag_20", "neighbours_elbo"),
     ),
     "G1": Claim(
-        "The glasses: for a given feature, here the class, the needed p(x|z) is complex.",
-        "the best factored Gaussian of each class loses more than 1,000 nats per image to a PixelCNN++ for q(x|class), "
-        "interval above that, and more than ten times what knowing the class gains",
-        lambda nats_lost, gain_by_class, **_: nats_lost.low > 1000 and nats_lost.value > 10 * abs(gain_by_class.value),
-        shows=("nats_lost",),
+        "The glasses: for a given feature the needed p(x|z) is complex.",
+        "for each of class, brightness and upper half of the image, a factored Gaussian fitted to it falls short of "
+        "q(x|feature) by more than 1,000 nats per image, interval above that",
+        lambda **lost: min(loss.low for loss in lost.values()) > 1000,
+        shows=("class", "brightness", "upper_half"),
     ),
 }
 
@@ -106,76 +61,38 @@ CLAIMS = {
 def quantities(arrays: Arrays) -> dict[str, Quantities]:
     """What each claim is judged by."""
     mean, kernel = partial(_mean, arrays), partial(_kernel, arrays)
-    right = dict(zip(PROBES, arrays["probe_right"], strict=True))
-    bound = _row(arrays, "bits_per_dim", "elbo") + _row(arrays, "kl", "elbo") / _nats_per_bit(arrays)
+    correlation = {model: arrays[f"correlation_{model}"] for model in CODED}
+    lost = arrays["gaussian_nats"] - arrays["pixelcnn_nats"]
     return {
-        "P1": {
-            "kl": mean("kl", "elbo"),
-            "shuffle_gap": mean("shuffle_gap", "elbo"),
-            "kl_scratch": mean("kl", "elbo-scratch"),
-            "shuffle_gap_scratch": mean("shuffle_gap", "elbo-scratch"),
-            "negative_elbo": intervals.mean_interval(bound, "bits/dim"),
-            "unconditional": mean("bits_per_dim", "unconditional", "bits/dim"),
-        },
         "P2": {
-            "shuffle_gap": mean("shuffle_gap", "none"),
-            "shuffle_gap_scratch": mean("shuffle_gap", "none-scratch"),
-            "kl": mean("kl", "none"),
+            "code_gain": intervals.mean_interval(_gain(arrays, "none"), "nats"),
+            "two_decodes": Estimate.from_row(arrays["decodes_none"]),
+            "rate": Estimate(_rate(arrays, "none"), unit="nats"),
+            "code_gain_elbo": intervals.mean_interval(_gain(arrays, "elbo"), "nats"),
+            "kl_elbo": mean("kl", "elbo"),
+            "unconditional": mean("bits_per_dim", "unconditional", "bits/dim"),
         },
         "P3": {
             "prior": kernel("none: prior"),
             "chain": kernel("none: chain"),
-            "q_z": kernel("none: q(z)"),
+            "prior_minus_chain": Estimate.from_row(arrays["prior_minus_chain_classifier"]),
             "noise_to_data": Estimate.from_row(arrays["noise_to_data_classifier"]),
+            "q_z": kernel("none: q(z)"),
             "fitted_gaussian": kernel("none: Gaussian"),
             "fitted_mixture": kernel("none: mixture"),
+            "unconditional": kernel("unconditional"),
             "held_out_photographs": kernel("held-out photographs"),
         },
-        "P4": _gradual_chain(arrays),
-        "P5": {
-            "above_random": intervals.accuracy_gain(right["none"], right["random encoder"]),
-            "above_components": intervals.accuracy_gain(right["none"], right["components"]),
-            **{name: Estimate(float(right[name].mean())) for name in ("none", "elbo", "mmd", "pixels")},
+        "P4": {
+            "neighbours": Estimate.from_row(correlation["none"][LAGS.index(1)]),
+            "lag_5": Estimate.from_row(correlation["none"][LAGS.index(5)]),
+            "lag_20": Estimate.from_row(correlation["none"][LAGS.index(20)]),
+            "neighbours_elbo": Estimate.from_row(correlation["elbo"][LAGS.index(1)]),
         },
-        "P6": {
-            "shuffle_gap": mean("shuffle_gap", "mmd"),
-            "shuffle_gap_none": mean("shuffle_gap", "none"),
-            "prior": kernel("mmd: prior"),
-            "q_z": kernel("mmd: q(z)"),
-            "energy": Estimate.from_row(arrays["energy"][CODED.index("mmd")]),
-            "energy_none": Estimate.from_row(arrays["energy"][CODED.index("none")]),
+        "G1": {
+            name.replace(" ", "_"): intervals.mean_interval(row, "nats")
+            for name, row in zip(FEATURES, lost, strict=True)
         },
-        "P7": {name: Estimate(float(arrays[name])) for name in ("pixels_that_differ", "worst_parameter")},
-        "D1": {
-            "shuffle_gap": mean("shuffle_gap", "linear"),
-            "shuffle_gap_conv": mean("shuffle_gap", "none"),
-            "probe_gain": intervals.accuracy_gain(right["linear"], right["none"]),
-        },
-        "G1": _glasses(arrays),
-    }
-
-
-def _gradual_chain(arrays: Arrays) -> Quantities:
-    """Both similarities are on the scale of `none`: 1 is what two decodes of one z have."""
-    none, elbo = (arrays[f"similarity_{model}_pixels"] for model in ("none", "elbo"))
-    neighbours, scale = Estimate.from_row(none[LAGS.index(1)]), Estimate.from_row(arrays["decodes_none_pixels"])
-    return {
-        "neighbours": neighbours,
-        "two_decodes": scale,
-        "similarity": intervals.ratio(neighbours, scale),
-        "after_60_steps": Estimate.from_row(none[LAGS.index(60)]),
-        "similarity_elbo": intervals.ratio(Estimate.from_row(elbo[LAGS.index(1)]), scale),
-    }
-
-
-def _glasses(arrays: Arrays) -> Quantities:
-    scale, gaussian = _nats_per_bit(arrays), arrays["gaussian_nats"]
-    pixelcnn, unconditional = (_row(arrays, "bits_per_dim", model) for model in ("label", "unconditional"))
-    return {
-        "nats_lost": intervals.mean_interval(gaussian - scale * pixelcnn, "nats"),
-        "gain_by_class": intervals.mean_interval(scale * (unconditional - pixelcnn), "nats"),
-        "gaussian": intervals.mean_interval(gaussian / scale, "bits/dim"),
-        "pixelcnn": intervals.mean_interval(pixelcnn, "bits/dim"),
     }
 
 
@@ -186,6 +103,16 @@ def _row(arrays: Arrays, term: str, model: str) -> np.ndarray:
 
 def _mean(arrays: Arrays, term: str, model: str, unit: str = "nats") -> Estimate:
     return intervals.mean_interval(_row(arrays, term, model), unit)
+
+
+def _gain(arrays: Arrays, model: str) -> np.ndarray:
+    """Nats that each held-out image wins by the code of `model`, (n,)."""
+    bits = _row(arrays, "bits_per_dim", "unconditional") - _row(arrays, "bits_per_dim", model)
+    return _nats_per_bit(arrays) * bits
+
+
+def _rate(arrays: Arrays, model: str) -> float:
+    return float(arrays["rate"][CODED.index(model)])
 
 
 def _nats_per_bit(arrays: Arrays) -> float:
@@ -201,51 +128,77 @@ def _kernel(arrays: Arrays, name: str) -> Estimate:
 
 
 def summary(arrays: Arrays) -> dict[str, Any]:
-    """Further numbers of the run, by model, set or probe."""
-    views = [(f"{model}_{view}", f"{model}, {view}") for model in CHAINED for view in ("pixels", "classifier")]
-    kinds = "classifier", "random"
+    """Further numbers of the run, by model, set or point of the sweep."""
+    kinds, views = ("classifier", "random"), ("", "_classifier")
     return {
-        "models": _terms(arrays),
-        "information_ceiling": float(arrays["information_ceiling"]),
-        "energy_distance_of_the_prior_to_itself": arrays["energy"][-1].tolist(),
-        "kernel_distance": {kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in kinds},
-        "noise_to_data": {kind: arrays[f"noise_to_data_{kind}"].tolist() for kind in kinds},
-        "probe": dict(zip(PROBES, arrays["probe_right"].mean(1).tolist(), strict=True)),
-        "similarity_by_lag": {
-            words: dict(zip(map(str, LAGS), arrays[f"similarity_{name}"].tolist(), strict=True))
-            for name, words in views
+        "models": {
+            name: {term: float(arrays[term][k].mean()) for term in ("bits_per_dim", "kl")}
+            for k, name in enumerate(VARIANTS)
         },
-        "two_decodes": {words: arrays[f"decodes_{name}"].tolist() for name, words in views},
+        "codes": {
+            name: {term: float(arrays[term][k]) for term in ("rate", "mean_spread", "std")}
+            for k, name in enumerate(CODED)
+        },
+        "kernel_distance": {kind: dict(zip(SETS, arrays[f"kernel_{kind}"].tolist(), strict=True)) for kind in kinds},
+        "prior_minus_chain": {kind: arrays[f"prior_minus_chain_{kind}"].tolist() for kind in kinds},
+        "noise_to_data": {kind: arrays[f"noise_to_data_{kind}"].tolist() for kind in kinds},
+        "correlation_by_lag": {
+            f"{model}{view}": dict(zip(map(str, LAGS), arrays[f"correlation_{model}{view}"].tolist(), strict=True))
+            for model in CODED
+            for view in views
+        },
+        "two_decodes": {
+            f"{model}{view}": arrays[f"decodes_{model}{view}"].tolist() for model in CODED for view in views
+        },
+        "glasses": {
+            name: {kind: float(arrays[f"{kind}_nats"][k].mean()) for kind in ("gaussian", "pixelcnn")}
+            for k, name in enumerate(FEATURES)
+        },
+        "sweep": {
+            key: arrays[f"sweep_{key}"].tolist()
+            for key in ("dims", "stds", "rate", "gain", "decodes", "correlation", "time", "drift")
+        },
     }
-
-
-def _terms(arrays: Arrays) -> dict[str, dict[str, Any]]:
-    """Means over held-out images by model, and what its code tells where it learns one."""
-    models: dict[str, dict[str, Any]] = {
-        name: {term: float(arrays[term][k].mean()) for term in ("bits_per_dim", "kl", "shuffle_gap")}
-        for k, name in enumerate(VARIANTS)
-    }
-    for k, name in enumerate(CODED):
-        models[name] |= {term: float(arrays[term][k]) for term in ("information", "mean_spread", "std")}
-        models[name]["energy_distance"] = arrays["energy"][k].tolist()
-    return models
 
 
 def table(arrays: Arrays) -> Any:
-    """A pandas data frame of each model's terms on held-out images: `reconstruction` -E log p(x|z) in bits/dim;
-    `bound`, with the KL added (empty for the class, no draw from a prior); in nats `KL`, `shuffle gap`, `I_q`."""
+    """A pandas data frame of each model's terms on held-out images.
+
+    In bits/dim `reconstruction`, -E log p(x|z), and two bounds of -log p(x): with the KL to N(0, I) added, and with
+    `rate`, the KL to the Gaussian fitted to q(z). In nats per image `code gain`, `KL` and `rate`.
+    """
     import pandas
 
-    terms = pandas.DataFrame(_terms(arrays)).T
+    scale, rows = _nats_per_bit(arrays), {}
+    for name in VARIANTS:
+        bits, coded = _row(arrays, "bits_per_dim", name).mean(), name in CODED
+        kl, cost = (_row(arrays, "kl", name).mean(), _rate(arrays, name)) if coded else (0.0, 0.0)
+        rows[name] = {
+            "reconstruction": bits,
+            "bound, N(0, I)": bits + kl / scale,
+            "bound, fitted Gaussian": bits + cost / scale,
+            "code gain": _gain(arrays, name).mean(),
+            "KL": kl,
+            "rate": cost,
+        }
+    return pandas.DataFrame(rows).T.round(3)
+
+
+def sweep_table(arrays: Arrays) -> Any:
+    """A pandas data frame of the sweep, a row for each code: what it tells, and what its chain does."""
+    import pandas
+
+    values = {key: arrays[f"sweep_{key}"] for key in ("dims", "stds", "rate", "gain", "decodes", "time", "drift")}
+    lags = arrays["sweep_correlation"][..., 0].T
     return pandas.DataFrame(
         {
-            "reconstruction": terms["bits_per_dim"],
-            "bound": (terms["bits_per_dim"] + terms["kl"].fillna(0) / _nats_per_bit(arrays)).drop("label"),
-            "KL": terms["kl"],
-            "shuffle gap": terms["shuffle_gap"],
-            f"I_q (at most {arrays['information_ceiling']:.1f})": terms["information"],
-            "energy distance": terms["energy_distance"].str[0],
-        },
-        index=terms.index,
-        dtype=float,
-    ).round(3)
+            "dimensions": values["dims"],
+            "least std": values["stds"],
+            "rate": values["rate"].round(1),
+            "code gain": values["gain"][:, 0].round(1),
+            "two decodes": values["decodes"][:, 0].round(2),
+            **{f"lag {lag}": row.round(2) for lag, row in zip(LAGS, lags, strict=True) if lag in (1, 5, 20)},
+            "autocorrelation time": values["time"].round(1),
+            "drift": values["drift"][:, 0].round(2),
+        }
+    )

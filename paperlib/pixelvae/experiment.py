@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import nn
 
 from paperlib.data import datasets, device_images
 from paperlib.data.device_images import Images
 from paperlib.pixelvae import measurements, training
 from paperlib.pixelvae.claims import CLAIMS, quantities, summary
+from paperlib.pixelvae.glasses import glasses
 from paperlib.pixelvae.markov_chain import markov_chain
-from paperlib.pixelvae.measurements import LAGS
 from paperlib.pixelvae.model import build
 from paperlib.pixelvae.training import VARIANTS
 from paperlib.runs import presets, recorded, train
@@ -46,25 +48,23 @@ class Settings:
         (16, 32), "channels of the encoder's convolutions, each halving the image"
     )
     encoder_units: int = option(64, "units of the encoder's dense layer")
-    code_channels: int = option(8, "channels of the map that z becomes for the decoder")
+    code_channels: tuple[int, ...] = option(
+        (16, 8), "channels of the network that makes a map of z for the decoder, each doubling its side"
+    )
     blocks: int = option(1, "gated blocks per stage of the PixelCNN++")
     filters: int = option(12, "features of the PixelCNN++")
     mixtures: int = option(4, "logistics per pixel")
     dropout: float = option(0.0, "dropout within the blocks of the PixelCNN++")
     kl_weight: float = option(1.0, "weight of the KL in the objective elbo; 1 is the ELBO")
-    mmd_weight: float = option(1e4, "weight of the MMD in the objective mmd, in nats per image")
-    pretrain_steps: int = option(40, "optimiser steps without regulariser before fine-tuning; 0 for no pretraining")
-    finetune_steps: int = option(
-        15, "optimiser steps of none, elbo, mmd and unconditional, and of none-scratch and elbo-scratch"
-    )
-    ablation_steps: int = option(8, "optimiser steps of the ablations label and linear")
-    input_dropout: float = option(
-        0.5, "share of images of which the decoder sees no pixel in pretraining, falling to 0 at half its steps"
-    )
-    start_from: str = option("", "start pretraining from the weights of another run's model: a folder below runs")
+    train_steps: int = option(80, "optimiser steps of none and unconditional")
+    elbo_steps: int = option(40, "optimiser steps of elbo")
+    sweep_dims: tuple[int, ...] = option((2, 8), "code dimensions of the sweep, with min_std")
+    sweep_stds: tuple[float, ...] = option((0.5,), "least stds of the sweep, with code_dim")
+    sweep_steps: int = option(20, "optimiser steps of each model of the sweep")
+    start_from: str = option("", "start none from the weights in a file, such as one below results/unfinished")
     batch_size: int = option(32, "images per step")
     learning_rate: float = option(2e-3, "learning rate of Adam")
-    schedule: str = option("cosine", "learning rate after pretraining: constant, cosine or exponential")
+    schedule: str = option("cosine", "learning rate: constant, cosine or exponential")
     decay: float = option(1.0, "factor per step of the exponential schedule")
     betas: tuple[float, ...] = option((0.9, 0.999), "momenta of Adam")
     ema: float = option(0.99, "decay of the moving average of the weights")
@@ -73,92 +73,149 @@ class Settings:
     compile: bool = option(False, "train through torch.compile")
     evaluations: int = option(3, "evaluations within a training")
     evaluation_images: int = option(100, "held-out images of each evaluation")
-    measured_images: int = option(297, "held-out images on which terms and probes are measured at last")
+    measured_images: int = option(297, "held-out images on which terms are measured at last")
     classifier_steps: int = option(200, "optimiser steps of the classifier whose features the kernel distance uses")
     classifier_width: int = option(32, "channels of the classifier's last layers")
     chain_steps: int = option(60, "steps of the Markov chain")
     chains: int = option(40, "Markov chains of each kind, a multiple of 20")
     draws: int = option(100, "images drawn from every other distribution")
+    sweep_chains: int = option(40, "Markov chains of each model of the sweep, a multiple of 20")
 
     def __post_init__(self) -> None:
-        may_be_zero = {"dropout", "input_dropout", "kl_weight", "mmd_weight", "pretrain_steps", "clip_norm", "ema"}
-        presets.check_numbers(self, may_be_zero)
-        if not self.min_std < 1:
-            raise ValueError(f"min_std is {self.min_std}, but must be below 1, the greatest std")
-        if self.schedule not in train.SCHEDULES:  # else noticed only after pretraining
+        presets.check_numbers(self, {"dropout", "kl_weight", "clip_norm", "ema"})
+        if not max([self.min_std, *self.sweep_stds]) < 1:
+            raise ValueError(f"min_std and sweep_stds are {self.min_std} and {self.sweep_stds}, but must be below 1")
+        if self.schedule not in train.SCHEDULES:  # else noticed only in training
             raise ValueError(f"unknown schedule {self.schedule!r}: choose from {', '.join(train.SCHEDULES)}")
         if len(self.betas) != 2:
             raise ValueError(f"betas is {self.betas}, but takes two numbers")
-        if self.chains < 40 or self.chains % 20:
-            raise ValueError(f"chains is {self.chains}, but takes a multiple of 20, 40 or more")
+        for name in ("chains", "sweep_chains"):
+            if (count := getattr(self, name)) < 40 or count % 20:
+                raise ValueError(f"{name} is {count}, but takes a multiple of 20, 40 or more")
         if self.draws < self.chains:
             raise ValueError(f"draws is {self.draws}, but must be at least chains, {self.chains}")
-        if self.chain_steps < max(LAGS):
-            raise ValueError(f"chain_steps is {self.chain_steps}, but the largest lag is {max(LAGS)}")
+        if self.chain_steps < (least := max(measurements.SHOWN)):
+            raise ValueError(f"chain_steps is {self.chain_steps}, but must be at least {least}")
 
 
-_cpu_network = {"code_dim": 16, "code_channels": 16, "filters": 24, "mixtures": 5, "compile": True}
-_cpu_network |= {"encoder_channels": (64, 128, 256), "encoder_units": 256}
-_cpu_training = {"pretrain_steps": 6000, "finetune_steps": 2000, "ablation_steps": 1500, "batch_size": 16}
-_cpu_training |= {"learning_rate": 1e-3, "ema": 0.999, "evaluations": 20, "evaluation_images": 250}
-_cpu_sizes = {"measured_images": 5000, "classifier_steps": 4500, "classifier_width": 128, "chains": 200, "draws": 1000}
-_cpu = Settings("cifar10", **_cpu_network, **_cpu_training, **_cpu_sizes)
-
-_gpu_network = {"blocks": 3, "filters": 72, "mixtures": 10, "code_channels": 32, "dropout": 0.05}
-_gpu_training = {"pretrain_steps": 10_000, "finetune_steps": 4500, "batch_size": 256, "precision": "bfloat16"}
-_gpu = replace(_cpu, **_gpu_network, **_gpu_training, evaluation_images=2000, chains=500, draws=2000)
-
-_paper_network = {"encoder_units": 512, "code_dim": 2, "min_std": 0.01, "blocks": 5, "filters": 120, "mixtures": 8}
-_paper_training = {"pretrain_steps": 0, "finetune_steps": 200_000, "ablation_steps": 200_000, "batch_size": 64}
-_paper_training |= {"dropout": 0.5, "input_dropout": 0.0, "mmd_weight": 1e5, "schedule": "exponential"}
-_paper_training |= {"decay": 0.999995, "betas": (0.95, 0.9995), "ema": 0.9995}
-PRESETS = {"smoke": Settings(), "cpu": _cpu, "gpu": _gpu, "paper": replace(_gpu, **_paper_network, **_paper_training)}
+_cpu = Settings(
+    dataset="cifar10",
+    code_dim=48,
+    min_std=0.15,
+    encoder_channels=(64, 128, 256),
+    encoder_units=256,
+    code_channels=(128, 64, 32),
+    filters=32,
+    mixtures=5,
+    train_steps=50_000,
+    elbo_steps=25_000,
+    sweep_dims=(16, 32, 48, 64),
+    sweep_stds=(0.05, 0.4),
+    sweep_steps=3000,
+    batch_size=16,
+    learning_rate=1e-3,
+    ema=0.999,
+    precision="bfloat16",
+    compile=True,
+    evaluations=25,
+    evaluation_images=250,
+    measured_images=5000,
+    classifier_steps=4500,
+    classifier_width=128,
+    chains=100,
+    draws=500,
+    sweep_chains=60,
+)
+_gpu = replace(
+    _cpu,
+    blocks=3,
+    filters=69,
+    mixtures=10,
+    dropout=0.05,
+    train_steps=12_000,
+    elbo_steps=6000,
+    sweep_steps=600,
+    batch_size=256,
+    evaluation_images=2000,
+    chains=500,
+    draws=2000,
+    sweep_chains=200,
+)
+PRESETS = {
+    "smoke": Settings(),
+    "cpu": _cpu,
+    "gpu": _gpu,
+    "paper": replace(
+        _gpu,
+        encoder_units=512,
+        code_dim=2,
+        min_std=0.01,
+        blocks=5,
+        filters=120,
+        mixtures=8,
+        dropout=0.5,
+        train_steps=200_000,
+        elbo_steps=200_000,
+        sweep_dims=(2, 8, 32),
+        sweep_stds=(0.1, 0.4),
+        sweep_steps=20_000,
+        batch_size=64,
+        schedule="exponential",
+        decay=0.999995,
+        betas=(0.95, 0.9995),
+        ema=0.9995,
+    ),
+}
 
 
 def load_images(run: Run) -> Images:
-    """The run's data set, on its device. Raises `UserError` where it is missing or damaged."""
+    """The run's data set, on its device; of a recorded run its shape alone. Raises `UserError` as `datasets.load`."""
+    if run.recorded:
+        return device_images.load(datasets.without_images(recorded.provenance(run)["data"]), run.device)
     return device_images.load(datasets.load(run.settings.dataset), run.device)
 
 
 def fit(run: Run, images: Images) -> dict[str, train.Trained]:
-    """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded model `none` alone."""
-    if run.weights == "recorded":
-        return {"none": recorded.load_model(run, build(run.settings, images))}
-    return training.fit(run.settings, images, run.directory, run.seed)
+    """All trainings of the run by name, see `training.fit`; with recorded weights, the recorded models alone."""
+    if not run.recorded:
+        return training.fit(run.settings, images, run.directory, run.seed)
+    models = {name: build(run.settings, images, variant.coded) for name, variant in VARIANTS.items()}
+    loaded = recorded.load_model(run, nn.ModuleDict(models))
+    return {name: replace(loaded, model=model) for name, model in loaded.model.items()}
 
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     """All that figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are."""
-    if run.weights == "recorded":
+    if run.recorded:
         return load_recorded_arrays(run)
-    settings, seed = run.settings, run.seed
-    models = {name: trained[name].model for name in VARIANTS}
+    settings, seed, models = run.settings, run.seed, {name: one.model for name, one in trained.items()}
     extract = measurements.extractors(settings, images, run.directory, seed)
     return save_arrays(
         run,
         levels=images.dataset.levels,
         **measurements.histories(trained),
         **measurements.terms(settings, images, models, seed),
-        **measurements.codes(settings, images, models, seed),
-        **measurements.probes(settings, images, models, seed),
+        **measurements.codes(images, models),
         **measurements.samples(settings, images, models, extract, seed),
-        **measurements.glasses(settings, images, models["label"], seed),
-        **measurements.exactness(images, models["none"], seed),
+        **measurements.capacity(settings, images, models, extract, seed),
+        **glasses(settings, images, models["unconditional"], seed),
     )
 
 
-def continue_chain(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> np.ndarray:
-    """Three more states of the chain of `none` from each of five held-out photographs: uint8 (4, 5, S, S, C)."""
-    generator = run.generator(11, True)
-    return markov_chain(trained["none"].model, images, images.held_out[-5:], 3, generator).numpy()
+def continue_chain(
+    run: Run, images: Images, trained: Mapping[str, train.Trained], arrays: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Three states of the chain of `none` from each of five held-out photographs: uint8 (4, 5, S, S, C)."""
+    photographs = torch.from_numpy(arrays["from_data_none"][0, :5])
+    return markov_chain(trained["none"].model, images, photographs, 3, run.generator(11, True)).numpy()
 
 
 def conclude(
     run: Run, arrays: Mapping[str, np.ndarray], trained: Mapping[str, train.Trained], images: Images
 ) -> Verdicts:
-    """Judge P1 to P7, D1 and G1, and write `metrics.json`, `run.json` and the weights of `none`."""
-    model, data = trained["none"].model, images.dataset.describe()
-    return recorded.conclude(run, CLAIMS, quantities(arrays), summary(arrays), data, trained, model)
+    """Judge P2 to P4 and G1, and write `metrics.json`, `run.json` and the weights of VARIANTS."""
+    kept, data = nn.ModuleDict({name: trained[name].model for name in VARIANTS}), images.dataset.describe()
+    return recorded.conclude(run, CLAIMS, quantities(arrays), summary(arrays), data, trained, kept)
 
 
 EXPERIMENT = Experiment(

@@ -5,6 +5,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paperlib.data.device_images import Images
+from paperlib.nn import likelihoods
 from paperlib.nn.pixelcnn_sampler import Sampler
 from paperlib.pixelvae.model import BATCH, PixelVAE
 
@@ -17,6 +18,12 @@ def encode(vae: PixelVAE, images: Images, pictures: Tensor) -> tuple[Tensor, Ten
     return torch.cat(means), torch.cat(log_stds)
 
 
+@torch.no_grad()
+def sampled(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """One z ~ q(z|x) for each of uint8 images `pictures` (N, S, S, C): (N, D)."""
+    return likelihoods.sample_gaussian(*encode(vae, images, pictures), generator=generator)
+
+
 class Decoder:
     """Draws x ~ p(x|z) exactly, `batch` images at a time, with the weights that `vae` has now."""
 
@@ -26,14 +33,28 @@ class Decoder:
         self.sampler = Sampler(vae.decoder, batch, side, side)
 
     @torch.no_grad()
-    def __call__(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (N, S, S, C), uint8 on the CPU, one for each code (N, D)."""
+    def __call__(self, z: Tensor, generator: torch.Generator, top: Tensor | None = None) -> Tensor:
+        """Images (N, S, S, C), uint8 on the CPU, one for each code (N, D), where D is 0 for a model without a code.
+
+        With the first rows of each image given as `top`, (N, C, R, S) in [-1, 1], the others are drawn.
+        """
         drawn = []
-        for part in z.split(self.batch):
-            padded = torch.cat([part, part[-1:].expand(self.batch - len(part), -1)])
-            x = self.sampler.draw(self.vae.h(padded), generator=generator, progress=False)
-            drawn.append(self.images.to_uint8(x[: len(part)]))
+        for start in range(0, len(z), self.batch):
+            here, above = (None if all_ is None else _padded(all_[start:], self.batch) for all_ in (z, top))
+            x = self.sampler.draw(self.vae.h(here), generator=generator, top=above, progress=False)
+            drawn.append(self.images.to_uint8(x[: len(z) - start]))
         return torch.cat(drawn)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """The first `count` of rows (N, ...), the last one repeated where there are fewer."""
+    return rows[torch.arange(count, device=rows.device).clamp(max=len(rows) - 1)]
+
+
+def two_decodes(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two draws of p(x|z) for one z ~ q(z|x) of each of uint8 images (N, S, S, C): twice the like, on the CPU."""
+    z, decode = sampled(vae, images, pictures, generator), Decoder(vae, images, min(len(pictures), 250))
+    return decode(z, generator), decode(z, generator)
 
 
 @torch.no_grad()
@@ -44,9 +65,7 @@ def markov_chain(
     decode = Decoder(vae, images, len(start))
     states = [start.cpu()]
     for _ in tqdm(range(steps), desc=name, leave=False):
-        mean, log_std = encode(vae, images, states[-1])
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        states.append(decode(mean + log_std.exp() * noise, generator))
+        states.append(decode(sampled(vae, images, states[-1], generator), generator))
     return torch.stack(states)
 
 

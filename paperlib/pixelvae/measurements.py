@@ -1,9 +1,9 @@
-"""What notebook 04 measures on trained PixelVAEs: terms, codes, drawn images and their distances, exactness.
+"""What notebook 04 measures on trained PixelVAEs: terms, codes, drawn images and their distances, chains, the sweep.
 
-Each function returns arrays by name, from models by the names of `VARIANTS`; estimates are rows of value, low, high.
+Each function returns arrays by name, from models by the names of `training.fit`; estimates are value, low, high.
 """
 
-import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paperlib.data.device_images import Images
-from paperlib.nn import likelihoods
-from paperlib.nn.pixelcnn_sampler import Sampler, draw_by_full_passes
-from paperlib.pixelvae.markov_chain import Decoder, encode, markov_chain, noise_images
-from paperlib.pixelvae.model import PixelVAE, build
-from paperlib.pixelvae.training import CODED, evaluate
+from paperlib.pixelvae.markov_chain import Decoder, encode, markov_chain, noise_images, sampled, two_decodes
+from paperlib.pixelvae.model import PixelVAE
+from paperlib.pixelvae.training import VARIANTS, evaluate, sweep
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.runs.provenance import describe_code
-from paperlib.stats import aggregate_posterior, features, two_sample
-from paperlib.stats.autocorrelation import autocorrelation, pair_correlation
-from paperlib.stats.linear_probe import linear_probe
+from paperlib.stats import features, intervals, two_sample
+from paperlib.stats.autocorrelation import autocorrelation, integrated_time, pair_correlation
 from paperlib.system.devices import seeded, stream
 
 Models = Mapping[str, PixelVAE]
 Arrays = dict[str, np.ndarray]
 Extractors = Mapping[str, features.Extractor]
 
-LAGS = (1, 5, 20, 60)  # of the chain's autocorrelation
+LAGS = (1, 2, 5, 10, 20)  # of the chain's correlation
+WARM_UP = 5  # states of a chain from noise that do not count in it
 LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where sets of images are compared
-CHAINED = ("none", "elbo")  # models whose chains are run
-PROBES = ("pixels", "components", "random encoder", *CODED)
+CODED = tuple(name for name, variant in VARIANTS.items() if variant.coded)
 SETS = (
-    "training photographs", "held-out photographs", "blurred", "patches shuffled",
+    "training photographs", "held-out photographs", "blurred", "patches shuffled", "unconditional",
     "none: q(z)", "none: prior", "none: Gaussian", "none: mixture", "none: chain", "none: chain from data",
     "elbo: q(z)", "elbo: prior", "elbo: chain", "elbo: chain from data",
-    "mmd: q(z)", "mmd: prior",
 )  # fmt: skip
 # Of the jackknife: the late states of one chain stand in a row and are one group.
 GROUP_SIZE = {name: len(LATE) if "chain" in name else 1 for name in SETS}
@@ -49,76 +45,54 @@ GROUP_SIZE = {name: len(LATE) if "chain" in name else 1 for name in SETS}
 
 
 def histories(trained: Mapping[str, train.Trained]) -> Arrays:
-    """Of each training `<name>_history`, rows of steps, training and held-out bits/dim of the reconstruction term."""
-    keys = "step", "bits_per_dim", "held_out_bits_per_dim"
-    return {f"{name}_history": np.array([[r[key] for key in keys] for r in t.history]) for name, t in trained.items()}
+    """Of each of VARIANTS `<name>_history`: rows of steps, training and held-out bits/dim of the reconstruction term,
+    and the correlation of two decodes, nan where it is not watched."""
+    keys = "step", "bits_per_dim", "held_out_bits_per_dim", "held_out_two_decodes"
+    return {
+        f"{name}_history": np.array([[row.get(key, math.nan) for key in keys] for row in trained[name].history])
+        for name in VARIANTS
+    }
 
 
 def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """What `evaluate` says of held-out images, (models, n) each; nan where no code is learned. Same noise for all."""
-    n = settings.measured_images
-    pictures, labels = images.held_out[:n], images.held_out_labels[:n]
-    table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": [], "shuffle_gap": []}
-    for vae in models.values():
-        with seeded(seed, images.device):
-            measured = evaluate(vae, images, pictures, labels)
-        for name, row in table.items():
-            row.append(measured[name].numpy(force=True) if name in measured else np.full(len(pictures), np.nan))
+    """What `evaluate` says of held-out images, (VARIANTS, n) each; nan where there is no code. Same noise for all."""
+    pictures = images.held_out[: settings.measured_images]
+    table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": []}
+    for name in VARIANTS:
+        measured = evaluated(models[name], images, pictures, seed)
+        for term, row in table.items():
+            row.append(measured.get(term, np.full(len(pictures), np.nan)))
     return {name: np.stack(row).astype(np.float32) for name, row in table.items()}
 
 
-def codes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """For each of `CODED`: `information` I_q(x;z) in nats over training images, at most `information_ceiling`, log N;
-    `energy`, the energy distance of q(z) on held-out images to N(0, I), with a last row for N(0, I) to itself from as
-    many draws; `mean_spread` and `std`, root mean squares of the means' std over images and of std(x).
+def evaluated(vae: PixelVAE, images: Images, pictures: Tensor, seed: int) -> Arrays:
+    """`evaluate` with the noise of `seed`."""
+    with seeded(seed, images.device):
+        return {name: values.numpy(force=True) for name, values in evaluate(vae, images, pictures).items()}
+
+
+def codes(images: Images, models: Models) -> Arrays:
+    """For each of CODED, over training images: `rate`, see there; `mean_spread` and `std`, root mean squares of the
+    means' std over images and of std(x).
     """
-    n, device = settings.measured_images, images.device
-    table: dict[str, list] = {"information": [], "energy": [], "mean_spread": [], "std": []}
-    prior = torch.randn(2, min(n, len(images.held_out)), settings.code_dim, generator=stream(seed, 1))
+    table: dict[str, list[float]] = {"rate": [], "mean_spread": [], "std": []}
     for name in CODED:
         mean, log_std = encode(models[name], images, images.train)
-        information = aggregate_posterior.mutual_information(
-            aggregate_posterior.Codes(mean, log_std), points=min(len(mean), 2000), generator=stream(seed, 2, device)
-        )
-        z = sampled(models[name], images, images.held_out[:n], stream(seed, 3, device))
-        table["information"].append(information.nats)
-        table["energy"].append(two_sample.energy_distance(z.cpu(), prior[0]).row)
+        table["rate"].append(rate(mean, log_std))
         table["mean_spread"].append(mean.var(0).mean().sqrt().item())
         table["std"].append((2 * log_std).exp().mean().sqrt().item())
-    table["energy"].append(two_sample.energy_distance(prior[1], prior[0]).row)
-    arrays = {name: np.array(column) for name, column in table.items()}
-    return arrays | {"information_ceiling": np.array(information.ceiling)}
+    return {name: np.array(column) for name, column in table.items()}
 
 
-@torch.no_grad()
-def sampled(vae: PixelVAE, images: Images, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """One z ~ q(z|x) for each of uint8 images `pictures` (N, S, S, C): (N, D)."""
-    return likelihoods.sample_gaussian(*encode(vae, images, pictures), generator=generator)
+def rate(mean: Tensor, log_std: Tensor) -> float:
+    """E KL(q(z|x) || N(m, C)) in nats over q(z|x) with means and log stds (N, D), m and C the moments of q(z).
 
-
-def probes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """`probe_right` (PROBES, n), bool: which held-out images a linear classifier of each of PROBES gets right.
-
-    Codes are samples of q(z|x); of the random encoder, which has no reason to be precise, the means.
+    This is the least that a Gaussian prior makes the code cost, and no less than I_q(x;z). Under the moments the
+    quadratic terms average to D, so that it is (log det C - E log det diag std(x)^2) / 2.
     """
-    from sklearn.decomposition import PCA
-
-    n, device = settings.measured_images, images.device
-    parts = images.train, images.held_out[:n]
-    pixels = [part.flatten(1).float().cpu() for part in parts]
-    pca = PCA(settings.code_dim, svd_solver="covariance_eigh").fit(pixels[0].numpy())
-    with seeded(seed, device):
-        untrained = build(settings, images)
-    inputs = {
-        "pixels": pixels,
-        "components": [torch.from_numpy(pca.transform(part.numpy())) for part in pixels],
-        "random encoder": [encode(untrained, images, part)[0] for part in parts],
-    }
-    for name in CODED:
-        inputs[name] = [sampled(models[name], images, part, stream(seed, 4, device)) for part in parts]
-    labels = [images.labels.cpu(), images.held_out_labels[:n].cpu()]
-    right = [linear_probe(inputs[name][0].cpu(), labels[0], inputs[name][1].cpu(), labels[1]) for name in PROBES]
-    return {"probe_right": np.stack(right)}
+    mean, log_std = mean.double(), log_std.double()
+    covariance = mean.T.cov(correction=0) + torch.diag((2 * log_std).exp().mean(0))
+    return 0.5 * (torch.logdet(covariance) - 2 * log_std.sum(1).mean()).item()
 
 
 # Sets of images
@@ -138,30 +112,31 @@ def samples(settings: Any, images: Images, models: Models, extract: Extractors, 
     """Images drawn in every way, `draws` of each of SETS, of a chain the LATE states of `chains`.
 
     `shown_<set>` (40, S, S, C), the first images, of chains the last states; and the arrays of `_distances`, and of
-    `_chain_arrays` for each model of CHAINED.
+    `_chain_arrays` for each of CODED.
     """
     mixed = torch.randperm(len(images.held_out), generator=stream(seed, 12)).to(images.device)
     sources, reference = images.held_out[mixed[: settings.draws]], images.held_out[mixed[settings.draws :]]
     generator = stream(seed, 5, images.device)
     noise = noise_images(images, settings.chains, stream(seed, 6))
     drawn, arrays = _photographs(images, sources, seed), {}
-    for name in ("none", "elbo", "mmd"):
+    batch = min(settings.draws, 250)
+    no_codes = torch.empty(settings.draws, 0, device=images.device)
+    drawn["unconditional"] = Decoder(models["unconditional"], images, batch)(no_codes, generator)
+    for name in CODED:
         vae = models[name]
-        z = sampled(vae, images, sources, generator)
-        decode = Decoder(vae, images, min(settings.draws, 250))
-        drawn[f"{name}: q(z)"] = decode(z, generator)
-        drawn[f"{name}: prior"] = decode(torch.randn(z.shape, generator=generator, device=z.device), generator)
+        pair = two_decodes(vae, images, sources, generator)
+        decode, codes_ = Decoder(vae, images, batch), (settings.draws, settings.code_dim)
+        drawn[f"{name}: q(z)"] = pair[0]
+        drawn[f"{name}: prior"] = decode(torch.randn(codes_, generator=generator, device=images.device), generator)
         if name == "none":
-            for kind, fitted_z in fitted(sampled(vae, images, images.train, generator), settings.draws, seed).items():
-                drawn[f"none: {kind}"] = decode(fitted_z, generator)
-        if name in CHAINED:
-            steps, begins = settings.chain_steps, sources[: settings.chains]
-            from_noise = markov_chain(vae, images, noise, steps, generator, f"{name} from noise")
-            from_data = markov_chain(vae, images, begins, steps, generator, f"{name} from data")
-            for kind, states in (("chain", from_noise), ("chain from data", from_data)):
-                drawn[f"{name}: {kind}"] = states[list(LATE)].transpose(0, 1).flatten(0, 1)  # chain by chain
-            pair = drawn[f"{name}: q(z)"], decode(z, generator)
-            arrays |= _chain_arrays(name, from_noise, from_data, pair, extract["classifier"])
+            for kind, z in fitted(sampled(vae, images, images.train, generator), settings.draws, seed).items():
+                drawn[f"none: {kind}"] = decode(z, generator)
+        begins = torch.cat([noise, sources[: settings.chains].cpu()])
+        states = markov_chain(vae, images, begins, settings.chain_steps, generator, f"{name}: chains")
+        chains = dict(zip(("chain", "chain from data"), states.split(settings.chains, 1), strict=True))
+        for kind, states in chains.items():
+            drawn[f"{name}: {kind}"] = states[list(LATE)].transpose(0, 1).flatten(0, 1)  # chain by chain
+        arrays |= _chain_arrays(name, images, *chains.values(), sources, pair, extract["classifier"])
     shown = {f"shown_{name}": drawn[name][GROUP_SIZE[name] - 1 :: GROUP_SIZE[name]][:40] for name in SETS}
     return arrays | _distances(drawn, reference, extract) | shown
 
@@ -179,35 +154,55 @@ def _photographs(images: Images, sources: Tensor, seed: int) -> dict[str, Tensor
 
 
 def _chain_arrays(
-    name: str, from_noise: Tensor, from_data: Tensor, pair: tuple[Tensor, Tensor], classifier: features.Extractor
+    name: str,
+    images: Images,
+    from_noise: Tensor,
+    from_data: Tensor,
+    sources: Tensor,
+    pair: tuple[Tensor, Tensor],
+    classifier: features.Extractor,
 ) -> dict[str, Any]:
-    """`chain_<model>` (steps + 1, S, S, C), the first chain from noise; `many_<model>` (36, S, S, C), last states;
-    `similarity_<model>_<pixels or classifier>` (LAGS, 3), autocorrelation of chains from photographs; of a `pair` of
-    decodes of the same codes, `decodes_<...>` (3,), their correlation, and `shown_decodes_<model>` (2, 10, S, S, C).
+    """`chain_<model>` (steps + 1, S, S, C), the first chain from noise; `from_data_<model>` (16, 8, S, S, C), the first
+    states of chains from photographs; `correlation_<model>` (LAGS, 3) of chains from noise, see `chain_correlation`,
+    and `correlation_<model>_classifier`, the autocorrelation of the classifier's features. Of a `pair` of decodes of
+    one code of each of `sources`: `decodes_<model>` (3,), their correlation of pixels, `decodes_<model>_classifier`,
+    and `shown_decodes_<model>` (3, 12, S, S, C), the photograph first.
     """
-    arrays: dict[str, Any] = {
+    late = torch.stack([classifier(state) for state in from_noise[WARM_UP:]])
+    return {
         f"chain_{name}": from_noise[:, 0],
-        f"many_{name}": from_noise[-1, :36],
-        f"shown_decodes_{name}": torch.stack([pictures[:10] for pictures in pair]),
+        f"from_data_{name}": from_data[:16, :8],
+        f"correlation_{name}": chain_correlation(images, from_noise[WARM_UP:]),
+        f"correlation_{name}_classifier": np.stack(autocorrelation(late, LAGS), 1),
+        f"decodes_{name}": pair_correlation(*(pictures.flatten(1) for pictures in pair)).row,
+        f"decodes_{name}_classifier": pair_correlation(*(classifier(pictures) for pictures in pair)).row,
+        f"shown_decodes_{name}": torch.stack([pictures[:12] for pictures in (sources.cpu(), *pair)]),
     }
-    for view, extract in (("pixels", lambda pictures: pictures.flatten(1).double()), ("classifier", classifier)):
-        states = torch.stack([extract(state) for state in from_data])
-        arrays[f"similarity_{name}_{view}"] = np.stack(autocorrelation(states, LAGS), 1)
-        arrays[f"decodes_{name}_{view}"] = pair_correlation(*(extract(pictures) for pictures in pair)).row
-    return arrays
+
+
+def chain_correlation(images: Images, states: Tensor, lags: tuple[int, ...] = LAGS) -> np.ndarray:
+    """Correlation of pixels of states so many steps apart, the mean training image taken off, (lags, 3): of chains,
+    uint8 (T, N, S, S, C). What can be measured on a single chain, such as that of the authors' picture.
+    """
+    mean = images.train.double().mean(0).flatten().cpu()
+    return np.stack(autocorrelation(states.flatten(2), lags, mean), 1)
 
 
 def _distances(drawn: Mapping[str, Tensor], reference: Tensor, extract: Extractors) -> dict[str, Any]:
     """`kernel_<kind>` (SETS, 3): squared kernel distance of each of SETS to `reference`, held-out photographs that had
-    no part in making it; `noise_to_data_<kind>` (3,): between the chain's states from noise and from photographs.
+    no part in making it; `prior_minus_chain_<kind>` (3,), the difference of two of these under `none`;
+    `noise_to_data_<kind>` (3,): between the chain's states from noise and from photographs.
     """
     arrays: dict[str, Any] = {}
     for kind, features_of in extract.items():
         points, kept = {name: features_of(drawn[name]) for name in SETS}, features_of(reference)
         to_kept = (two_sample.kernel_distance(points[name], kept, together=(GROUP_SIZE[name], 1)) for name in SETS)
         arrays[f"kernel_{kind}"] = rows(to_kept)
-        ends = points["none: chain"], points["none: chain from data"]
-        arrays[f"noise_to_data_{kind}"] = two_sample.kernel_distance(*ends, together=(len(LATE), len(LATE))).row
+        prior, chain, from_data = (points[f"none: {name}"] for name in ("prior", "chain", "chain from data"))
+        apart = two_sample.kernel_distance_difference(prior, chain, kept, together=(1, len(LATE)))
+        arrays[f"prior_minus_chain_{kind}"] = apart.row
+        ends = two_sample.kernel_distance(chain, from_data, together=(len(LATE), len(LATE)))
+        arrays[f"noise_to_data_{kind}"] = ends.row
     return arrays
 
 
@@ -239,50 +234,43 @@ def fitted(z: Tensor, count: int, seed: int) -> dict[str, Tensor]:
     return drawn
 
 
-# The class as a code, and exactness
+# The sweep of the code's capacity
 
 
-def glasses(settings: Any, images: Images, label: PixelVAE, seed: int) -> dict[str, Any]:
-    """G1: `gaussian_nats` (n,), -log p of held-out images under the Gaussian of their class, each grey level a bin; of
-    each class `gaussian_mean`, `gaussian_sample` and `glasses_photograph`, a training image, (10, S, S, C), and
-    `glasses_sample` (10, 4, S, S, C), draws of the PixelCNN++.
+def capacity(settings: Any, images: Images, models: Models, extract: Extractors, seed: int) -> dict[str, Any]:
+    """Of each model of the `sweep`, in its order: `sweep_dims` and `sweep_stds` (P,); `sweep_rate` (P,), see `rate`;
+    `sweep_gain` (P, 3), nats per held-out image won over "sweep-unconditional"; `sweep_decodes` (P, 3), the correlation
+    of two decodes of one code; of `sweep_chains` chains from photographs `sweep_correlation` (P, LAGS, 3),
+    `sweep_time` (P,), the integrated autocorrelation time in steps, `sweep_drift` (P, 3), the squared kernel distance
+    of late states to other photographs on the classifier's features; `sweep_states` (P, SHOWN, S, S, C), one chain.
     """
-    n, top = settings.measured_images, images.dataset.levels - 1
-    classes = [images.train[images.labels == k] for k in range(images.classes)]
-    means = torch.stack([x.double().mean(0) for x in classes])
-    # At least 1/12, the variance of a uniform grey level within its bin: some corners of digits never vary.
-    stds = torch.stack([x.double().var(0, correction=0) for x in classes]).clamp(min=1 / 12).sqrt()
-    log_p = [
-        likelihoods.discretized_gaussian_log_prob(part.double(), means[k], stds[k].log(), levels=top + 1)
-        for part, k in zip(images.held_out[:n].split(512), images.held_out_labels[:n].split(512), strict=True)
-    ]
-    generator = stream(seed, 8, images.device)
-    drawn = means + stds * torch.randn(means.shape, generator=generator, device=means.device, dtype=means.dtype)
-    z = torch.eye(len(classes), device=images.device).repeat_interleave(4, 0)
-    made = Decoder(label, images, len(z))(z, generator)
-    return {
-        "gaussian_nats": -torch.cat(log_p),
-        "gaussian_mean": means.round().clamp(0, top).byte(),
-        "gaussian_sample": drawn.round().clamp(0, top).byte(),
-        "glasses_sample": made.unflatten(0, (-1, 4)),
-        "glasses_photograph": torch.stack([x[0] for x in classes]),
-    }
+    pictures, count = images.held_out[: settings.measured_images], settings.sweep_chains
+    mixed = torch.randperm(len(images.held_out), generator=stream(seed, 15)).to(images.device)
+    sources, others = images.held_out[mixed[:count]], images.held_out[mixed[count:]]
+    without = evaluated(models["sweep-unconditional"], images, pictures, seed)["bits_per_dim"]
+    table: dict[str, list] = {}
+    for name, (dims, std) in sweep(settings).items():
+        vae, generator = models[name], stream(seed, 16, images.device)
+        won = without - evaluated(vae, images, pictures, seed)["bits_per_dim"]
+        pair = two_decodes(vae, images, sources, generator)
+        states = markov_chain(vae, images, sources, settings.chain_steps, generator, name)
+        every = chain_correlation(images, states, tuple(range(1, settings.chain_steps // 2 + 1)))
+        late = states[list(LATE)].transpose(0, 1).flatten(0, 1)
+        points = (extract["classifier"](each) for each in (late, others))
+        row = {
+            "dims": dims,
+            "stds": std,
+            "rate": rate(*encode(vae, images, images.train)),
+            "gain": intervals.mean_interval(won * math.log(2) * pictures[0].numel()).row,
+            "decodes": pair_correlation(*(drawn.flatten(1) for drawn in pair)).row,
+            "correlation": every[[lag - 1 for lag in LAGS]],
+            "time": integrated_time(every[:, 0]),
+            "drift": two_sample.kernel_distance(*points, together=(len(LATE), 1)).row,
+            "states": states[list(SHOWN), 0],
+        }
+        for key, value in row.items():
+            table.setdefault(f"sweep_{key}", []).append(np.asarray(value))
+    return {key: np.stack(column) for key, column in table.items()}
 
 
-def exactness(images: Images, vae: PixelVAE, seed: int) -> Arrays:
-    """P7 for two codes: `pixels_that_differ` between images of the incremental sampler and of full passes, in float64;
-    `worst_parameter`, greatest difference of parameters in float32, relative where one is above 1.
-    """
-    device, x = images.device, images.to_float(images.held_out[:2])
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # TF32 has ten bits, also of float32
-        h = vae.h(sampled(vae, images, images.held_out[:2], stream(seed, 9, device)))
-        expected = vae.decoder(x, h)
-    shape = x.shape[0], *x.shape[2:]
-    given = Sampler(vae.decoder, *shape).teacher_forced(x, h)
-    error = ((given - expected).abs() / expected.abs().clamp(min=1)).max()
-
-    network, h = copy.deepcopy(vae.decoder).double(), h.double()
-    sizes, options = network.settings, {"generator": stream(seed, 10, device), "dtype": torch.float64, "device": device}
-    noise = likelihoods.mix_logistic_noise(shape, sizes.mixtures, sizes.channels, **options)
-    differ = Sampler(network, *shape).draw(h, noise=noise) != draw_by_full_passes(network, noise, h)
-    return {"pixels_that_differ": np.array(int(differ.any(1).sum())), "worst_parameter": np.array(error.item())}
+SHOWN = (0, 1, 2, 3, 5, 10, 15, 20, 30, 40, 50, 60)  # states of a chain of the sweep

@@ -16,7 +16,9 @@ from paperlib.runs.claims import measured_text, verdict_text
 from paperlib.system import files
 
 TITLE = "Towards Deeper Understanding of Variational Autoencoding Models: what came out"
+TEMPLATES = PackageLoader("paperlib.report")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
+_TAG = re.compile(r"\\tag\{([^}]*)\}")
 _CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 
 
@@ -33,16 +35,14 @@ def write(folder: Path) -> Path:
 
 def index(every: list[Recorded]) -> str:
     """The page of what is recorded, as HTML."""
-    templates = Environment(
-        loader=PackageLoader("paperlib.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    templates = Environment(loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     templates.filters |= {"title_of": _title, "figures": _figures, "facts": _facts}
-    templates.filters |= {"verdict": verdict_text, "measured": measured_text}
+    templates.filters |= {"verdict": verdict_text, "measured": measured_text, "rows": lambda one: records.rows([one])}
     rows = records.rows(every)
     return templates.get_template("index.html.j2").render(
         title=TITLE,
         records=every,
-        rows=rows,
+        verdicts=rows,
         held=sum(entry["holds"] is True for *_, entry in rows),
         failed=[claim for _, claim, entry in rows if entry["holds"] is False],
     )
@@ -101,7 +101,9 @@ def notebook_page(path: Path) -> str:
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", embed_images=True)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    return _with_mathml(re.sub(r'<script[^>]*src="[^"]*"[^>]*></script>', "", text), formulas)
+    text = re.sub(r'<script[^>]*src="[^"]*"[^>]*></script>', "", text)
+    style, _, _ = TEMPLATES.get_source(Environment(autoescape=True), "style.css")
+    return _with_mathml(text.replace("</head>", f"<style>\n{style}</style>\n</head>", 1), formulas)
 
 
 def markdown(text: str) -> str:
@@ -122,7 +124,10 @@ def _held_back(text: str, formulas: list[str]) -> str:
 
     def token(match: re.Match) -> str:
         block, inline = match.groups()
-        made = convert(block.strip(), display="block") if block else convert(inline, display="inline")
+        made = convert(_TAG.sub("", block or inline).strip(), display="block" if block else "inline")
+        if block:  # the number beside the formula, where it stays in sight when a wide one is moved
+            number = "".join(f"<span>({tag})</span>" for tag in _TAG.findall(block))
+            made = f'<span class="equation">{made}{number}</span>'
         formulas.append(made.replace("\n", ""))
         return f"FORMULA{len(formulas) - 1}X"
 

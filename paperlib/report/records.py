@@ -56,7 +56,7 @@ class Recorded:
     def recomputed(self) -> dict[str, dict[str, Estimate]]:
         """The quantities of each claim by the code as it is now. Raises `UserError` as the recorded files deserve."""
         settings = self.experiment.settings(self.preset)
-        run = Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", "recorded")
+        run = Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", True)
         return self.experiment.recompute(run)
 
 

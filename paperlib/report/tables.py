@@ -1,11 +1,9 @@
 """Carry recorded results into the texts that quote them, so that no verdict is typed by hand.
 
 A block stands between `<!-- recorded:begin -->` and `<!-- recorded:end -->`. Notebooks quote the best recorded run of
-their own, the README one table of all claims, and another of `results/benchmarks/`. Below the caption of each figure in
-a notebook, whose outputs are those of `smoke`, stands the recorded figure.
+their own, the README one table of all claims, `docs/speed.md` those of `results/benchmarks/`.
 """
 
-import itertools
 import json
 import os
 import re
@@ -25,7 +23,6 @@ STDS = (1, 0.1, 0.01)  # of q(z|x), in the benchmark of aggregates
 SPEED = "<!-- speed:begin -->", "<!-- speed:end -->"
 # The names under which a notebook's cell saves figures.
 FIGURE = re.compile(r"save_figure\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
-_BELOW = re.compile(r"\n\nAs recorded under `\w+`: [^\n]*")
 
 
 def best(notebook: str) -> records.Recorded | None:
@@ -42,21 +39,8 @@ def notebook_block(notebook: str) -> str:
     picture = _picture(recorded, headline)
     return (
         f"**Recorded** ({recorded.origin()}):\n\n![{caption}]({picture})\n\n*{caption}*\n\n"
-        f"{recorded.claims._repr_markdown_()}\n\n"
-        "Outputs below are those of a run under `smoke` and show that the cells work. *What was seen* is about the "
-        "recorded run, whose figures stand below the captions."
+        f"{recorded.claims._repr_markdown_()}"
     )
-
-
-def with_recorded_figure(source: str, name: str, notebook: str) -> str:
-    """The Markdown below a figure, with the recorded one after its caption, the first paragraph."""
-    recorded, source = best(notebook), _BELOW.sub("", source)
-    if recorded is None:
-        return source
-    at_top = name == recorded.experiment.headline[0]
-    picture = "the figure at the top." if at_top else f"![{name}, recorded]({_picture(recorded, name)})"
-    caption, gap, rest = source.partition("\n\n")
-    return f"{caption}\n\nAs recorded under `{recorded.preset}`: {picture}{gap}{rest}"
 
 
 def _picture(recorded: records.Recorded, name: str) -> str:
@@ -145,7 +129,10 @@ def texts() -> Iterator[tuple[Path, str, str]]:
     """Every file with a block, as (path, its text now, its text with the block rewritten)."""
     readme = files.ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    yield readme, text, filled(filled(text, readme_block(), readme), speed_block(), readme, SPEED)
+    yield readme, text, filled(text, readme_block(), readme)
+    speed = files.ROOT / "docs" / "speed.md"
+    text = speed.read_text(encoding="utf-8")
+    yield speed, text, filled(text, speed_block(), speed, SPEED)
     for name in EXPERIMENTS:
         path = files.NOTEBOOKS / f"{name}.ipynb"
         text = path.read_text(encoding="utf-8")
@@ -155,10 +142,6 @@ def texts() -> Iterator[tuple[Path, str, str]]:
             raise UserError(f"{path} has no line {BEGIN}: put it and {END} into the opening cell")
         source = filled("".join(opening["source"]), notebook_block(name), path)
         opening["source"] = source.splitlines(keepends=True)
-        for cell, below in itertools.pairwise(notebook["cells"]):
-            for figure in FIGURE.findall("".join(cell["source"])) if cell["cell_type"] == "code" else ():
-                source = with_recorded_figure("".join(below["source"]), figure, name)
-                below["source"] = source.splitlines(keepends=True)
         yield path, text, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -13,7 +13,6 @@ import argparse
 from paperlib.runs import presets
 from paperlib.runs.experiment import Experiment
 from paperlib.system import distributed
-from paperlib.system.devices import pick_device
 from paperlib.system.errors import run_command
 
 
@@ -22,10 +21,10 @@ def main(experiment: Experiment) -> None:
 
     def train() -> int:
         options = parser(experiment.notebook).parse_args()
-        overrides = presets.parse(experiment.settings(options.preset), options.set)
-        device = str(pick_device(options.device))
-        with distributed.joined(device):
-            run = experiment.start(options.preset, options.seed, device, "train", overrides)
+        overrides = presets.parse(presets.choose(experiment.presets, options.preset), options.set)
+        device = experiment.device(options.preset, options.device)
+        with distributed.joined(str(device)):
+            run = experiment.start(options.preset, options.seed, options.device, overrides)
             trained = experiment.fit(run)
             if distributed.rank_and_world()[0] == 0:
                 for name, one in trained.items():

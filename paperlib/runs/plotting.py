@@ -35,19 +35,24 @@ def new(columns: int = 1, rows: int = 1, *, width: float = WIDTH, height: float 
     return figure, axes
 
 
-def show_images(axis: Any, images: np.ndarray, columns: int, *, high: float = 1.0) -> None:
-    """Draw images (N, H, W) or (N, H, W, 3) as one grid, `columns` to a row, all with 0 as black and `high` as white.
+def sheet(images: np.ndarray, columns: int, *, high: float = 1.0) -> np.ndarray:
+    """Images (N, H, W) or (N, H, W, 3) as one, in [0, 1]: `columns` to a row, all with 0 as black and `high` as white.
 
     Values outside [0, high] are clipped. One pixel of white separates the images.
     """
     images = np.clip(np.asarray(images, dtype=np.float64) / high, 0, 1)
     count, height, width = images.shape[:3]
     rows = -(-count // columns)
-    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, *images.shape[3:]))
+    drawn = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, *images.shape[3:]))
     for k, image in enumerate(images):
         top, left = (k // columns) * (height + 1), (k % columns) * (width + 1)
-        sheet[top : top + height, left : left + width] = image
-    axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        drawn[top : top + height, left : left + width] = image
+    return drawn
+
+
+def show_images(axis: Any, images: np.ndarray, columns: int, *, high: float = 1.0) -> None:
+    """Draw the `sheet` of images (N, H, W) or (N, H, W, 3)."""
+    axis.imshow(sheet(images, columns, high=high), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)

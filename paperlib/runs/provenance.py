@@ -1,9 +1,14 @@
 """Where a number comes from: code, versions, device and trainings."""
 
+import ast
+import hashlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import subprocess
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,41 @@ def describe_code() -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         return {"revision": None, "modified": None}
     return {"revision": revision, "modified": modified}
+
+
+def source_hash(objects: Iterable[Any]) -> str:
+    """Twelve hexadecimal digits that change with the code of `objects`, functions or classes.
+
+    That is the whole module of what this library defines, else the definition itself, and the same of functions that a
+    function has captured. Comments, docstrings and layout do not count, nor do torch's own modules, nor code that
+    Python cannot show.
+    """
+    digest = hashlib.sha256()
+    for source in sorted({_source(one) for one in _with_captured(objects)}):
+        digest.update(source.encode() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _with_captured(objects: Iterable[Any]) -> Iterator[Any]:
+    for one in objects:
+        yield one
+        captured = (cell.cell_contents for cell in getattr(one, "__closure__", None) or ())
+        yield from _with_captured(value for value in captured if inspect.isfunction(value))
+
+
+def _source(one: Any) -> str:
+    name = one.__module__
+    if name.startswith("torch."):
+        return ""
+    try:
+        source = inspect.getsource(inspect.getmodule(one) if name.startswith("paperlib.") else one)
+        tree = ast.parse(textwrap.dedent(source))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return f"{name} {ast.unparse(tree)}"
 
 
 def describe_device(device: str) -> str:

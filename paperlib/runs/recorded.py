@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ def conclude(
     trained: Mapping[str, Trained],
     kept: torch.nn.Module,
 ) -> Verdicts:
-    """`run.finish` for a run that trains, after writing the weights of `kept`, the model to be recorded."""
-    if run.weights == "train":
-        save_weights(run, kept.state_dict())
+    """`run.finish` with what is known of the trainings, after writing the weights of `kept`, the models to be recorded.
+
+    Of a recorded run nothing but its verdicts is written.
+    """
+    if run.recorded:
+        return finish(run, claims, measured, numbers, provenance(run)["data"])
+    save_weights(run, kept.state_dict())
     trainings = {
         name: {"steps": one.steps, "seconds": round(one.seconds, 1), **one.provenance, "resumed": one.resumed}
         for name, one in trained.items()
@@ -63,7 +67,8 @@ def _write(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[str, s
 
 
 def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
-    """The arrays recorded for this notebook and preset. Raises `UserError` as `load_recorded_weights` does."""
+    """The arrays recorded for the notebook and preset of `run`. Raises `UserError` as `provenance` does."""
+    provenance(run)
     path = _recorded(run, "arrays.npz")
     try:
         return load_arrays(path.parent)
@@ -71,11 +76,15 @@ def load_recorded_arrays(run: Run) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read ({error}): restore it with git checkout") from error
 
 
-def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The weights recorded for this notebook and preset.
+def load_recorded_metrics(run: Run) -> dict[str, Any]:
+    """The `metrics.json` recorded for the notebook and preset of `run`. Raises `UserError` as `provenance` does."""
+    provenance(run)
+    return files.load_json(_recorded(run, "metrics.json"))
 
-    Raises `UserError` where none are recorded, or of other settings or another seed, or the file is damaged.
-    """
+
+def load_recorded_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The weights recorded for the notebook and preset of `run`. Raises `UserError` as `provenance` does."""
+    provenance(run)
     return read_weights(_recorded(run, "weights.safetensors"))
 
 
@@ -95,24 +104,36 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_model(run: Run, model: torch.nn.Module) -> Trained:
-    """`model` with the weights recorded for this notebook and preset. Raises as `load_recorded_weights` does."""
+    """`model` with the weights recorded for the notebook and preset of `run`. Raises as `provenance` does."""
     model.load_state_dict(load_recorded_weights(run))
     return Trained(model.eval(), [], 0, 0.0, "recorded", {}, [])
 
 
+def best(notebook: str, presets: Iterable[str]) -> str:
+    """Of `presets`, in rising order, the last for which `notebook` is recorded. Raises `UserError` where none is."""
+    recorded = [preset for preset in presets if (files.results_root() / preset / notebook / "run.json").exists()]
+    if not recorded:
+        raise UserError(f"nothing is recorded of {notebook} in {files.results_root()}: choose a preset that trains")
+    return recorded[-1]
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """The `run.json` recorded for the notebook and preset of `run`.
+
+    Raises `UserError` where there is none, or one of other settings.
+    """
+    path = _recorded(run, "run.json")
+    recorded = files.load_json(path)
+    if recorded["settings"] != files.plain(dataclasses.asdict(run.settings)):
+        raise UserError(f"{path.parent} was recorded with other settings than {run.preset} has now: run {run.preset}")
+    return recorded
+
+
 def _recorded(run: Run, name: str) -> Path:
-    """The path of a recorded file, which must be there and of this run's settings and seed."""
-    folder = files.results_root() / run.preset / run.notebook
-    for path in (folder / "run.json", folder / name):
-        if not path.exists():
-            raise UserError(f'nothing is recorded at {path}: choose another preset, or weights = "train"')
-    recorded = files.load_json(folder / "run.json")
-    if (recorded["settings"], recorded["seed"]) != (files.plain(dataclasses.asdict(run.settings)), run.seed):
-        raise UserError(
-            f"{folder} was recorded with other settings or seed {recorded['seed']}: drop overrides and seed, "
-            f'or use weights = "train"'
-        )
-    return folder / name
+    path = files.results_root() / run.preset / run.notebook / name
+    if not path.exists():
+        raise UserError(f"nothing is recorded at {path}: restore it with git checkout, or choose a preset that trains")
+    return path
 
 
 def record(directory: Path, settings: Any) -> list[Path]:
@@ -122,18 +143,18 @@ def record(directory: Path, settings: Any) -> list[Path]:
     trained, or where the run, a training, or a resumed part of one was made by code that is not committed.
     """
     try:
-        provenance = files.load_json(directory / "run.json")
+        made = files.load_json(directory / "run.json")
     except FileNotFoundError:
         raise UserError(f"{directory} is not finished: run it again without --record first") from None
-    if provenance["settings"] != files.plain(dataclasses.asdict(settings)) or provenance["weights"] != "train":
+    if made["settings"] != files.plain(dataclasses.asdict(settings)) or made.get("recorded"):
         raise UserError(f"{directory} is not a training with the preset's own settings, so it is not recorded")
-    parts = [provenance]
-    for training in provenance["trainings"].values():
+    parts = [made]
+    for training in made["trainings"].values():
         parts += [training, *training.get("resumed", [])]
     if any(part["revision"] is None or part["modified"] for part in parts):
         raise UserError(f"{directory} was made by code that is not committed: commit it, run with --fresh, then record")
-    results = files.results_root() / provenance["preset"] / provenance["notebook"]
-    figures = files.figures_root() / provenance["preset"]
+    results = files.results_root() / made["preset"] / made["notebook"]
+    figures = files.figures_root() / made["preset"]
     targets = {directory / name: results / name for name in ("arrays.npz", "weights.safetensors", "metrics.json")}
     targets |= {png: figures / png.name for png in sorted(directory.glob("*.png"))}
     targets |= {directory / "run.json": results / "run.json"}

@@ -41,12 +41,12 @@ class Run:
     settings: Any
     seed: int
     device: str
-    weights: str = "train"
+    recorded: bool = False  # shows what is recorded for `preset`, and trains nothing
     started: float = field(default_factory=time.time)
 
     @property
     def name(self) -> str:
-        return run_name(self.notebook, self.preset, self.settings, self.seed, self.weights)
+        return run_name(self.notebook, self.preset, self.settings, self.seed, self.recorded)
 
     @property
     def directory(self) -> Path:
@@ -61,23 +61,23 @@ class Run:
         return devices.seeded(self.seed, self.device)
 
 
-def run_name(notebook: str, preset: str, settings: Any, seed: int, weights: str = "train") -> str:
-    """`<notebook>/<preset>-<hash of settings and seed>`, other for recorded weights than for trained ones.
+def run_name(notebook: str, preset: str, settings: Any, seed: int, recorded: bool = False) -> str:
+    """`<notebook>/<preset>-<hash of settings and seed>`, or `<notebook>/recorded`.
 
-    Raises `UserError` for a seed or `weights` that mean nothing.
+    Raises `UserError` for a seed that means nothing.
     """
     if type(seed) is not int or not 0 <= seed < 2**32:  # scikit-learn's limit
         raise UserError(f"seed is {seed!r}, but takes a whole number from 0 to {2**32 - 1}")
-    if weights not in ("train", "recorded"):
-        raise UserError(f"unknown weights {weights!r}: choose from train, recorded")
+    if recorded:
+        return f"{notebook}/recorded"
     identity = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return f"{notebook}/{preset}-{digest}" + ("-recorded" if weights == "recorded" else "")
+    return f"{notebook}/{preset}-{digest}"
 
 
-def start(notebook: str, preset: str, settings: Any, seed: int, device: str, weights: str = "train") -> Run:
+def start(notebook: str, preset: str, settings: Any, seed: int, device: str, recorded: bool = False) -> Run:
     """Open a run and make its folder. Raises `UserError` as `run_name` does."""
-    run = Run(notebook, preset, settings, seed, device, weights)
+    run = Run(notebook, preset, settings, seed, device, recorded)
     files.make_folder(run.directory)
     return run
 
@@ -124,7 +124,7 @@ def finish(
         "preset": run.preset,
         "settings": dataclasses.asdict(run.settings),
         "seed": run.seed,
-        "weights": run.weights,
+        "recorded": run.recorded,
         "device": describe_device(run.device),
         "data": dict(data or {}),
         "trainings": dict(trainings or {}),

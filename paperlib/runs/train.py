@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from paperlib.runs.provenance import source_hash
 from paperlib.runs.recipe import SCHEDULES, Progress, Recipe, Trained
 from paperlib.runs.training_state import State, Training, load_weights, restore, result, save
 from paperlib.system import distributed
@@ -84,13 +85,15 @@ def fit(
     - `provenance`: JSON values that say which revision trains; others are stored as their `str`.
     - `partial`: there are updates in which some parameters have no part.
 
-    A training that is finished there is returned at once, and stderr says so; a loss that has changed since is not
-    noticed. The first Ctrl-C ends the step, writes a checkpoint and raises `KeyboardInterrupt`, a second one at once.
+    A training that is finished there is returned at once, and stderr says so. One of other settings, or of other code
+    in the modules of the loss and of the model's layers, is refused. The first Ctrl-C ends the step, writes a
+    checkpoint and raises `KeyboardInterrupt`, a second one at once.
 
     Raises `UserError` when a loss, a weight or the watched number is not finite (the checkpoint from before it stays),
     when memory is short, when another process trains in `directory`, and for a checkpoint that cannot be continued.
     """
-    training = Training(name, model, recipe, make_folder(Path(directory)), seed, count, torch.device(device))
+    source = source_hash([loss, *map(type, model.modules())])
+    training = Training(name, model, recipe, make_folder(Path(directory)), seed, count, torch.device(device), source)
     _refuse_impossible(training, evaluate)
     with locked(training.directory, "training") if training.rank == 0 else nullcontext():
         restore(training)
@@ -206,7 +209,7 @@ def _step(training: Training, objective: nn.Module, batch: Batch) -> None:
                 nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_norm)
             optimiser.step()
     if training.average:
-        training.average.update_parameters(training.model)
+        training.average.update(training.model)
     state.step += 1
     state.summed += 1
 
@@ -222,8 +225,7 @@ def _set_seed(training: Training, *key: int) -> None:
 def _add_to_sums(training: Training, value: Tensor, terms: Mapping[str, Tensor | float]) -> None:
     state, names = training.state, ["loss", *(term for term in terms if term != "loss")]
     scalars = [value, *(terms[term] for term in names[1:])]
-    scalars = [torch.as_tensor(scalar, device=training.device).detach() for scalar in scalars]
-    training.values = torch.stack([scalar.double().reshape(()) for scalar in scalars])
+    training.values = torch.stack([_double(scalar, training.device) for scalar in scalars])
     if training.world > 1:
         dist.all_reduce(training.values)
         training.values /= training.world
@@ -232,6 +234,13 @@ def _add_to_sums(training: Training, value: Tensor, terms: Mapping[str, Tensor |
     if state.terms != names:
         raise ValueError(f"the loss returned the terms {names}, at the step before {state.terms}")
     state.sums = state.sums + training.values
+
+
+def _double(scalar: Tensor | float, device: torch.device) -> Tensor:
+    """Without dimensions, on `device`; a number is filled in there, as copying it would have a GPU wait."""
+    if torch.is_tensor(scalar):
+        return scalar.detach().to(device, torch.float64).reshape(())
+    return torch.full((), scalar, dtype=torch.float64, device=device)
 
 
 def _refuse_non_finite(training: Training, weights: bool = False) -> None:

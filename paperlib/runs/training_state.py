@@ -1,5 +1,6 @@
 """The state of a training: what a step changes, what a checkpoint holds, and how a training continues from it."""
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from paperlib.runs import checkpoints
 from paperlib.runs.recipe import Recipe, Trained
@@ -36,13 +36,21 @@ class Training:
     """One call of `train.fit`: what does not change in it, and the state that does."""
 
     def __init__(
-        self, name: str, model: nn.Module, recipe: Recipe, directory: Path, seed: int, count: int, device: torch.device
+        self,
+        name: str,
+        model: nn.Module,
+        recipe: Recipe,
+        directory: Path,
+        seed: int,
+        count: int,
+        device: torch.device,
+        source: str,
     ) -> None:
         self.name, self.recipe, self.directory = name, recipe, directory
-        self.seed, self.count, self.device = seed, count, device
+        self.seed, self.count, self.device, self.source = seed, count, device, source
         self.rank, self.world = distributed.rank_and_world()
         self.model = model.to(device)
-        self.average = _averaged(model, recipe.ema) if recipe.ema else None
+        self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
         learned = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(learned, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
         self.state = State()
@@ -54,16 +62,30 @@ class Training:
         return self.average.module if self.average else self.model
 
 
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    def move(averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
-        t = int(average.n_averaged)
-        if averages[0].is_floating_point():
-            get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averages, currents, t)
-        else:  # counters
-            torch._foreach_copy_(averages, currents)
+class MovingAverage(nn.Module):
+    """Of a model's parameters and buffers, see `Recipe.ema`. Torch's own has a GPU wait for its counter."""
 
-    average = AveragedModel(model, multi_avg_fn=move, use_buffers=True)
-    return average
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model), decay
+        self.register_buffer("n_averaged", torch.tensor(0))  # stays on the CPU
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the averages towards the weights that `model` has now; the first time, all the way."""
+        t = int(self.n_averaged)
+        averages, currents = ([*one.parameters(), *one.buffers()] for one in (self.module, model))
+        by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for average, current in zip(averages, currents, strict=True):
+            into, of = by_type.setdefault(average.dtype, ([], []))
+            into.append(average)
+            of.append(current)
+        for dtype, (into, of) in by_type.items():
+            if t and dtype.is_floating_point:
+                torch._foreach_lerp_(into, of, 1 - min(self.decay, (1 + t) / (10 + t)))
+            else:  # counters too are copied
+                torch._foreach_copy_(into, of)
+        self.n_averaged += 1
 
 
 def save(training: Training) -> None:
@@ -104,7 +126,7 @@ def _identity(training: Training) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     settings = {**dataclasses.asdict(training.recipe), "betas": list(training.recipe.betas)}
     del settings["checkpoint_minutes"]
-    return {**settings, "seed": training.seed, "count": training.count}
+    return {**settings, "seed": training.seed, "count": training.count, "code": training.source}
 
 
 def result(training: Training) -> Trained:

@@ -45,7 +45,7 @@ class Settings:
 
     dataset: str = option("photos", "data set: photos, lsun_bedroom or own_images")
     side: int = option(16, "side of the images in pixels; larger ones are made smaller by means over squares")
-    resident: bool = option(True, "training images on the device; else they are read from disk, batch by batch")
+    resident: bool = option(True, "training images on the device, up to 4 GiB; else read from disk by the batch")
     chain_steps: int = option(3, "steps of the chain")
     ladder: tuple[int, ...] = option((2, 3, 3, 4), "dimensions of a step's code, at side / 2, side / 4, ...")
     widths: tuple[int, ...] = option((16, 16, 24, 32), "channels of the networks at these scales")
@@ -182,7 +182,7 @@ PRESETS = {
         one_step_train_steps=200_000,
         infusion_train_steps=200_000,
         ablation_train_steps=200_000,
-        batch_size=100,
+        batch_size=96,  # the authors' 100 is no multiple of 16 processes
         learning_rate=2e-4,
         schedule="constant",
         warmup=0,
@@ -199,9 +199,11 @@ PRESETS = {
 def load_images(run: Run) -> Images:
     """The run's data set at its setting `side`, larger images made smaller by means over squares.
 
-    Patches of photographs, which lie side by side, have their held-out part put into random order. Raises `UserError`
-    for too few held-out images, and as `data.load` does.
+    Of a recorded run its shape alone. Patches of photographs, which lie side by side, have their held-out part put into
+    random order. Raises `UserError` for too few held-out images, and as `datasets.load` does.
     """
+    if run.recorded:
+        return device_images.load(datasets.without_images(recorded.provenance(run)["data"]), run.device)
     settings, side = run.settings, run.settings.side
     if settings.dataset == "photos":
         dataset = datasets.load("photos", side=side)
@@ -242,7 +244,7 @@ def smaller(dataset: datasets.Dataset, side: int) -> datasets.Dataset:
 
 def fit(run: Run, images: Images) -> dict[str, train.Trained]:
     """All trainings of the run by name, see `training.fit`; with recorded weights, those of `KEPT`."""
-    if run.weights == "train":
+    if not run.recorded:
         return training.fit(run.settings, images, run.directory, run.seed)
     models = nn.ModuleDict({name: build(run.settings, images.shape, name) for name in KEPT}).to(run.device).eval()
     load_model(run, models)
@@ -254,7 +256,7 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
 
     With recorded weights, the arrays that were recorded with them. Estimates are rows of value, low, high.
     """
-    if run.weights == "recorded":
+    if run.recorded:
         return load_recorded_arrays(run)
     settings, seed, models = run.settings, run.seed, {name: one.model for name, one in trained.items()}
     priors, mixture = measurements.priors(seed, images, models)

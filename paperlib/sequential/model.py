@@ -75,7 +75,8 @@ class SequentialVAE(nn.Module):
         super().__init__()
         self.steps, self.ladder, self.infusion = steps, ladder, infusion
         self.shape, self.min_sigma = (size.channels, size.side, size.side), settings.min_sigma
-        self.alphas = [min(1.0, settings.infusion_start + t * settings.infusion_step) for t in range(steps)]
+        alphas = [min(1.0, settings.infusion_start + t * settings.infusion_step) for t in range(steps)]
+        self.register_buffer("alphas", torch.tensor(alphas), persistent=False)
         first = StepNetwork(size, ladder, 1, infusion) if ladder or infusion else nn.Identity()
         counts = [steps - 1] * (steps > 1) if settings.shared else [1] * (steps - 1)
         self.networks = nn.ModuleList([first, *(StepNetwork(size, ladder, count, True) for count in counts)])
@@ -96,7 +97,7 @@ class SequentialVAE(nn.Module):
     def log_sigma(self, t: int) -> Tensor:
         """Of equation (6) at step t."""
         if self.s is None:
-            return torch.log(torch.as_tensor(self.fixed_sigma, device=self.log_weight.device))
+            return torch.full((), math.log(self.fixed_sigma), device=self.log_weight.device)
         return torch.log(self.min_sigma + torch.exp(SIGMA_LR_SCALE * self.s[t - 1]))
 
     def forward(self, x: Tensor, previous: Tensor | None, which: int, index: Tensor, noise: float = 0.0) -> Step:
@@ -149,7 +150,7 @@ class PixelCodes(NamedTuple):
 def pixel_codes(vae: SequentialVAE, x: Tensor, generator: torch.Generator | None = None) -> PixelCodes:
     """Equation (9) for a batch (B, C, S, S)."""
     options = {"generator": generator, "dtype": x.dtype, "device": x.device}
-    alphas = torch.tensor(vae.alphas, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1, 1)
+    alphas = vae.alphas.to(x.dtype).view(-1, 1, 1, 1, 1)
     masks = distributed.rand((len(x), vae.steps, 1, *x.shape[2:]), **options).transpose(0, 1) < alphas
     noise = distributed.randn((len(x), vae.steps, *x.shape[1:]), **options).transpose(0, 1).contiguous()
     noise[0] = 2 * distributed.rand(x.shape, **options) - 1

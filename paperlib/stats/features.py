@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from paperlib.data import datasets
 from paperlib.runs import train
 from paperlib.system import distributed
+from paperlib.system.devices import to_device
 
 BATCH = 250  # images at a time without gradients
 
@@ -82,7 +83,7 @@ def fit_classifier(
     channels = images.shape[-1]
 
     def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
-        rows = rows.to(device)
+        rows = to_device(rows, device)
         return augmented(datasets.to_float(images[rows], dataset.levels), mirror=channels == 3), labels[rows]
 
     def loss(model: nn.Module, inputs: tuple[Tensor, Tensor], progress: train.Progress) -> tuple[Tensor, dict]:

@@ -62,13 +62,6 @@ def accuracy_gain(right: Points, baseline: Points) -> Estimate:
     return mean_interval(right.astype(float) - baseline)
 
 
-def ratio(a: Estimate, b: Estimate) -> Estimate:
-    """a / b, with relative errors added as of independent estimates."""
-    value = a.value / b.value
-    half = math.hypot(a.high - a.value, value * (b.high - b.value)) / abs(b.value)
-    return Estimate(value, value - half, value + half)
-
-
 def ratio_of_means(a: Points, b: Points) -> Estimate:
     """mean(a) / mean(b) of values (n,) twice on the same examples, by the delta method.
 

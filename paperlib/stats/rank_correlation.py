@@ -40,3 +40,15 @@ def partial_rank_correlation(
     if (variances <= 1e-10 * everything).any():
         return math.nan
     return float(np.clip(products[0, 1] / math.sqrt(variances.prod()), -1, 1))
+
+
+def correlation_interval(correlation: float, count: int, controls: int) -> tuple[float, float]:
+    """95 % interval of a `partial_rank_correlation` over `count` independent observations with so many `controls`.
+
+    By Fisher's transform: atanh(r) has a variance of about 1.06 / (count - controls - 3) (Fieller, Hartley and Pearson,
+    1957). Raises `ValueError` for too few observations.
+    """
+    if count < controls + 4:
+        raise ValueError(f"{count} observations are too few for an interval with {controls} controls")
+    centre, half = np.arctanh(correlation), 1.96 * math.sqrt(1.06 / (count - controls - 3))
+    return float(np.tanh(centre - half)), float(np.tanh(centre + half))

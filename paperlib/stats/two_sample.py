@@ -54,7 +54,19 @@ def kernel_distance_ratio(a: Points, b: Points, reference: Points) -> Estimate:
     The jackknife leaves the g-th group of all three out, so that what the reference does to both cancels. Means little
     where the second distance is within its interval of 0. Raises as there.
     """
-    return _estimate(_every(a, reference, _cubic) / _every(b, reference, _cubic))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return _estimate(_every(a, reference, _cubic) / _every(b, reference, _cubic))
+
+
+def kernel_distance_difference(
+    a: Points, b: Points, reference: Points, *, together: tuple[int, int] = (1, 1)
+) -> Estimate:
+    """The `kernel_distance` of `a` to a reference less that of `b`, paired as in `kernel_distance_ratio`.
+
+    `together` as there, of `a` and of `b`. Raises as there.
+    """
+    units = [(unit, 1) for unit in together]
+    return _estimate(_every(a, reference, _cubic, together=units[0]) - _every(b, reference, _cubic, together=units[1]))
 
 
 def spectral_distance(a: Points, b: Points, *, least: float = 0.0) -> Estimate:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from paperlib.system.errors import UserError
@@ -26,7 +26,8 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a scheduler's 
 def pick_device(name: str) -> torch.device:
     """The device called "auto" (CUDA where there is one), "cpu", "cuda" (under torchrun this process's) or "cuda:N".
 
-    Raises `UserError` for another name, and for a CUDA device that is not there.
+    On CUDA float32 is float32 from then on: cuDNN's default, TF32, moves the PixelVAE's likelihood by 0.64 nats per
+    image. Raises `UserError` for another name, and for a CUDA device that is not there.
     """
     if not isinstance(name, str):
         raise UserError(f"device is {name!r}, but takes text: auto, cpu, cuda or cuda:N (papermill: -r device cuda:0)")
@@ -39,12 +40,23 @@ def pick_device(name: str) -> torch.device:
     index = int(number or os.environ.get("LOCAL_RANK", 0))
     if index >= available:
         raise UserError(f"device {name!r}: torch sees {available} CUDA devices; use auto or cpu")
+    torch.backends.cudnn.allow_tf32 = False  # for products that is the default
     return torch.device("cuda", index)
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`; a GPU copies it by itself, from pinned memory, and nothing waits for it."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which training runs its loss: bfloat16 autocast, or nothing for "float32"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    """The context in which training runs its loss: bfloat16 autocast, or nothing for "float32".
+
+    Without its cache: in torch 2.8 and 2.9 weights that were first cast under `no_grad` get no gradient from it.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
 def compiled(model: nn.Module) -> nn.Module:
