@@ -228,7 +228,7 @@ def test_which_images_are_compared(finished, monkeypatch):
     distances = spy(two_sample, "kernel_distance")
     extract = {kind: lambda pictures: pictures.flatten(1).double() for kind in ("classifier", "random")}
     models = {name: trained[name].model for name in VARIANTS}
-    arrays = measurements.samples(settings, images, models, extract, 0)
+    arrays = measurements.samples(images, measurements.draw(settings, images, models, 0), extract)
 
     sources, reference = twice[0].args[2].flatten(1).double(), distances[0].args[1]
     assert len(sources) == settings.draws and len(sources) + len(reference) == len(images.held_out)

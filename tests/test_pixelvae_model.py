@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from paperlib.pixelvae.experiment import PRESETS, Settings
 from paperlib.pixelvae.model import PixelVAE
 from paperlib.pixelvae.training import OBJECTIVES, VARIANTS
 from paperlib.runs import recorded, train
+from paperlib.stats import two_sample
 from paperlib.system.errors import UserError
 
 TINY = Settings(code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=(4, 3), filters=4, mixtures=2)
@@ -114,10 +116,13 @@ def test_the_mixture_parameters_are_not_in_half_precision():
 
 def test_objectives():
     mean, log_std, z = torch.randn(6, 2), -torch.rand(6, 2), torch.randn(6, 2)
-    settings = dataclasses.replace(TINY, kl_weight=0.3)
+    settings = SimpleNamespace(kl_weight=0.3, free_bits=100.0, mmd_weight=7.0)
     added = {name: objective(settings, mean, log_std, z) for name, objective in OBJECTIVES.items()}
     kl = likelihoods.gaussian_kl(mean, log_std).mean()
-    torch.testing.assert_close(added, {"elbo": 0.3 * kl, "none": torch.tensor(0.0)})
+    expected = {"elbo": 0.3 * kl, "none": torch.tensor(0.0), "free-bits": torch.tensor(100.0)}
+    torch.testing.assert_close(added, expected | {"mmd": 7 * two_sample.gaussian_mmd(z)})
+    settings.free_bits = 0.01
+    torch.testing.assert_close(OBJECTIVES["free-bits"](settings, mean, log_std, z), kl)
 
 
 def test_evaluation_against_a_plain_loop(monkeypatch):

@@ -1,10 +1,10 @@
 """Named data sets as uint8 arrays with explicit splits, and the only place where pixels are scaled.
 
 Held out are of `digits` 297 of 1,797, stratified; of `photos` the patches in the right fifth of each photograph; of
-`mnist` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images` the last tenth,
-500 at most, less near-copies of others; those of `own_images` in random order, always the same. The first two come
-with scikit-learn, the others are memory-mapped from `prepared/<name>/` below `data_root()`, where `prepare` writes them
-once.
+`mnist` and `mnist24` the test images; of `cifar10` the last 5,000 training images; of `lsun_bedroom` and `own_images`
+the last tenth, 500 at most, less near-copies of others; those of `own_images` in random order, always the same. The
+first two come with scikit-learn, the others are memory-mapped from `prepared/<name>/` below `data_root()`, where
+`prepare` writes them once.
 """
 
 import contextlib
@@ -31,11 +31,13 @@ SETS = {
     "china.jpg by danielbuechele (flickr.com/photos/danielbuechele/6061409035), "
     "flower.jpg by vultilion (flickr.com/photos/vultilion/6056698931)",
     "mnist": "MNIST (LeCun, Cortes, Burges)",
+    "mnist24": "MNIST (LeCun, Cortes, Burges), the middle 24 x 24 pixels, 16 grey levels",
     "cifar10": "CIFAR-10 (Krizhevsky 2009)",
     "lsun_bedroom": "LSUN bedroom (Yu et al. 2015), central squares",
     "own_images": "a reader's own images, central squares",
 }
 PREPARED = {"mnist": (28, 1), "cifar10": (32, 3), "lsun_bedroom": (None, 3), "own_images": (None, 3)}  # side, channels
+MADE_OF = {"mnist24": "mnist"}  # read from the files of another
 _HASH_WHOLE = 2**30  # bytes
 _HASH_SAMPLE = 4096  # images
 _Images = np.ndarray | torch.Tensor
@@ -69,7 +71,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """`levels` of grey, 17 or 256; `train` and `held_out` share no image; `test` is CIFAR-10's, otherwise None."""
+    """`levels` of grey, 16, 17 or 256; `train` and `held_out` share no image; `test` is CIFAR-10's, otherwise None."""
 
     name: str
     train: Split
@@ -100,7 +102,8 @@ def load(name: str, side: int | None = None) -> Dataset:
     _check_name(name)
     if name == "photos":
         return _photos(32 if side is None else side)
-    dataset = _digits() if name == "digits" else _read_prepared(name)
+    dataset = _digits() if name == "digits" else _read_prepared(MADE_OF.get(name, name))
+    dataset = _middle(dataset) if name == "mnist24" else dataset
     own_side = dataset.train.images.shape[1]
     if side not in (None, own_side):
         raise UserError(f"images of {name!r} are {own_side} pixels a side, not {side}: leave out side")
@@ -154,6 +157,8 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
     which with `subset` is as in `image_arrays.write`. Raises `UserError`.
     """
     _check_name(name)
+    if name in MADE_OF:
+        raise UserError(f"data set {name!r} is made of {MADE_OF[name]}: prepare that")
     if name not in PREPARED:
         raise UserError(f"data set {name!r} comes with scikit-learn: there is nothing to prepare")
     if name in downloads.NAMES and source is not None:
@@ -171,6 +176,7 @@ def prepare(name: str, source: str | Path | None = None, side: int = 64, subset:
 
 def whereabouts(name: str) -> str:
     """In words: where the data set is, or "missing"."""
+    name = MADE_OF.get(name, name)
     if name not in PREPARED:
         return "with scikit-learn"
     return "missing" if _missing(name) else f"in {_folder(name)}"
@@ -215,6 +221,12 @@ def _patches(image: np.ndarray, side: int) -> np.ndarray:
 
 
 # Prepared sets
+
+
+def _middle(mnist: Dataset) -> Dataset:
+    """MNIST at a quarter of a CIFAR image's cost: 2 pixels off at each side, and the upper 4 of 8 bits."""
+    parts = (Split(part.images[:, 2:26, 2:26] >> 4, part.labels) for part in (mnist.train, mnist.held_out))
+    return Dataset("mnist24", *parts, levels=16, source=SETS["mnist24"])
 
 
 def _folder(name: str) -> Path:

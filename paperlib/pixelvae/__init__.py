@@ -1,11 +1,11 @@
-"""Notebook 04: a PixelVAE on CIFAR-10, posterior collapse, and sampling by a Markov chain."""
+"""Notebook 04, a PixelVAE on CIFAR-10 and its Markov chain; `collapse` is notebook 05, the same model on MNIST."""
 
-from paperlib.pixelvae import figures
+from paperlib.pixelvae import collapse, figures
 from paperlib.pixelvae.claims import sweep_table, table
 from paperlib.pixelvae.experiment import conclude, continue_chain, fit, load_images, measure, start
 from paperlib.runs.run import save_figure
 
 __all__ = [
-    "conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure", "start", "sweep_table",
-    "table",
+    "collapse", "conclude", "continue_chain", "figures", "fit", "load_images", "measure", "save_figure",
+    "start", "sweep_table", "table",
 ]  # fmt: skip

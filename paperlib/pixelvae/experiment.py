@@ -190,14 +190,15 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
         return load_recorded_arrays(run)
     settings, seed, models = run.settings, run.seed, {name: one.model for name, one in trained.items()}
     extract = measurements.extractors(settings, images, run.directory, seed)
+    swept = {name: models[name] for name in training.sweep(settings)}
     return save_arrays(
         run,
         levels=images.dataset.levels,
         **measurements.histories(trained),
         **measurements.terms(settings, images, models, seed),
         **measurements.codes(images, models),
-        **measurements.samples(settings, images, models, extract, seed),
-        **measurements.capacity(settings, images, models, extract, seed),
+        **measurements.samples(images, measurements.draw(settings, images, models, seed), extract),
+        **measurements.capacity(settings, images, swept, models["sweep-unconditional"], extract, seed),
         **glasses(settings, images, models["unconditional"], seed),
     )
 

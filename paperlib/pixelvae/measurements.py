@@ -1,4 +1,4 @@
-"""What notebook 04 measures on trained PixelVAEs: terms, codes, drawn images and their distances, chains, the sweep.
+"""What notebooks 04 and 05 measure on PixelVAEs: terms, codes, drawn images and their distances, chains, the sweep.
 
 Each function returns arrays by name, from models by the names of `training.fit`; estimates are value, low, high.
 """
@@ -6,7 +6,7 @@ Each function returns arrays by name, from models by the names of `training.fit`
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from paperlib.data.device_images import Images
 from paperlib.pixelvae.markov_chain import Decoder, encode, markov_chain, noise_images, sampled, two_decodes
 from paperlib.pixelvae.model import PixelVAE
-from paperlib.pixelvae.training import VARIANTS, evaluate, sweep
+from paperlib.pixelvae.training import VARIANTS, evaluate
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.runs.provenance import describe_code
@@ -108,37 +108,55 @@ def extractors(settings: Any, images: Images, directory: Path, seed: int) -> Ext
     return {kind: features.extractor(one, dataset.train.images, dataset.levels) for kind, one in networks.items()}
 
 
-def samples(settings: Any, images: Images, models: Models, extract: Extractors, seed: int) -> dict[str, Any]:
-    """Images drawn in every way, `draws` of each of SETS, of a chain the LATE states of `chains`.
-
-    `shown_<set>` (40, S, S, C), the first images, of chains the last states; and the arrays of `_distances`, and of
-    `_chain_arrays` for each of CODED.
+class Drawn(NamedTuple):
+    """What `draw` drew, uint8 on the CPU: each of SETS (n, S, S, C), of chains the LATE states, chain by chain; by
+    model and kind of chain all `chains` (steps + 1, N, S, S, C); by model `pairs` of decodes of one code of each of
+    `sources`, held-out images; and the others, the `reference`, which had no part in making any.
     """
+
+    sets: dict[str, Tensor]
+    chains: dict[str, dict[str, Tensor]]
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    sources: Tensor
+    reference: Tensor
+
+
+def draw(settings: Any, images: Images, models: Models, seed: int) -> Drawn:
+    """Images drawn in every way, `draws` of each of SETS, of a chain the LATE states of `chains`."""
     mixed = torch.randperm(len(images.held_out), generator=stream(seed, 12)).to(images.device)
     sources, reference = images.held_out[mixed[: settings.draws]], images.held_out[mixed[settings.draws :]]
     generator = stream(seed, 5, images.device)
     noise = noise_images(images, settings.chains, stream(seed, 6))
-    drawn, arrays = _photographs(images, sources, seed), {}
+    sets, chains, pairs = _photographs(images, sources, seed), {}, {}
     batch = min(settings.draws, 250)
     no_codes = torch.empty(settings.draws, 0, device=images.device)
-    drawn["unconditional"] = Decoder(models["unconditional"], images, batch)(no_codes, generator)
+    sets["unconditional"] = Decoder(models["unconditional"], images, batch)(no_codes, generator)
     for name in CODED:
         vae = models[name]
-        pair = two_decodes(vae, images, sources, generator)
+        pairs[name] = two_decodes(vae, images, sources, generator)
         decode, codes_ = Decoder(vae, images, batch), (settings.draws, settings.code_dim)
-        drawn[f"{name}: q(z)"] = pair[0]
-        drawn[f"{name}: prior"] = decode(torch.randn(codes_, generator=generator, device=images.device), generator)
+        sets[f"{name}: q(z)"] = pairs[name][0]
+        sets[f"{name}: prior"] = decode(torch.randn(codes_, generator=generator, device=images.device), generator)
         if name == "none":
             for kind, z in fitted(sampled(vae, images, images.train, generator), settings.draws, seed).items():
-                drawn[f"none: {kind}"] = decode(z, generator)
+                sets[f"none: {kind}"] = decode(z, generator)
         begins = torch.cat([noise, sources[: settings.chains].cpu()])
         states = markov_chain(vae, images, begins, settings.chain_steps, generator, f"{name}: chains")
-        chains = dict(zip(("chain", "chain from data"), states.split(settings.chains, 1), strict=True))
-        for kind, states in chains.items():
-            drawn[f"{name}: {kind}"] = states[list(LATE)].transpose(0, 1).flatten(0, 1)  # chain by chain
-        arrays |= _chain_arrays(name, images, *chains.values(), sources, pair, extract["classifier"])
-    shown = {f"shown_{name}": drawn[name][GROUP_SIZE[name] - 1 :: GROUP_SIZE[name]][:40] for name in SETS}
-    return arrays | _distances(drawn, reference, extract) | shown
+        chains[name] = dict(zip(("chain", "chain from data"), states.split(settings.chains, 1), strict=True))
+        for kind, states in chains[name].items():
+            sets[f"{name}: {kind}"] = states[list(LATE)].transpose(0, 1).flatten(0, 1)  # chain by chain
+    return Drawn(sets, chains, pairs, sources, reference)
+
+
+def samples(images: Images, drawn: Drawn, extract: Extractors) -> dict[str, Any]:
+    """`shown_<set>` (40, S, S, C), the first images, of chains the last states; and the arrays of `_distances`, and of
+    `_chain_arrays` for each of CODED.
+    """
+    arrays = {f"shown_{name}": drawn.sets[name][GROUP_SIZE[name] - 1 :: GROUP_SIZE[name]][:40] for name in SETS}
+    for name in CODED:
+        chains = drawn.chains[name].values()
+        arrays |= _chain_arrays(name, images, *chains, drawn.sources, drawn.pairs[name], extract["classifier"])
+    return arrays | _distances(drawn.sets, drawn.reference, extract)
 
 
 def _photographs(images: Images, sources: Tensor, seed: int) -> dict[str, Tensor]:
@@ -237,9 +255,11 @@ def fitted(z: Tensor, count: int, seed: int) -> dict[str, Tensor]:
 # The sweep of the code's capacity
 
 
-def capacity(settings: Any, images: Images, models: Models, extract: Extractors, seed: int) -> dict[str, Any]:
-    """Of each model of the `sweep`, in its order: `sweep_dims` and `sweep_stds` (P,); `sweep_rate` (P,), see `rate`;
-    `sweep_gain` (P, 3), nats per held-out image won over "sweep-unconditional"; `sweep_decodes` (P, 3), the correlation
+def capacity(
+    settings: Any, images: Images, swept: Models, unconditional: PixelVAE, extract: Extractors, seed: int
+) -> dict[str, Any]:
+    """Of each of the models `swept`, in their order: `sweep_dims` and `sweep_stds` (P,); `sweep_rate` (P,), see `rate`;
+    `sweep_gain` (P, 3), nats per held-out image won over `unconditional`; `sweep_decodes` (P, 3), the correlation
     of two decodes of one code; of `sweep_chains` chains from photographs `sweep_correlation` (P, LAGS, 3),
     `sweep_time` (P,), the integrated autocorrelation time in steps, `sweep_drift` (P, 3), the squared kernel distance
     of late states to other photographs on the classifier's features; `sweep_states` (P, SHOWN, S, S, C), one chain.
@@ -247,10 +267,10 @@ def capacity(settings: Any, images: Images, models: Models, extract: Extractors,
     pictures, count = images.held_out[: settings.measured_images], settings.sweep_chains
     mixed = torch.randperm(len(images.held_out), generator=stream(seed, 15)).to(images.device)
     sources, others = images.held_out[mixed[:count]], images.held_out[mixed[count:]]
-    without = evaluated(models["sweep-unconditional"], images, pictures, seed)["bits_per_dim"]
+    without = evaluated(unconditional, images, pictures, seed)["bits_per_dim"]
     table: dict[str, list] = {}
-    for name, (dims, std) in sweep(settings).items():
-        vae, generator = models[name], stream(seed, 16, images.device)
+    for name, vae in swept.items():
+        generator = stream(seed, 16, images.device)
         won = without - evaluated(vae, images, pictures, seed)["bits_per_dim"]
         pair = two_decodes(vae, images, sources, generator)
         states = markov_chain(vae, images, sources, settings.chain_steps, generator, name)
@@ -258,8 +278,8 @@ def capacity(settings: Any, images: Images, models: Models, extract: Extractors,
         late = states[list(LATE)].transpose(0, 1).flatten(0, 1)
         points = (extract["classifier"](each) for each in (late, others))
         row = {
-            "dims": dims,
-            "stds": std,
+            "dims": vae.code_dim,
+            "stds": vae.min_std,
             "rate": rate(*encode(vae, images, images.train)),
             "gain": intervals.mean_interval(won * math.log(2) * pictures[0].numel()).row,
             "decodes": pair_correlation(*(drawn.flatten(1) for drawn in pair)).row,

@@ -1,4 +1,4 @@
-"""The PixelVAE of notebook 04: a PixelCNN++ as the decoder p(x|z), and a Gaussian encoder
+"""The PixelVAE of notebooks 04 and 05: a PixelCNN++ as the decoder p(x|z), and a Gaussian encoder
 
     (5)  q(z|x) = N(mean(x), diag std(x)^2),   std(x) = min_std + (1 - min_std) sigmoid(s(x))
 
@@ -31,15 +31,30 @@ class Terms(NamedTuple):
 class PixelVAE(nn.Module):
     """q(z|x) and p(x|z), see the module; images (B, C, S, S) in [-1, 1] with S a multiple of 8.
 
-    Without a code (`coded` False) an unconditional PixelCNN++, in which z has no dimensions.
+    Without a code (`coded` False) an unconditional PixelCNN++, in which z has no dimensions. The encoder may be
+    `linear`; the decoder of a `factored` model sees no pixel, so that p(x|z) is a product over pixels.
     """
 
-    def __init__(self, settings: Any, channels: int, side: int, levels: int, coded: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Any,
+        channels: int,
+        side: int,
+        levels: int,
+        coded: bool = True,
+        linear: bool = False,
+        factored: bool = False,
+    ) -> None:
         super().__init__()
+        self.sees = 0.0 if factored else 1.0
         self.min_std, self.code_dim = settings.min_std, settings.code_dim if coded else 0
         if coded:
             widths, units = settings.encoder_channels, settings.encoder_units
-            self.encoder = _convolutions(channels, side, widths, units, 2 * self.code_dim)
+            self.encoder = (
+                nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, 2 * self.code_dim))
+                if linear
+                else _convolutions(channels, side, widths, units, 2 * self.code_dim)
+            )
             self.expand = _expand(self.code_dim, side, settings.code_channels)
         sizes = {name: getattr(settings, name) for name in ("blocks", "filters", "mixtures", "dropout")}
         sizes["conditioning"] = settings.code_channels[-1] if coded else 0
@@ -58,7 +73,7 @@ class PixelVAE(nn.Module):
 
     def p_x_given_z(self, x: Tensor, z: Tensor | None, seen: Tensor | float = 1.0) -> Tensor:
         """log p(x|z) in nats, (B,); the decoder sees no pixel of images for which `seen` (B, 1, 1, 1) is 0, not 1."""
-        return pixelcnn.log_prob(self.decoder, x, self.h(z), seen)
+        return pixelcnn.log_prob(self.decoder, x, self.h(z), seen * self.sees)
 
     def code(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Mean and log std of q(z|x) and a sample z, (B, D); three times None for a model without z."""
@@ -72,10 +87,10 @@ class PixelVAE(nn.Module):
         return Terms(self.p_x_given_z(x, z, seen), mean, log_std, z)
 
 
-def build(settings: Any, images: Images, coded: bool = True) -> PixelVAE:
+def build(settings: Any, images: Images, coded: bool = True, linear: bool = False, factored: bool = False) -> PixelVAE:
     """A new model for these images, on their device, with weights from torch's generator."""
     channels, side, _ = images.shape
-    return PixelVAE(settings, channels, side, images.dataset.levels, coded).to(images.device)
+    return PixelVAE(settings, channels, side, images.dataset.levels, coded, linear, factored).to(images.device)
 
 
 def _convolutions(channels: int, side: int, widths: tuple[int, ...], units: int, outputs: int) -> nn.Sequential:

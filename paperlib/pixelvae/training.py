@@ -1,9 +1,11 @@
-"""The objectives and trainings of notebook 04.
+"""The objectives of notebooks 04 and 05, and the trainings of 04.
 
 All objectives have the reconstruction term; what they add is an entry of `OBJECTIVES`, in nats per image:
 
     (2)  L = E_q(x,z) log p(x|z) - R,   R = beta E KL(q(z|x) || N(0, I))   "elbo"
                                         R = 0                             "none"
+                                        R = max(E KL(q(z|x) || N(0, I)), lambda)   "free-bits"
+                                        R = w MMD^2(q(z), N(0, I))        "mmd"
 
 Only "elbo" with beta = 1 is a lower bound of log p(x). Without a KL a code can be learned at leisure, and is learned
 best before the pixels are: at first the decoder of `none` sees no pixel of any image, and the model is an autoencoder;
@@ -27,6 +29,7 @@ from paperlib.runs import train
 from paperlib.runs.provenance import describe_code
 from paperlib.runs.recorded import read_weights
 from paperlib.stats.autocorrelation import pair_correlation
+from paperlib.stats.two_sample import gaussian_mmd
 from paperlib.system import distributed, files
 from paperlib.system.devices import oom_as_user_error, stream
 
@@ -34,15 +37,22 @@ from paperlib.system.devices import oom_as_user_error, stream
 OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "elbo": lambda settings, mean, log_std, z: settings.kl_weight * likelihoods.gaussian_kl(mean, log_std).mean(),
     "none": lambda settings, mean, log_std, z: z.new_zeros(()),
+    "free-bits": lambda settings, mean, log_std, z: (
+        likelihoods.gaussian_kl(mean, log_std).mean().clamp(min=settings.free_bits)
+    ),
+    "mmd": lambda settings, mean, log_std, z: settings.mmd_weight * gaussian_mmd(distributed.gathered(z)),
 }
 
 
 class Variant(NamedTuple):
-    """One training: an entry of `OBJECTIVES`, whether there is a code, and whether it begins as an autoencoder."""
+    """One training: an entry of `OBJECTIVES`, whether there is a code, whether it begins as an autoencoder, and the
+    kinds of encoder and decoder, see `PixelVAE`."""
 
     objective: str = "none"
     coded: bool = True
     autoencoder_first: bool = False
+    linear: bool = False
+    factored: bool = False
 
 
 Weights = Mapping[str, Tensor] | None
@@ -124,7 +134,7 @@ def fit_variant(
 def _initial(settings: Any, images: Images, variant: Variant, seed: int, start: Weights) -> PixelVAE:
     """The model that a training starts with: matching weights of `start`, or new ones set by a first batch."""
     torch.manual_seed(seed)
-    vae = build(settings, images, variant.coded)
+    vae = build(settings, images, variant.coded, variant.linear, variant.factored)
     if variant.autoencoder_first:
         with torch.no_grad():
             vae.encoder[-1].bias[vae.code_dim :].fill_(-3)  # std(x) near min_std
@@ -134,7 +144,7 @@ def _initial(settings: Any, images: Images, variant: Variant, seed: int, start: 
     first = train.batch_indices(seed, len(images.train), max(64, settings.batch_size), 0).to(images.device)
     x = images.to_float(images.train[first])
     with torch.no_grad(), oom_as_user_error(f"lower batch_size (now {settings.batch_size})"):
-        pixelcnn.initialise(vae.decoder, x, vae.h(vae.code(x)[2]))
+        pixelcnn.initialise(vae.decoder, vae.sees * x, vae.h(vae.code(x)[2]))
     return vae
 
 

@@ -178,6 +178,17 @@ def raw_features(network: nn.Module, images: np.ndarray | Tensor, levels: int) -
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def predicted(classifier: Classifier, images: np.ndarray | Tensor, levels: int) -> np.ndarray:
+    """The class that a `Classifier` gives to each image, uint8 (N, H, W, C) of `levels` grey levels: int64 (N,).
+
+    Raises as `raw_features`.
+    """
+    device = classifier.classes.weight.device
+    logits = classifier.classes(raw_features(classifier, images, levels).float().to(device))
+    return logits.argmax(1).numpy(force=True)
+
+
 Extractor = Callable[[np.ndarray | Tensor], Tensor]  # images, uint8 (N, H, W, C), to features (N, d), float64, CPU
 
 
