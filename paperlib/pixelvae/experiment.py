@@ -189,7 +189,7 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
     if run.recorded:
         return load_recorded_arrays(run)
     settings, seed, models = run.settings, run.seed, {name: one.model for name, one in trained.items()}
-    extract = measurements.extractors(settings, images, run.directory, seed)
+    extract = measurements.extractors(images, measurements.fit_classifier(settings, images, run.directory, seed))
     swept = {name: models[name] for name in training.sweep(settings)}
     return save_arrays(
         run,

@@ -98,14 +98,18 @@ def rate(mean: Tensor, log_std: Tensor) -> float:
 # Sets of images
 
 
-def extractors(settings: Any, images: Images, directory: Path, seed: int) -> Extractors:
-    """Features for kernel distances: a random network's, and a classifier's, trained into a folder of `directory`."""
-    dataset, device = images.dataset, images.device
+def fit_classifier(settings: Any, images: Images, directory: Path, seed: int) -> features.Classifier:
+    """Train the classifier whose features kernel distances use, into the folder `classifier` of `directory`."""
     size = {"width": settings.classifier_width, "steps": settings.classifier_steps, "batch_size": 64}
-    options = {"seed": seed, "device": device, "provenance": describe_code()}
-    classifier = features.fit_classifier(dataset, directory / "classifier", **size, **options).model
-    networks = {"classifier": classifier, "random": features.RandomNetwork(0, images.shape[0]).to(device)}
-    return {kind: features.extractor(one, dataset.train.images, dataset.levels) for kind, one in networks.items()}
+    options = {"seed": seed, "device": images.device, "provenance": describe_code()}
+    return features.fit_classifier(images.dataset, directory / "classifier", **size, **options).model
+
+
+def extractors(images: Images, classifier: features.Classifier) -> Extractors:
+    """Features for kernel distances by kind: those of the classifier, and of a network with random weights."""
+    networks = {"classifier": classifier, "random": features.RandomNetwork(0, images.shape[0]).to(images.device)}
+    photographs, levels = images.dataset.train.images, images.dataset.levels
+    return {kind: features.extractor(one, photographs, levels) for kind, one in networks.items()}
 
 
 class Drawn(NamedTuple):

@@ -118,13 +118,15 @@ PRESETS = {
 
 
 def load_images(run: Run) -> Images:
-    """The run's data set, on its device. Raises `UserError` where it is missing or damaged."""
+    """The run's data set, on its device; of a recorded run its shape alone. Raises `UserError` as `datasets.load`."""
+    if run.recorded:
+        return device_images.load(datasets.without_images(recorded.provenance(run)["data"]), run.device)
     return device_images.load(datasets.load(run.settings.dataset), run.device)
 
 
 def fit(run: Run, images: Images) -> Mapping[str, train.Trained]:
     """All trainings of the run by name, see `training.plan`; with recorded weights, KEPT alone."""
-    if run.weights == "train":
+    if not run.recorded:
         return training.fit(run.settings, images, run.directory, run.seed)
     planned = training.plan(run.settings, run.seed)
     models = {name: model.build(planned[name].settings, images, planned[name].variant.coded) for name in KEPT}
@@ -134,10 +136,11 @@ def fit(run: Run, images: Images) -> Mapping[str, train.Trained]:
 
 def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> dict[str, np.ndarray]:
     """All that figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are."""
-    if run.weights == "recorded":
+    if run.recorded:
         return load_recorded_arrays(run)
     settings, seed, models = run.settings, run.seed, {name: one.model for name, one in trained.items()}
-    extract, classify = measurements.classifiers(settings, images, run.directory, seed)
+    classifier = shared.fit_classifier(settings, images, run.directory, seed)
+    extract = shared.extractors(images, classifier)
     swept = {name: models[name] for name in training.sweep(settings)}
     drawn = shared.draw(settings, images, models, seed)
     return save_arrays(
@@ -147,7 +150,7 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
         **measurements.routes(settings, images, trained, seed),
         **shared.terms(settings, images, models, seed),
         **shared.samples(images, drawn, extract),
-        **measurements.classes(images, drawn, classify),
+        **measurements.classes(images, drawn, classifier),
         **shared.capacity(settings, images, swept, models["sweep-unconditional"], extract, seed),
         **measurements.priors(settings, images, models, extract["classifier"], seed),
         **measurements.probes(settings, images, models, seed),

@@ -4,8 +4,7 @@ Each function returns arrays by name, from models by the names of `training.plan
 """
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,15 @@ from torch import Tensor
 from paperlib.data.device_images import Images
 from paperlib.pixelvae.collapse.training import FACTORED, ROUTES, decoders, plan, rung, sweep
 from paperlib.pixelvae.markov_chain import Decoder, encode, sampled
-from paperlib.pixelvae.measurements import SETS, Arrays, Drawn, Extractors, Models, evaluated
+from paperlib.pixelvae.measurements import SETS, Arrays, Drawn, Models, evaluated
 from paperlib.pixelvae.model import build
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
-from paperlib.runs.provenance import describe_code
 from paperlib.stats import features, two_sample
 from paperlib.stats.linear_probe import linear_probe
 from paperlib.system.devices import stream
 
 PROBED = ("none", "random", "PCA", "elbo")  # features of a linear probe
-Classify = Callable[[Tensor], np.ndarray]
 
 
 # The ladder of decoders
@@ -105,22 +102,15 @@ def routes(settings: Any, images: Images, trained: Mapping[str, train.Trained], 
 # Classes
 
 
-def classifiers(settings: Any, images: Images, directory: Path, seed: int) -> tuple[Extractors, Classify]:
-    """Features for kernel distances by kind, as in notebook 04; and the class that the same classifier says (N,)."""
-    dataset, device = images.dataset, images.device
-    size = {"width": settings.classifier_width, "steps": settings.classifier_steps, "batch_size": 64}
-    options = {"seed": seed, "device": device, "provenance": describe_code()}
-    classifier = features.fit_classifier(dataset, directory / "classifier", **size, **options).model
-    networks = {"classifier": classifier, "random": features.RandomNetwork(0, images.shape[0]).to(device)}
-    extract = {kind: features.extractor(one, dataset.train.images, dataset.levels) for kind, one in networks.items()}
-    return extract, lambda pictures: features.predicted(classifier, pictures, dataset.levels)
-
-
-def classes(images: Images, drawn: Drawn, classify: Classify) -> Arrays:
+def classes(images: Images, drawn: Drawn, classifier: features.Classifier) -> Arrays:
     """What the classifier says: `classes_<model>` (steps + 1, N) of chains from noise, `classes_<model>_data` from
     held-out images; `class_shares` (SETS, 10), the share of each class in each set; `accuracy` on held-out images.
     """
     arrays: Arrays = {}
+
+    def classify(pictures: Tensor) -> np.ndarray:
+        return features.predicted(classifier, pictures, images.dataset.levels)
+
     for name, chains in drawn.chains.items():
         for kind, states in zip(("", "_data"), chains.values(), strict=True):
             arrays[f"classes_{name}{kind}"] = classify(states.flatten(0, 1)).reshape(states.shape[:2]).astype(np.uint8)
