@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from unittest.mock import ANY
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from paperlib.runs import plotting, provenance, recorded
 from paperlib.runs import run as runs
-from paperlib.runs.claims import Claim, Verdicts, measured_text
+from paperlib.runs.claims import Claim, Verdicts, judge, measured_text, reading_text
 from paperlib.runs.estimate import Estimate
 from paperlib.runs.experiment import Experiment
 from paperlib.runs.recorded import load_recorded_arrays, load_recorded_weights, record, save_weights
@@ -27,8 +27,8 @@ class Settings:
 
 
 CLAIMS = {
-    "X1": Claim("one", "below 1", lambda size: size.value < 1, ("size",), exact=True),
-    "X2": Claim("two", "interval above 0", lambda gap: gap.low > 0, ("gap",)),
+    "X1": Claim("one", "below 1", lambda size: size.value < 1, "{size:%} of it", exact=True),
+    "X2": Claim("two", "interval above 0", lambda gap: gap.low > 0, "a gap of {gap}"),
 }
 MEASURED = {"X1": {"size": Estimate(0.5)}, "X2": {"gap": Estimate(2.0, -1.0, 5.0, "nats")}}
 CLEAN, DIRTY = ({"revision": "abc", "modified": modified} for modified in (False, True))
@@ -72,6 +72,18 @@ def test_verdicts_come_from_the_criteria_and_only_where_the_preset_may_claim():
     for wrong in ({"X1": MEASURED["X1"]}, MEASURED | {"X2": {"wrong": Estimate(1.0)}}):
         with pytest.raises((KeyError, TypeError)):
             finish(start(), wrong)
+
+
+def test_a_claim_whose_premise_is_not_met_is_not_tested():
+    claim = Claim("one", "", lambda size: size.value < 1, "", premise=lambda size: size.value > 0, exact=True)
+    holds = [judge("cpu", claim, {"size": Estimate(size)}) for size in (-1.0, 0.5, 2.0)]
+    assert holds == [None, True, False]
+
+
+def test_a_reading_has_the_numbers_in_it():
+    claim = Claim("one", "", bool, "{size} or {size:value}, that is {size:%}, of {all:value}")
+    measured = {"size": asdict(Estimate(0.5, 0.4, 0.6, "nats")), "all": asdict(Estimate(2000.0))}
+    assert reading_text(claim, {"measured": measured}) == "0.5 [0.4, 0.6] nats or 0.5, that is 50 [40, 60] %, of 2,000"
 
 
 def test_metrics_and_provenance_are_written_and_plain_json(monkeypatch):

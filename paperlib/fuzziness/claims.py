@@ -16,14 +16,14 @@ CLAIMS = {
         "|mu(z) - E_q[x|z]|^2 at most 10 % of the variance of E_q[x|z] between codes, z ~ q(z); error = tr Var_q + "
         "|mu - E_q[x|z]|^2 to rounding",
         lambda share, residual: share.value <= 0.10 and residual.value < 1e-6,
-        shows=("share",),
+        reading="The decoder's mean misses the average by {share:%} of the variance between codes.",
     ),
     "F2": Claim(
         "Where Var q(x|z) is large, the sample is fuzzy.",
         "partial rank correlation of tr Var_q with the edge width or spectral slope of the decoded image, ink and "
         "log q(z) held fixed: 0.6 or more, interval over seeds (of one seed, over codes) above 0.4",
         lambda edge_width, slope: any(q.value >= 0.6 and (q.low or 0) > 0.4 for q in (edge_width, slope)),
-        shows=("edge_width",),
+        reading="The rank correlation of variance and edge width, ink and density held fixed, is {edge_width}.",
     ),
     "F3": Claim(
         "Ranked by Var q(x|z) per ink, digits on the left are sharp, those on the right are averages of several.",
@@ -32,7 +32,10 @@ CLAIMS = {
         lambda least_width_ratio, least_entropy_gain, **reported: (
             least_width_ratio.value >= 1.2 and least_entropy_gain.value >= 0.8
         ),
-        shows=("least_width_ratio", "least_entropy_gain"),
+        reading=(
+            "In the worst of the seeds, edges on the right are {least_width_ratio} times as wide as on the left and "
+            "labels have {least_entropy_gain} more entropy."
+        ),
     ),
     "F4": Claim(
         "For a weak p only a better q helps.",
@@ -41,7 +44,11 @@ CLAIMS = {
         lambda excess, worst_error_trend, worst_width_trend: (
             excess.value <= 0.05 and worst_error_trend.value < -0.999 and worst_width_trend.value < -0.999
         ),
-        shows=("excess", "worst_error_trend", "worst_width_trend"),
+        reading=(
+            "With q frozen, the error of ever larger decoders ends {excess:%} above E tr Var_q; with more dimensions "
+            "of the code, the rank correlation is {worst_error_trend} for error and {worst_width_trend} for edge "
+            "width in the worst seed."
+        ),
     ),
 }
 MIXED = (4, 9, 5)  # the digits that the post sees averaged

@@ -23,7 +23,7 @@ CLAIMS = {
         "code gain, the nats per held-out image that the decoder wins with z over an unconditional one of equal "
         "budget, above 30, interval above 0; two decodes of one z agree: pixel correlation 0.5 or more",
         lambda code_gain, two_decodes, **_: code_gain.value > 30 and code_gain.low > 0 and two_decodes.value >= 0.5,
-        shows=("code_gain", "two_decodes"),
+        reading="The decoder wins {code_gain} per image with z; two decodes of one z correlate {two_decodes}.",
     ),
     "P3": Claim(
         "Then decoding the prior fails, and the Markov chain works.",
@@ -32,7 +32,10 @@ CLAIMS = {
         lambda prior_minus_chain, chain, noise_to_data, **_: (
             prior_minus_chain.low > 0 and noise_to_data.low <= 0.1 * chain.value
         ),
-        shows=("prior", "chain", "prior_minus_chain"),
+        reading=(
+            "Kernel distance to photographs: {prior} from N(0, I), {chain} from the chain; the difference is "
+            "{prior_minus_chain}."
+        ),
     ),
     "P4": Claim(
         "The chain moves gradually; under the ELBO it jumps.",
@@ -43,14 +46,20 @@ CLAIMS = {
             and neighbours.value - neighbours_elbo.value >= 0.3
             and lag_20.value <= 0.5 * neighbours.value
         ),
-        shows=("neighbours", "lag_20", "neighbours_elbo"),
+        reading=(
+            "Neighbouring states correlate {neighbours} without the KL and {neighbours_elbo} under the ELBO; {lag_20}"
+            " at lag 20."
+        ),
     ),
     "G1": Claim(
         "The glasses: for a given feature the needed p(x|z) is complex.",
         "for each of class, brightness and upper half of the image, a factored Gaussian fitted to it falls short of "
         "q(x|feature) by more than 1,000 nats per image, interval above that",
         lambda **lost: min(loss.low for loss in lost.values()) > 1000,
-        shows=("class", "brightness", "upper_half"),
+        reading=(
+            "A factored Gaussian falls short by {class} per image given the class, {brightness} given the brightness,"
+            " {upper_half} given the upper half."
+        ),
     ),
 }
 

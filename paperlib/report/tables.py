@@ -5,7 +5,6 @@ their own, the README one table of all claims, `docs/speed.md` those of `results
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from paperlib.experiments import EXPERIMENTS
 from paperlib.report import records
-from paperlib.runs.claims import markdown_table, measured_text, verdict_text
+from paperlib.runs.claims import markdown_table, reading_text, verdict_text
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
@@ -31,41 +30,43 @@ def best(notebook: str) -> records.Recorded | None:
 
 
 def notebook_block(notebook: str) -> str:
-    """The recorded figure and verdicts of a notebook, in Markdown, as its opening shows them."""
+    """The verdicts of the recorded run of a notebook in one line, as its opening gives them."""
     recorded = best(notebook)
     if recorded is None:
         return "Nothing is recorded for this notebook yet."
-    headline, caption = recorded.experiment.headline
-    picture = _picture(recorded, headline)
-    return (
-        f"**Recorded** ({recorded.origin()}):\n\n![{caption}]({picture})\n\n*{caption}*\n\n"
-        f"{recorded.claims._repr_markdown_()}"
-    )
-
-
-def _picture(recorded: records.Recorded, name: str) -> str:
-    """The path of a recorded figure as seen from a notebook."""
-    return Path(os.path.relpath(files.figures_root() / recorded.preset / f"{name}.png", files.NOTEBOOKS)).as_posix()
+    return f"**Recorded** ({recorded.origin()}). Verdicts: {recorded.claims.summary()}; the table is at the end."
 
 
 def readme_block() -> str:
-    """The table of all claims with what was measured, at most three numbers each, in Markdown."""
+    """All claims in Markdown, the post's and then our own: what was measured in a sentence, and the verdict."""
     every = [one for one in map(best, EXPERIMENTS) if one is not None]
-    rows, held = [], {True: [], False: []}  # what holds, by whether the claim is exact
+    header = ("claim", "measured", "verdict", "notebook")
+    parts = [_count(every)]
+    for title, own in (("**The post's claims**", False), ("**Our own**", True)):
+        if rows := [row for one in every for row in _claim_rows(one, own)]:
+            parts += [title, markdown_table(header, rows)]
+    return "\n\n".join([*parts, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in every)])
+
+
+def _claim_rows(recorded: records.Recorded, own: bool) -> Iterator[tuple[str, str, str, str]]:
+    for key, entry in recorded.claims.items():
+        claim = recorded.experiment.claims[key]
+        if claim.own == own:
+            where = f"[{recorded.notebook[:2]}](notebooks/{recorded.notebook}.ipynb)"
+            yield f"**{key}** {entry['statement']}", reading_text(claim, entry), verdict_text(entry), where
+
+
+def _count(every: list[records.Recorded]) -> str:
+    verdicts = {exact: [] for exact in (True, False)}
     for one in every:
-        where = f"[{one.notebook[:2]}](notebooks/{one.notebook}.ipynb), `{one.preset}`"
         for key, entry in one.claims.items():
-            claim = one.experiment.claims[key]
-            measured = measured_text(entry, claim.shows)
-            rows.append((f"**{key}** {entry['statement']}", measured, verdict_text(entry), where))
-            held[claim.exact].append(bool(entry["holds"]))
-    exact, empirical = held[True], held[False]
-    count = (
-        f"Of {len(exact)} claims that are mathematics {sum(exact)} hold, of {len(empirical)} empirical ones "
-        f"{sum(empirical)}; {len(empirical) - sum(empirical)} fail."
+            verdicts[one.experiment.claims[key].exact].append(verdict_text(entry))
+    exact, empirical = verdicts[True], verdicts[False]
+    return (
+        f"Of {len(exact)} claims that are mathematics {exact.count('holds')} hold. Of {len(empirical)} empirical ones "
+        f"{empirical.count('holds')} hold, {empirical.count('fails')} fail and {empirical.count('not tested')} are not "
+        "tested."
     )
-    table = markdown_table(("claim", "measured", "verdict", "notebook, preset"), rows)
-    return "\n\n".join([count, table, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in every)])
 
 
 def speed_block() -> str:

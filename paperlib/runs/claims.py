@@ -11,21 +11,24 @@ from paperlib.runs.estimate import Estimate
 class Claim:
     """A statement with the criterion that decides it, written down before the run.
 
-    `criterion` is called with the measured quantities by name and says whether the claim holds; `expected` says the
-    same in words. `exact` claims are mathematics and judged under every preset, the others not under `smoke`.
-    `shows` names the measured quantities that a short table gives.
+    `criterion` is called with the measured quantities by name and says whether the claim holds, `premise` whether the
+    run could have decided that; `expected` says both in words. `reading` tells what was measured in a sentence, with
+    quantities in braces, see `Estimate`. `exact` claims are mathematics and judged under every preset, the others not
+    under `smoke`. Claims that are not the post's are `own`.
     """
 
     statement: str
     expected: str
     criterion: Callable[..., bool]
-    shows: tuple[str, ...]
+    reading: str
     exact: bool = False
+    own: bool = False
+    premise: Callable[..., bool] = lambda **_: True
 
 
 def judge(preset: str, claim: Claim, measured: Mapping[str, Estimate]) -> bool | None:
-    """Whether `claim` holds for what was `measured`; None where the preset claims nothing."""
-    if preset == "smoke" and not claim.exact:
+    """Whether `claim` holds for what was `measured`; None where that is not tested."""
+    if (preset == "smoke" and not claim.exact) or not claim.premise(**measured):
         return None
     return bool(claim.criterion(**measured))
 
@@ -49,7 +52,7 @@ class Verdicts(dict):
     """The `claims` part of a `metrics.json`: an entry by the key of each claim, shown as a table in a notebook.
 
     An entry has `statement`, `expected`, `measured` (the fields of an `Estimate` by name) and `holds` (true, false, or
-    None where the preset claims nothing).
+    None where that is not tested).
     """
 
     def _repr_markdown_(self) -> str:
@@ -73,13 +76,17 @@ class Verdicts(dict):
 
 
 def verdict_text(entry: Mapping[str, Any]) -> str:
-    return {True: "holds", False: "fails", None: "not claimed"}[entry["holds"]]
+    return {True: "holds", False: "fails", None: "not tested"}[entry["holds"]]
 
 
-def measured_text(entry: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
-    """The measured quantities of a claim in words, all or those named."""
-    chosen = entry["measured"] if names is None else {name: entry["measured"][name] for name in names}
-    return "; ".join(f"{name.replace('_', ' ')} {Estimate(**fields)}" for name, fields in chosen.items())
+def measured_text(entry: Mapping[str, Any]) -> str:
+    """All measured quantities of a claim, by name."""
+    return "; ".join(f"{name.replace('_', ' ')} {Estimate(**fields)}" for name, fields in entry["measured"].items())
+
+
+def reading_text(claim: Claim, entry: Mapping[str, Any]) -> str:
+    """The `reading` of a claim with what was measured."""
+    return claim.reading.format(**{name: Estimate(**fields) for name, fields in entry["measured"].items()})
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

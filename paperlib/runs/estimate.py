@@ -9,7 +9,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with, where it has one, its 95 % interval [low, high]; nan where it could not be measured."""
+    """A number with, where it has one, its 95 % interval [low, high]; nan where it could not be measured.
+
+    In a format string `{name}` is all of it with its unit, `{name:%}` the same in percent, `{name:value}` the number
+    alone.
+    """
 
     value: float
     low: float | None = None
@@ -28,6 +32,14 @@ class Estimate:
     def row(self) -> tuple[float, float, float]:
         """Value, low and high, as arrays keep it; the ends are nan where there is no interval."""
         return tuple(math.nan if number is None else number for number in (self.value, self.low, self.high))
+
+    def __format__(self, spec: str) -> str:
+        if spec == "value":
+            return _short(self.value)
+        if spec == "%":
+            ends = (None if end is None else 100 * end for end in (self.low, self.high))
+            return str(Estimate(100 * self.value, *ends, "%"))
+        return format(str(self), spec)
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{_short(self.low)}, {_short(self.high)}]"
