@@ -1,5 +1,6 @@
 """Notebook 02: the models against torch.distributions, the measurements against their definitions."""
 
+import dataclasses
 import io
 import itertools
 import shutil
@@ -290,7 +291,7 @@ def test_a_finished_training_is_used_again_and_recorded_weights_serve_without_on
 
 
 def test_the_explorer_draws_what_the_sliders_say(toy):
-    explorer = fuzziness.explore(toy.images, toy.models)
+    explorer = fuzziness.explore(toy.run, toy.images, toy.models, toy.arrays)
     explorer.sliders[0].value = 1.5
     assert "effective sample size" in explorer.text.value
     sheet = np.asarray(Image.open(io.BytesIO(explorer.picture.value)))
@@ -298,6 +299,33 @@ def test_the_explorer_draws_what_the_sliders_say(toy):
     assert sheet.shape == (step, step * (3 + 8))
     mu = square(toy.models.main.p_x_given_z(torch.tensor([[1.5, 0.0]])).detach())[0]
     np.testing.assert_allclose(sheet[4:-4:4, 4 : step - 4 : 4] / 255, mu, atol=0.5 / 255 + 1e-6)
+
+
+def test_the_walk_says_what_each_code_stands_for(toy):
+    arrays, vae = {name[5:]: array for name, array in toy.arrays.items() if name.startswith("walk_")}, toy.models.main
+    z = torch.from_numpy(arrays["z"])
+    steps = (z - z.roll(1, 0)).square().sum(1)
+    torch.testing.assert_close(steps, steps[:1].expand(len(steps)))  # closed, in equal steps
+    weights = torch.softmax(aggregate_posterior.log_weights(z, encode(vae, toy.x)), 1)
+    average = square(weights @ toy.x.double())
+    np.testing.assert_allclose(arrays["average"] / 255, average, atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(arrays["weights"][:, 0], weights.max(1).values, rtol=1e-5)
+    heaviest = square(toy.x[weights.argmax(1)])
+    np.testing.assert_allclose(arrays["heaviest"][:, 0] / 255, heaviest, atol=0.5 / 255 + 1e-6)
+    decoded = square(vae.p_x_given_z(z).detach())
+    np.testing.assert_allclose(arrays["decoded"] / 255, decoded, atol=0.5 / 255 + 1e-6)
+
+
+def test_the_walk_is_an_animation_and_of_a_recorded_run_a_slider(toy):
+    frames = figures.walk(toy.arrays)
+    shown = fuzziness.save_animation(toy.run, frames, "walk")
+    assert Image.open(io.BytesIO(shown.data)).n_frames == len(frames) == len(toy.arrays["walk_z"])
+    recorded = dataclasses.replace(toy.run, recorded=True)
+    walk = fuzziness.explore(recorded, None, None, toy.arrays)
+    first = walk.picture.value
+    walk.slider.value = 5
+    assert walk.picture.value != first
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(walk.picture.value))), np.asarray(frames[5]))
 
 
 def test_settings_that_mean_nothing_are_refused():

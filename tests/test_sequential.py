@@ -203,7 +203,7 @@ GOOD = {
     "S1": {"least_fall": 0.02, "least_kl": 2.0, "least_lost": 0.6, "least_lost_without": 0.6},
     "S2": SHARPER | {f"edge_{name}": value for name, value in SHARPER.items()} | RATES,
     "S3": {"residual": 1e-14},
-    "S4": {"ratio_random": 0.7, "ratio_thumbnails": 0.75} | RATES,
+    "S4": {"ratio_random": 0.7, "ratio_thumbnails": 0.75, "one_step": 0.5, "one_step_thumbnails": 0.1} | RATES,
 }
 BAD = [
     ("S1", "least_fall", 0.005), ("S1", "least_kl", 0.9), ("S1", "least_lost", 0.4), ("S1", "least_lost_without", 0.4),
@@ -211,6 +211,7 @@ BAD = [
       for name, value in (("first", 0.55), ("last", 0.75), ("one_step", 0.55), ("trend", -0.7))],
     ("S2", "rate_of_one_step", 80.0), ("S3", "residual", 1e-9),
     ("S4", "ratio_random", 0.85), ("S4", "ratio_thumbnails", 0.85), ("S4", "rate_of_one_step", 120.0),
+    ("S4", "one_step", -0.5), ("S4", "one_step_thumbnails", 0.0),
 ]  # fmt: skip
 
 
@@ -276,6 +277,7 @@ def test_bits_per_dimension_of_levels(finished):
     ("changes", "message"),
     [
         ({"chain_steps": 1}, "chain_steps"),
+        ({"chain_steps": 5}, "one_step_ladder"),
         ({"ladder": (2, 3)}, "ladder"),
         ({"kl_weight": 0.0}, "kl_weight"),
         ({"samples": 10}, "samples"),

@@ -98,7 +98,7 @@ def _first_seed(run: Run) -> int:
 def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
     """All that figures and claims need, written to the run's `arrays.npz` and returned; recorded where weights are.
 
-    `at_prior_codes` and `error_split` are stacked over seeds, `picture` and `plane` are of the first.
+    `at_prior_codes` and `error_split` are stacked over seeds, `picture`, `plane` and `walk` are of the first.
     """
     if run.recorded:
         return load_recorded_arrays(run)
@@ -116,6 +116,7 @@ def measure(run: Run, images: Images, models: Models) -> dict[str, np.ndarray]:
         **{f"bernoulli_{name}": bernoulli[name] for name in CORRELATED},
         **measurements.picture(models.main, x, labels, at_prior),
         **measurements.plane(settings, models.main, x, labels),
+        **measurements.walk(models.main, x, labels),
         **_stacked(measurements.error_split(settings, vaes[MAIN].model, x, held_out, seed) for vaes in models.vaes),
         **measurements.frozen_and_swept(settings, models, x, held_out, seed),
     )
@@ -135,10 +136,14 @@ def conclude(run: Run, arrays: Mapping[str, np.ndarray], models: Models, images:
     return recorded.conclude(run, CLAIMS, quantities(arrays), numbers, data, trained, models.main)
 
 
-def explore(images: Images, models: Models) -> Any:
-    """Sliders for the code of the main VAE, to be shown in a running notebook: an `explorer.Explorer`."""
+def explore(run: Run, images: Images, models: Models, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Sliders to be moved in a running notebook: of the code of the main VAE, an `explorer.Explorer`, or of a recorded
+    run, which has no training images, of the place in its walk, an `explorer.Walk`.
+    """
     from paperlib.fuzziness import explorer
 
+    if run.recorded:
+        return explorer.Walk(arrays)
     return explorer.Explorer(models.main, pixels(images)[0], images.labels)
 
 

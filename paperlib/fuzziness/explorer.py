@@ -1,4 +1,4 @@
-"""Move a code by two sliders and see what it decodes to, and what q(x|z) is made of."""
+"""Move a code by sliders and see what it decodes to, and what q(x|z) is made of."""
 
 import io
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from paperlib.data import datasets
+from paperlib.fuzziness import figures
 from paperlib.fuzziness.model import VAE, encode, square
 from paperlib.stats import aggregate_posterior
 
@@ -52,6 +53,26 @@ class Explorer(ipywidgets.VBox):
             f"training digits: {digits}.<br>tr Var<sub>q</sub>[x|z] {conditional.trace[0]:.1f}, effective sample size "
             f"{conditional.ess[0]:.1f}, labels {', '.join(best)}."
         )
+
+
+class Walk(ipywidgets.VBox):
+    """A slider for the place in the recorded walk, and the picture of `figures.walk` there."""
+
+    def __init__(self, arrays: figures.Arrays) -> None:
+        self._frames = figures.walk(arrays)
+        self.slider = ipywidgets.IntSlider(0, max=len(self._frames) - 1, description="place")
+        self.picture = ipywidgets.Image(format="png")
+        super().__init__([self.slider, self.picture])
+        self.slider.observe(self._update, names="value")
+        self._update()
+
+    def __repr__(self) -> str:
+        return "a slider for the place in the walk above (shown where the notebook is running)"
+
+    def _update(self, change: Any = None) -> None:
+        buffer = io.BytesIO()
+        self._frames[self.slider.value].save(buffer, format="png")
+        self.picture.value = buffer.getvalue()
 
 
 def _png(images: torch.Tensor) -> bytes:

@@ -97,8 +97,6 @@ def _parts(labels: np.ndarray) -> list[str]:
 
 def plane(arrays: Arrays) -> Any:
     """The plane of codes: decoded digits, variance of q(x|z) per ink, the label that weighs most, effective samples."""
-    from matplotlib.colors import to_rgba_array
-
     figure, ((decoded, variance), (labels, samples)) = plotting.new(2, 2, height=6.6)
     plotting.show_images(decoded, arrays["plane_decoded"], MOSAIC, high=255)
     decoded.set_title("decoder mean, z from -3 to 3 in both dimensions")
@@ -112,18 +110,58 @@ def plane(arrays: Arrays) -> Any:
     samples.set_title(r"$\log_{10}$ effective sample size")
     _draw_borders(variance, arrays["plane_labels"])
 
-    best, purity = arrays["plane_labels"].argmax(-1), arrays["plane_labels"].max(-1)
-    colours = to_rgba_array(plotting.PALETTE)[best, :3]
-    labels.imshow(1 - purity[..., None] * (1 - colours), **span)
+    _show_classes(labels, arrays["plane_labels"])
     labels.set_title("label that weighs most (paler: less pure)")
+    for axis in (variance, samples):
+        axis.set(xlabel="$z_1$", ylabel="$z_2$")
+    return figure
+
+
+def walk(arrays: Arrays) -> list[Any]:
+    """The frames of an animation, Pillow images: a code on its way through the plane, and what it stands for."""
+    from matplotlib import pyplot
+    from PIL import Image
+
+    figure, axes = plotting.new(4, 2, height=3.3, width_ratios=[2.2, 1, 1, 1])
+    for axis in axes[:, 0]:
+        axis.remove()
+    plane = figure.add_subplot(axes[0, 0].get_gridspec()[:, 0])
+    _show_classes(plane, arrays["plane_labels"])
+    path = np.concatenate([arrays["walk_z"], arrays["walk_z"][:1]])
+    plane.plot(*path.T, color="black", linewidth=0.6)
+    (place,) = plane.plot([0], [0], "o", color="black", markersize=7, markeredgecolor="white")
+    names = {"decoded": r"decoder $\mu(z)$", "average": r"$E_q[x|z]$", "std": "std under q(x|z)"}
+    pictures = np.concatenate(
+        [np.stack([arrays[f"walk_{name}"] for name in names], 1), arrays["walk_heaviest"][:, :3]], axis=1
+    )
+    frames = []
+    for k, row in enumerate(pictures):
+        titles = [*names.values(), *(f"weighs {100 * weight:.1f} %" for weight in arrays["walk_weights"][k, :3])]
+        for axis, image, title in zip(axes[:, 1:].flat, row, titles, strict=True):
+            axis.clear()
+            plotting.show_images(axis, image[None], 1, high=255)
+            axis.set_title(title, fontsize=8)
+        place.set_data(*arrays["walk_z"][k : k + 1].T)
+        parts = ", ".join(_parts(arrays["walk_labels"][k])[:3])
+        plane.set_title(f"{parts}\nVar q(x|z) per ink {arrays['walk_variance'][k]:.2f}", fontsize=8)
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
+    pyplot.close(figure)
+    return frames
+
+
+def _show_classes(axis: Any, mixtures: np.ndarray) -> None:
+    """The plane in the colours of the labels that weigh most (S, S, K), paler where less pure, with their names."""
+    from matplotlib.colors import to_rgba_array
+
+    best, purity = mixtures.argmax(-1), mixtures.max(-1)
+    colours = to_rgba_array(plotting.PALETTE)[best, :3]
+    axis.imshow(1 - purity[..., None] * (1 - colours), extent=(-3, 3, -3, 3), interpolation="nearest")
     for label in np.unique(best):
         row, column = np.median(np.nonzero((best == label) & (purity >= np.median(purity[best == label]))), axis=1)
         x, y = (column + 0.5) * 6 / len(best) - 3, 3 - (row + 0.5) * 6 / len(best)
-        labels.text(x, y, label, ha="center", va="center", fontweight="bold")
-
-    for axis in (variance, labels, samples):
-        axis.set(xlabel="$z_1$", ylabel="$z_2$")
-    return figure
+        axis.text(x, y, label, ha="center", va="center", fontweight="bold")
+    axis.set(xlabel="$z_1$", ylabel="$z_2$")
 
 
 def _draw_borders(axis: Any, mixtures: np.ndarray) -> None:

@@ -19,6 +19,7 @@ ROWS, COLUMNS = 5, 3  # of each of the two groups of the post's picture
 MADE_OF = 6  # codes of which is shown what q(x|z) is made of
 HEAVIEST = 4  # training digits shown for each
 MOSAIC = 20  # decoded digits per side of the map
+WALK, RADIUS = 36, 1.2  # codes on a circle around 0, and its radius
 SWEPT = ("swept_information", "swept_rate", "swept_error", "swept_variance", "swept_reliable", "swept_width")
 
 
@@ -121,6 +122,28 @@ def _grid(side: int, device: torch.device) -> Tensor:
     edge = 3 * (1 - 1 / side)
     across = torch.linspace(-edge, edge, side, device=device)
     return torch.cartesian_prod(across.flip(0), across).flip(1)
+
+
+@torch.no_grad()
+def walk(vae: VAE, x: Tensor, labels: Tensor) -> dict[str, Any]:
+    """WALK codes on a circle, `walk_z` (WALK, 2), and what each stands for: `walk_decoded`, `walk_average` and
+    `walk_std` (white: 0.5), uint8; `walk_labels`, the label mixture; `walk_variance` per ink and `walk_samples`;
+    `walk_heaviest` (WALK, HEAVIEST, H, W), the training digits that weigh most, uint8, and `walk_weights`.
+    """
+    angle = torch.arange(WALK, device=x.device) * (2 * torch.pi / WALK)
+    z, codes = RADIUS * torch.stack([angle.cos(), angle.sin()], 1), encode(vae, x)
+    conditional = aggregate_posterior.conditional(z, codes, x, labels)
+    points, weights = aggregate_posterior.heaviest(z, codes, HEAVIEST)
+    pictures = {
+        "decoded": vae.p_x_given_z(z),
+        "average": conditional.mean,
+        "std": (2 * conditional.variance.sqrt()).clamp(max=1),
+        "heaviest": x[points],
+    }
+    arrays = {name: (square(images) * 255).round().to(torch.uint8) for name, images in pictures.items()}
+    arrays |= {"z": z, "labels": conditional.labels, "samples": conditional.ess, "weights": weights}
+    arrays["variance"] = conditional.trace / conditional.mean.sum(1)
+    return {f"walk_{name}": array for name, array in arrays.items()}
 
 
 @torch.no_grad()

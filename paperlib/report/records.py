@@ -48,9 +48,11 @@ class Recorded:
         """Machine, time, seed and revision in one line."""
         run = self.provenance
         what = " of training, all models added up" if run["trainings"] else ""
+        trained = {training["revision"][:10] for training in run["trainings"].values()} - {run["revision"][:10]}
+        before = "".join(f" (trained at `{revision}`)" for revision in sorted(trained))
         return (
             f"preset `{self.preset}`, seed {run['seed']}, {run['device']}, {self.minutes:.1f} minutes{what}, "
-            f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`"
+            f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`{before}"
         )
 
     def recomputed(self) -> dict[str, dict[str, Estimate]]:

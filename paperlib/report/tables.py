@@ -21,7 +21,7 @@ PASSES = "by full passes (s, extrapolated)"
 STDS = (1, 0.1, 0.01)  # of q(z|x), in the benchmark of aggregates
 SPEED = "<!-- speed:begin -->", "<!-- speed:end -->"
 # The names under which a notebook's cell saves figures.
-FIGURE = re.compile(r"save_figure\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
+FIGURE = re.compile(r"save_(?:figure|animation)\(\s*run,.*?\"(\w+)\"\s*\)", re.DOTALL)
 
 
 def best(notebook: str) -> records.Recorded | None:

@@ -77,7 +77,7 @@ def kernel_distances(arrays: Arrays, titles: Mapping[str, str], colours: Mapping
     """Squared kernel distances to held-out photographs: for each kind in `titles` the rows value, low and high of
     `kernel_<kind>` (sets, 3), each as a dot on a bar; `colours` by the sets' names.
 
-    The axis is linear between -0.1 and 0.1, and logarithmic beyond.
+    The axis is linear between -0.1 and 0.1, where a grey line stands, and logarithmic beyond.
     """
     figure, axes = new(len(titles), height=height, sharey=True)
     places = np.arange(len(colours))[::-1]
@@ -86,6 +86,7 @@ def kernel_distances(arrays: Arrays, titles: Mapping[str, str], colours: Mapping
             axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
             axis.plot(value, place, "o", color=colour, markersize=4)
         axis.axvline(0, color="black", linewidth=0.6)
+        axis.axvline(0.1, color="0.8", linewidth=0.6, zorder=0)
         axis.set(xlabel="squared kernel distance", title=title)
         low, high = arrays[f"kernel_{kind}"].min(), arrays[f"kernel_{kind}"].max()
         axis.set_xscale("symlog", linthresh=0.1)

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +103,16 @@ def save_figure(run: Run, figure: Any, name: str) -> Any:
         figure.savefig(file, metadata={"Software": None})
     pyplot.close(figure)
     return figure
+
+
+def save_animation(run: Run, frames: Sequence[Any], name: str) -> Any:
+    """Write Pillow images as an animated `<name>.png`, five a second without end, and return it for a cell to show."""
+    from IPython.display import Image
+
+    path = run.directory / f"{name}.png"
+    with files.atomic_write(path) as file:
+        frames[0].save(file, format="png", save_all=True, append_images=frames[1:], duration=200, loop=0)
+    return Image(path.read_bytes(), format="png")
 
 
 def finish(

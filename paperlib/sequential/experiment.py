@@ -101,6 +101,12 @@ class Settings:
         for name in ("ladder", "one_step_ladder", "widths", "one_step_widths"):
             if len(getattr(self, name)) != len(self.widths):
                 raise ValueError(f"{name} is {getattr(self, name)}, but there are {len(self.widths)} scales")
+        together = tuple(self.chain_steps * dims for dims in self.ladder)
+        if self.one_step_ladder != together:
+            raise ValueError(
+                f"one_step_ladder is {self.one_step_ladder}, but the one-step baseline has the codes of all steps "
+                f"together, {together}"
+            )
         Size(3, self.side, self.widths, self.units, self.maps)  # says what does not fit
         Size(3, self.side, self.one_step_widths, self.one_step_units, self.one_step_maps)
         if self.samples < 40:

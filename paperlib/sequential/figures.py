@@ -81,7 +81,6 @@ def reconstructions(arrays: Arrays) -> Any:
     lost.set_ylabel("share of the step's gain\nthat is lost")
     lost.set_ylim(0, None)
     rate.bar(steps, [one.value for one in numbers["kl"]], 0.6, color=GREEN)
-    rate.axhline(1, color="black", linewidth=0.8, linestyle=":")
     rate.set_ylabel("KL of the step (nats)")
     for axis in axes[1]:
         axis.set_xlabel("step t")
@@ -137,7 +136,9 @@ def sharpness(arrays: Arrays) -> Any:
             value, low, high = arrays[f"{name}_{model}"]
             axis.axhline(value, color=colour, linestyle="--", linewidth=1)
             axis.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
-            axis.annotate(title, (0.98, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+            place = (0.02, "left", "top") if model == "one_step" else (0.98, "right", "bottom")
+            ends = {"xycoords": ("axes fraction", "data"), "ha": place[1], "va": place[2]}
+            axis.annotate(title, (place[0], value), fontsize=7, **ends)
         axis.set(xlabel="step t", ylabel=label)
         axis.set_xticks(steps)
     frequencies, photographs = arrays["frequencies"], arrays["power_photographs"] + 1 / 12

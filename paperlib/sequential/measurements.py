@@ -264,7 +264,7 @@ def nearest(settings: Any, images: Images, drawn: Mapping[str, Drawn]) -> dict[s
     units of the range -1 .. 1, to the nearest; `<view>` is pixels or thumbnails of 8 x 8 means, `<set>` sequential,
     one_step, infusion or held_out, which nobody has copied. `neighbours_<view>` (10, S, S, C): those of the first
     samples of `sequential`, `near` (10, S, S, C). Of a large training set some 10,000 images, evenly spaced, are
-    searched, and their mirror images, as both were seen in training.
+    searched, and their mirror images, as both were seen in training, but not shifted ones.
     """
     among = images.batch(_spread(len(images.train), 10_000))
     among = torch.cat([among, among.flip(2)])
@@ -293,10 +293,10 @@ def _to_nearest(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pictures(seed: int, images: Images, models: Mapping[str, SequentialVAE]) -> dict[str, np.ndarray]:
-    """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples; `chain_standard`
-    the same with z_1 from N(0, I); `chain_infusion` of infusion's draws, with `chain_infusion_means` (10, S, S, C);
-    `targets` (10, S, S, C), held-out photographs, `rebuilt` and `swapped` (T, 10, S, S, C), with their codes and with
-    each step's code of the photograph below.
+    """For the figures, ten rows each: `chain` (T + 1, 10, S, S, C), noise and x(1) .. x(T) of samples; the same with
+    all codes from N(0, I), `chain_standard`; `chain_infusion` of infusion's draws, with `chain_infusion_means` (10, S,
+    S, C); `targets` (10, S, S, C), held-out photographs, `rebuilt` and `swapped` (T, 10, S, S, C), with their codes and
+    with each step's code of the photograph below.
     """
     targets = images.held_out[_spread(len(images.held_out), ROWS)]
     drawn = draw(models["sequential"], images, ROWS, stream(seed, 5, images.device))
