@@ -30,7 +30,7 @@ def settings(chosen):
 
 
 NOTEBOOK = ["paperlib.reproduce", "--only", "02"]  # with models as small as can be
-NOTEBOOK += settings({"steps": 20, "codes": 70, "plane": 4, "hidden": [8], "decoders": [2, 4]})
+NOTEBOOK += settings({"steps": 20, "codes": 150, "plane": 4, "hidden": [8], "decoders": [2, 4]})
 ROOTS = ("data", "runs", "results", "figures")
 PRELOADED = ["pytest", "commands", "paperlib.experiments", "paperlib.runs.launch", "papermill", "nbclient.exceptions"]
 PRELOADED += ["jupyter_client.manager", "ipykernel.kernelapp", "torch._dynamo", "sklearn.datasets", "scipy.stats"]

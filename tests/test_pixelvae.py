@@ -233,7 +233,7 @@ def test_which_images_are_compared(finished, monkeypatch):
     sources, reference = twice[0].args[2].flatten(1).double(), distances[0].args[1]
     assert len(sources) == settings.draws and len(sources) + len(reference) == len(images.held_out)
     assert torch.cdist(sources, reference).min() > 0
-    from_noise, from_data, *_ = (call.args[2].flatten(1).double() for call in made)
+    from_noise, from_data = made[0].args[2].flatten(1).double().split(settings.chains)
     assert torch.equal(from_data, sources[: settings.chains]) and torch.cdist(from_noise, sources).min() > 0
     assert [len(call.args[1]) for call in chains] == [56, 56], "of chains from noise, but for the first states"
     for k, (a, b) in enumerate(call.args for call in pairs):

@@ -46,7 +46,7 @@ def help_of(tmp_path_factory):
 
 
 def test_every_program_is_tried_here():
-    assert {words[0] for words in WORDS} == {"make", "python", "torchrun", "papermill"}
+    assert {words[0] for words in WORDS} == {"make", "python", "torchrun", "papermill", "sbatch"}
 
 
 @typed("make")
@@ -74,6 +74,13 @@ def test_a_notebook_has_the_parameters(words):
     parameters = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
     named = [words[k + 1] for k, word in enumerate(words) if word == "-p"]
     assert named and all(f"{name}:" in parameters for name in named)
+
+
+@typed("sbatch")
+def test_a_script_reads_what_is_exported(words):
+    script = (files.ROOT / words[-1]).read_text()
+    exported = [name for word in words for name in re.findall(r"(\w+)=", word.partition("--export=ALL,")[2])]
+    assert all(f"${{{name}:-" in script for name in exported)
 
 
 def test_flags_and_settings_named_in_prose_exist(help_of):

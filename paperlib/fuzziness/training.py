@@ -11,6 +11,7 @@ from paperlib.fuzziness.model import BERNOULLI, MAIN, VAE, Variant, encode, perc
 from paperlib.runs import train
 from paperlib.runs.provenance import describe_code
 from paperlib.stats.aggregate_posterior import Codes
+from paperlib.system.devices import to_device
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,4 @@ def _fit(
     numbers = (steps, settings.batch_size, settings.learning_rate)
     recipe = train.Recipe(*numbers, schedule="cosine", ema=0.999, evaluate_every=every)
     options |= {"seed": seed, "device": x.device, "provenance": describe_code(), "name": directory.name}
-    return train.fit(model, loss, lambda rows: rows.to(x.device), len(x), recipe, directory, **options)
+    return train.fit(model, loss, lambda rows: to_device(rows, x.device), len(x), recipe, directory, **options)

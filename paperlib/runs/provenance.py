@@ -56,7 +56,7 @@ def _with_captured(objects: Iterable[Any]) -> Iterator[Any]:
 
 
 def _source(one: Any) -> str:
-    name = one.__module__
+    name = one.__module__ or ""
     if name.startswith("torch."):
         return ""
     try:

@@ -203,7 +203,7 @@ def _step(training: Training, objective: nn.Module, batch: Batch) -> None:
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             _add_to_sums(training, value, terms)
-            if _may_wait(training):
+            if update == recipe.updates - 1 and _may_wait(training):
                 _refuse_non_finite(training)
             if recipe.clip_norm:
                 nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_norm)
