@@ -141,8 +141,8 @@ def _initial(settings: Any, images: Images, variant: Variant, seed: int, start: 
     if start is not None:
         load_matching_weights(vae, start)
         return vae
-    first = train.batch_indices(seed, len(images.train), max(64, settings.batch_size), 0).to(images.device)
-    x = images.to_float(images.train[first])
+    first = train.batch_indices(seed, len(images.train), max(64, settings.batch_size), 0)
+    x = images.to_float(images.batch(first))
     with torch.no_grad(), oom_as_user_error(f"lower batch_size (now {settings.batch_size})"):
         pixelcnn.initialise(vae.decoder, vae.sees * x, vae.h(vae.code(x)[2]))
     return vae
