@@ -224,7 +224,7 @@ def test_what_is_recorded_comes_back_in_half_precision_and_for_its_settings_alon
 
 def test_the_preset_recorded_opens_the_best_recorded_run_and_takes_no_overrides():
     rising = {"smoke": Settings(), "cpu": Settings(steps=5), "gpu": Settings(steps=7)}
-    experiment = Experiment("99_test", ("", ""), rising, CLAIMS, lambda run: MEASURED)
+    experiment = Experiment("99_test", rising, CLAIMS, lambda run: MEASURED)
     with pytest.raises(UserError, match="nothing is recorded of 99_test"):
         experiment.start()
     for preset in ("cpu", "smoke"):
