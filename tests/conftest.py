@@ -3,9 +3,11 @@ from multiprocessing import forkserver
 
 
 def pytest_configure():
-    """A shell that starts us in the background has us ignore Ctrl-C, as would the commands that tests interrupt."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell that starts us in the background has us ignore Ctrl-C, nohup a closed terminal; the commands that tests
+    interrupt would ignore them as well."""
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 def pytest_collection_finish(session):

@@ -106,7 +106,7 @@ def test_the_recipe_of_a_new_objective(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102
     measured = eval(capsys.readouterr().out.splitlines()[-1], {"__builtins__": {}})
     assert measured["bits_per_dim"] > 0 and measured["kl"] > 0
-    assert list((tmp_path / "runs").rglob("free bits/last.pt"))
+    assert list((tmp_path / "runs").rglob("20 nats/last.pt"))
 
 
 def test_the_recipes_of_another_data_set_and_number_of_steps(tmp_path):

@@ -277,7 +277,6 @@ def test_bits_per_dimension_of_levels(finished):
     ("changes", "message"),
     [
         ({"chain_steps": 1}, "chain_steps"),
-        ({"chain_steps": 5}, "one_step_ladder"),
         ({"ladder": (2, 3)}, "ladder"),
         ({"kl_weight": 0.0}, "kl_weight"),
         ({"samples": 10}, "samples"),

@@ -27,7 +27,6 @@ TINY = experiment.Settings(
     widths=(16, 16),
     units=16,
     maps=(4,),
-    one_step_ladder=(6, 9),
     one_step_widths=(16, 16),
     one_step_units=16,
     one_step_maps=(4,),
@@ -129,7 +128,7 @@ def test_moments_run_in_training_alone():
 
 def test_bound_and_kl_to_the_posterior_add_up_to_log_p():
     """Two steps, one code dimension each, on a grid: log p(x) = bound (8) + KL(q(z_1, z_2 | x) || p(z_1, z_2 | x))."""
-    one_scale = {"ladder": (1,), "widths": (16,), "maps": (), "one_step_ladder": (2,), "one_step_widths": (16,)}
+    one_scale = {"ladder": (1,), "widths": (16,), "maps": (), "one_step_widths": (16,)}
     one_scale |= {"one_step_maps": (), "side": 16}
     vae = tiny(chain_steps=2, shape=(1, 2, 2), **one_scale)
     x, grid = targets(1, shape=(1, 2, 2)), torch.linspace(-7, 7, 141, dtype=torch.float64)[:, None]
@@ -521,3 +520,9 @@ def test_the_gpu_preset_takes_a_few_steps(tmp_path, monkeypatch):
     run = experiment.start("gpu", 0, "cpu", {**few, "measured_images": 8})
     trained = experiment.fit(run, experiment.load_images(run))
     assert all(math.isfinite(one.history[-1]["loss"]) for one in trained.values())
+
+
+def test_the_one_step_baseline_has_the_codes_of_all_steps():
+    for steps in (2, 5):
+        chained, one_step = tiny(chain_steps=steps), tiny("one_step", chain_steps=steps)
+        assert one_step.steps == 1 and sum(one_step.ladder) == steps * sum(chained.ladder)

@@ -60,9 +60,6 @@ class Settings:
     reconstruction_scale: float | None = option(None, "weight of the squared error; null for a learned std per step")
     min_sigma: float = option(0.02, "least learned std of p(x|z)")
     input_noise: float = option(0.1, "greatest std of the noise on the previous image, in training")
-    one_step_ladder: tuple[int, ...] = option(
-        (6, 9, 9, 12), "dimensions of the code of the one-step baseline, by scale"
-    )
     one_step_widths: tuple[int, ...] = option((28, 36, 32, 48), "channels of the one-step baseline")
     one_step_units: int = option(64, "units of the dense layer of the one-step baseline")
     one_step_maps: tuple[int, ...] = option(
@@ -98,19 +95,18 @@ class Settings:
         presets.check_numbers(self, may_be_zero)
         if self.chain_steps < 2:
             raise ValueError(f"chain_steps is {self.chain_steps}, but a chain has 2 or more")
-        for name in ("ladder", "one_step_ladder", "widths", "one_step_widths"):
+        for name in ("ladder", "widths", "one_step_widths"):
             if len(getattr(self, name)) != len(self.widths):
                 raise ValueError(f"{name} is {getattr(self, name)}, but there are {len(self.widths)} scales")
-        together = tuple(self.chain_steps * dims for dims in self.ladder)
-        if self.one_step_ladder != together:
-            raise ValueError(
-                f"one_step_ladder is {self.one_step_ladder}, but the one-step baseline has the codes of all steps "
-                f"together, {together}"
-            )
         Size(3, self.side, self.widths, self.units, self.maps)  # says what does not fit
         Size(3, self.side, self.one_step_widths, self.one_step_units, self.one_step_maps)
         if self.samples < 40:
             raise ValueError(f"samples is {self.samples}, but the intervals need 40")
+
+    @property
+    def one_step_ladder(self) -> tuple[int, ...]:
+        """Dimensions of the code of the one-step baseline, by scale: those of all steps of the chain together."""
+        return tuple(self.chain_steps * dims for dims in self.ladder)
 
 
 _smoke = Settings()
@@ -128,7 +124,6 @@ _cpu = Settings(
     maps=(4, 8, 16),
     kl_annealing=0.05,
     kl_controller_gain=0.02,
-    one_step_ladder=(96, 112, 80, 64),
     one_step_widths=(160, 192, 160, 192),
     one_step_units=192,
     one_step_maps=(8, 16, 24),
@@ -179,7 +174,6 @@ PRESETS = {
         reconstruction_scale=16.0,
         input_noise=0.0,
         ladder=(20, 30, 30, 30),
-        one_step_ladder=(160, 240, 240, 240),
         one_step_widths=(192, 368, 600, 752),
         one_step_units=1024,
         one_step_maps=(48, 96, 192),

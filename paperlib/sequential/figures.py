@@ -136,9 +136,8 @@ def sharpness(arrays: Arrays) -> Any:
             value, low, high = arrays[f"{name}_{model}"]
             axis.axhline(value, color=colour, linestyle="--", linewidth=1)
             axis.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
-            place = (0.02, "left", "top") if model == "one_step" else (0.98, "right", "bottom")
-            ends = {"xycoords": ("axes fraction", "data"), "ha": place[1], "va": place[2]}
-            axis.annotate(title, (place[0], value), fontsize=7, **ends)
+            x, ha, va = (0.02, "left", "top") if model == "one_step" else (0.98, "right", "bottom")
+            axis.annotate(title, (x, value), xycoords=("axes fraction", "data"), ha=ha, va=va, fontsize=7)
         axis.set(xlabel="step t", ylabel=label)
         axis.set_xticks(steps)
     frequencies, photographs = arrays["frequencies"], arrays["power_photographs"] + 1 / 12

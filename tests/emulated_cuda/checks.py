@@ -21,7 +21,7 @@ SETTINGS = {
     | {"samples": 200, "ascent_steps": 20, "starts": 4, "flow_steps": 20},
     "02": {"steps": 20, "plane": 4, "codes": 150, "max_halves": 10.0, "min_samples": 1.0},
     "03": {"train_steps": 20, "one_step_train_steps": 20, "infusion_train_steps": 10, "ablation_train_steps": 10}
-    | {"ladder": (2, 2), "one_step_ladder": (4, 4), "widths": (8, 8), "one_step_widths": (8, 8)}
+    | {"ladder": (2, 2), "widths": (8, 8), "one_step_widths": (8, 8)}
     | {"maps": (4,), "one_step_maps": (4,), "clip_norm": 10.0, "patience": 5, "measured_images": 40, "samples": 40}
     | FEW,
     "04": {"train_steps": 10, "elbo_steps": 10, "sweep_steps": 2, "classifier_steps": 10, "draws": 40}
