@@ -161,23 +161,23 @@ def controls(arrays: Arrays) -> Controls:
     narrow, wide = _at_ends(everywhere, arrays["edge_width"])
     return Controls(
         {
-            "F1: of which noise of the list": arrays["noise"].mean(1) / between,
+            "F1: part of the share that is estimation noise": arrays["noise"].mean(1) / between,
             "F1: share, average over held-out images": arrays["gap_held_out"].mean(1) / between,
-            "F1: of which noise of the held-out list": arrays["noise_held_out"].mean(1) / between,
+            "F1: part of that share that is estimation noise": arrays["noise_held_out"].mean(1) / between,
             "F2: greyness (F1 restated)": correlations(arrays, "greyness"),
             "F2: edge width, greyness held fixed too": correlations(arrays, "edge_width", also_fixed=("greyness",)),
             "F2: edge width, Bernoulli decoder": correlations(arrays, "edge_width", "bernoulli_"),
             "F2: spectral slope, Bernoulli decoder": -correlations(arrays, "slope", "bernoulli_"),
-            "F2: edge width, no code set aside": correlations(everywhere, "edge_width"),
-            "F2: spectral slope, no code set aside": -correlations(everywhere, "slope"),
+            "F2: edge width, all codes": correlations(everywhere, "edge_width"),
+            "F2: spectral slope, all codes": -correlations(everywhere, "slope"),
             "F2: edge width, within classes": correlations(arrays, "edge_width", within_classes=True),
             "F2: spectral slope, within classes": -correlations(arrays, "slope", within_classes=True),
             "F3: weight of the largest class in the left tenth": pure,
             "F3: label entropy in the left tenth (nats; first criterion: below 0.1)": first_left,
             "F3: label entropy in the right tenth (nats; first criterion: above 1)": first_right,
-            "F3: edge width right / left, no code set aside": wide / narrow,
-            "F3: label entropy right - left, no code set aside (nats)": right - left,
-            "share of codes where Var q(x|z) may be quoted": arrays["reliable"].mean(1),
-            "the same, Bernoulli decoder": arrays["bernoulli_reliable"].mean(1),
+            "F3: edge width right / left, all codes": wide / narrow,
+            "F3: label entropy right - left, all codes (nats)": right - left,
+            "share of codes that pass the criterion of section 2": arrays["reliable"].mean(1),
+            "share of codes that pass it, Bernoulli decoder": arrays["bernoulli_reliable"].mean(1),
         }
     )

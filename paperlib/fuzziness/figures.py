@@ -20,8 +20,8 @@ def error_split(arrays: Arrays) -> Any:
     limit = 1.05 * arrays["error"][0].max()
     axis.plot([0, limit], [0, limit], color="black", linewidth=0.8, label=r"$\mu(z) = E_q[x|z]$: the least possible")
     axis.scatter(arrays["spread"][0], arrays["error"][0], s=4, alpha=0.4, color=BLUE, label="codes z ~ q(z)")
-    axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (grey levels², summed)")
-    axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (grey levels², summed)")
+    axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=r"tr Var$_q[x|z]$ (pixels in [0, 1])")
+    axis.set_ylabel(r"$E_{q(x|z)}\,|x - \mu(z)|^2$ (pixels in [0, 1])")
     axis.legend(loc="lower right")
     return figure
 
@@ -189,7 +189,7 @@ def sharpness(arrays: Arrays) -> Any:
         dots, line = {"s": 3, "alpha": 0.25}, {"color": RED, "linewidth": 1.2}
         seaborn.regplot(x=x, y=y, ax=axis, scatter_kws=dots, line_kws=line, n_boot=200, seed=0)
         axis.set(title=title, xlabel="")
-    axes[1].set_xlabel("rank of tr Var q(x|z), ink and log q(z) regressed out (1: all codes)")
+    axes[1].set_xlabel("rank of tr Var q(x|z), ink and log q(z) regressed out, over number of codes")
     axes[0].set_ylabel("rank of fuzziness,\nthe same regressed out")
     return figure
 
@@ -200,8 +200,8 @@ def better_q(arrays: Arrays) -> Any:
     for row, floor in zip(arrays["frozen_error"], arrays["floor"], strict=True):
         frozen.plot(arrays["frozen_units"], row, "o-", markersize=3, color=BLUE)
         frozen.axhline(floor, color="black", linewidth=0.8)
-    frozen.set(xlabel="units per layer of the decoder", title="q frozen: E tr Var$_q$ is a floor")
-    frozen.set_ylabel("squared error\n(grey levels², summed over pixels)")
+    frozen.set(xlabel="units per layer of the decoder", title="q frozen: E tr Var$_q$ (black)")
+    frozen.set_ylabel("squared error per image\n(pixels in [0, 1])")
     dims = arrays["code_dims"]
     for k, (row, variance, edges) in enumerate(
         zip(arrays["swept_error"], arrays["swept_variance"], arrays["swept_width"], strict=True)
@@ -211,7 +211,7 @@ def better_q(arrays: Arrays) -> Any:
         error.plot(dims, row, "o-", markersize=3, color=ORANGE, label=names[0])
         error.plot(dims, quoted, "s--", markersize=3, color=BLUE, label=names[1])
         width.plot(dims, edges, "o-", markersize=3, color=GREEN)
-    error.set(ylabel="grey levels², summed", title="held-out error, variance")
+    error.set(ylabel="squared error per image", title="held-out error, variance")
     width.set(ylabel="edge width (pixels)", title="sharpness")
     for axis, ticks in ((frozen, arrays["frozen_units"]), (error, dims), (width, dims)):
         axis.set_xscale("log")
