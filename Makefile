@@ -19,6 +19,7 @@ help: ## list the targets
 install: $(VENV)/.installed ## make .venv and install the exact pins
 
 $(VENV)/.installed: requirements.txt pyproject.toml
+	@echo "installing into $(VENV): 1.6 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt
 	touch $@

@@ -61,8 +61,6 @@ class Outcome:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     notebooks = select(options.only)
-    if not notebooks:
-        raise UserError(f"there are no notebooks in {files.NOTEBOOKS}: run in a clone of the repository")
     if options.list:
         print(_listing(notebooks))
         return 0
@@ -80,9 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
             break
     print("\n" + _table(outcomes))
     failed = len(outcomes) < len(jobs) or any(outcome.status != "ok" for outcome in outcomes)
-    for job in jobs if options.record and not failed else ():
-        if experiment := EXPERIMENTS.get(job.notebook.stem):
-            for path in record(job.directory, experiment.presets[options.preset]):
+    for outcome in outcomes if options.record else ():
+        experiment = EXPERIMENTS.get(outcome.job.notebook.stem)
+        if outcome.status != "ok":
+            print(f"not recorded: {outcome.job.notebook.stem}, {outcome.status}")
+        elif experiment:
+            for path in record(outcome.job.directory, experiment.presets[options.preset]):
                 print(f"recorded {_short(path)}")
     return 130 if any(outcome.status == "interrupted" for outcome in outcomes) else int(failed)
 
@@ -123,7 +124,7 @@ def _clear(directory: Path) -> None:
 
 
 def _execute(job: Job, copy: Path) -> tuple[str, str]:
-    """Run all cells into `copy`: the status and message that papermill's word and the kernel's end come to."""
+    """Run all cells into `copy`: status and message."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -141,6 +142,8 @@ def _execute(job: Job, copy: Path) -> tuple[str, str]:
             return status, error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
         except DeadKernelError:
             return "kernel died", "its process ended in the middle of a cell; most often the memory did not suffice"
+        except RuntimeError as error:  # of the client, before the first cell
+            return "kernel did not start", str(error)
         except KeyboardInterrupt:
             return "interrupted", ""
     return "ok", ""
@@ -154,7 +157,7 @@ def _what_is_missing(job: Job, executed: Path, claims: Verdicts | None) -> str:
     code = [cell for cell in cells if cell.cell_type == "code"]
     if any(cell.execution_count is None for cell in code):
         return "some cells of the executed copy never ran"
-    drawing = [cell for cell in code if "save_figure(" in cell.source]
+    drawing = [cell for cell in code if "save_figure(" in cell.source or "save_animation(" in cell.source]
     if blank := [cell for cell in drawing if not any("image/png" in one.get("data", {}) for one in cell.outputs)]:
         return f"{len(blank)} of {len(drawing)} figures are not in the executed copy"
     if claims is None and job.notebook.stem in EXPERIMENTS:
@@ -260,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     add, several = parser.add_argument, {"action": "append", "default": []}
     add("--preset", default="smoke", help="smoke (default), cpu, gpu or paper; or recorded, which trains nothing")
     add("--only", metavar="NN", help="a notebook by number or name; may be repeated", **several)
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of every draw (default 0)")
     add("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
     add("--set", metavar="NAME=VALUE", help="change one setting; may be repeated", **several)
     add("--fresh", action="store_true", help="forget an earlier run of the same settings")
@@ -273,6 +276,8 @@ def parser() -> argparse.ArgumentParser:
 def select(only: list[str]) -> list[Path]:
     """The numbered notebooks in order, all of them or those that `only` names by number or stem."""
     notebooks = sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not notebooks:
+        raise UserError(f"there are no notebooks in {files.NOTEBOOKS}: run in a clone of the repository")
     chosen = []
     for name in only:
         matches = [n for n in notebooks if n.stem == name.removesuffix(".ipynb") or n.stem[:2] == name.zfill(2)]

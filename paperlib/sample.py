@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="where the picture goes")
     command.add_argument("--count", type=int, default=20, help="images (default 20)")
     command.add_argument("--columns", type=int, default=5, help="images to a row (default 5)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     command.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
     return command
 

@@ -148,7 +148,7 @@ AT_ONCE = [  # mistakes on the command line, said before anything is begun
     Fault("preset", [*REPRODUCE, "--preset", "smokee"], "unknown preset 'smokee': choose from recorded, smoke"),
     Fault("notebook", ["paperlib.reproduce", "--only", "7"], "no notebook '7': choose from 01_elbo", forked=False),
     Fault("setting", [*REPRODUCE, "--set", "stepz=3"], "unknown setting 'stepz': choose from dataset, code_dims"),
-    Fault("word for int", [*REPRODUCE, "--set", "steps=many"], "'steps' is 'many', but takes int"),
+    Fault("word for int", [*REPRODUCE, "--set", "steps=many"], "'steps' is 'many', but takes a whole number"),
     Fault("zero", [*REPRODUCE, "--set", "steps=0"], "steps is 0, but must be above 0"),
     Fault("negative", [*LAUNCH, "--set", "learning_rate=-1"], "learning_rate is -1.0, but must be above 0"),
     Fault("not a number", [*LAUNCH, "--set", "learning_rate=NaN"], "learning_rate is nan, but must be"),

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 
+import nbformat
 import pytest
 
 from paperlib.experiments import EXPERIMENTS
 from paperlib.report import records
+from paperlib.report.tables import FIGURE
 from paperlib.runs.claims import judge
 from paperlib.runs.estimate import Estimate
 from paperlib.system import files
@@ -33,7 +35,6 @@ def test_a_record_is_of_committed_code_and_of_the_settings_and_criteria_that_the
     run, settings = one.provenance, one.experiment.settings(one.preset)
     assert (run["notebook"], run["preset"], run["modified"]) == (one.notebook, one.preset, False)
     assert run["settings"] == files.plain(dataclasses.asdict(settings)), f"{one.command()} FLAGS=--record"
-    assert (files.figures_root() / one.preset / f"{one.experiment.headline[0]}.png").exists()
     assert one.command() == f"make reproduce PRESET={one.preset} ONLY={one.notebook[:2]}"
     assert one.minutes > 0 and run["revision"][:10] in one.origin()
     assert list(one.claims) == list(one.experiment.claims)
@@ -41,6 +42,14 @@ def test_a_record_is_of_committed_code_and_of_the_settings_and_criteria_that_the
         claim = one.experiment.claims[key]
         assert (entry["statement"], entry["expected"]) == (claim.statement, claim.expected)
         assert entry["holds"] == judge(one.preset, claim, measured(one)[key]), key
+
+
+def test_figures_are_those_that_the_notebooks_draw():
+    for preset in {one.preset for one in RECORDED}:
+        notebooks = [files.NOTEBOOKS / f"{one.notebook}.ipynb" for one in RECORDED if one.preset == preset]
+        cells = [cell.source for path in notebooks for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        drawn = {name for cell in cells for name in FIGURE.findall(cell)}
+        assert {png.stem for png in (files.figures_root() / preset).iterdir()} == drawn
 
 
 @pytest.mark.parametrize("one", TRAINED, ids=name)

@@ -61,7 +61,7 @@ def test_each_end_has_a_status_and_a_line_and_the_copy_of_a_failure_stays(notebo
         r"10_bad: failed in cell 4 after \d+ s: ValueError: what went wrong",
         r"11_mistake: failed in cell 3 after \d+ s: put the data there",
         r"12_dead: kernel died after \d+ s: its process ended .*",
-        r"13_other: unknown parameter after 0 s: .* has no device, overrides, preset, weights",
+        r"13_other: unknown parameter after 0 s: .* has no device, overrides, preset",
         r"14_good: ok after \d+ s",
     ):
         assert re.search(f"^{line}$", said, re.MULTILINE), line
@@ -212,7 +212,7 @@ def test_plain_papermill_works_from_any_folder_and_names_the_presets(tmp_path):
     command = [sys.executable, "-m", "papermill", str(source), "out.ipynb", "-p", "preset", "smokee"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1
-    assert "unknown preset 'smokee': choose from smoke, cpu, gpu, paper" in run.stderr.strip().split("\n")[-1]
+    assert "unknown preset 'smokee': choose from recorded, smoke, cpu, gpu, paper" in run.stderr.strip().split("\n")[-1]
 
 
 # What is shown meanwhile

@@ -86,6 +86,22 @@ def test_a_reading_has_the_numbers_in_it():
     assert reading_text(claim, {"measured": measured}) == "0.5 [0.4, 0.6] nats or 0.5, that is 50 [40, 60] %, of 2,000"
 
 
+def typed(text):
+    """A function as an interactive session makes it, whose source Python cannot show."""
+    names = {}
+    exec(text, names)  # noqa: S102
+    return names["f"]
+
+
+def test_a_function_that_python_cannot_show_counts_by_what_it_does():
+    texts = "f = lambda x: x - 20", "f = lambda x: x - 30", "f = lambda x: x + 20"
+    nested = [f"def f(x):\n    return [abs(y - {k}) for y in x]" for k in (20, 30)]
+    captured = [f"def make(k):\n    return lambda x: x - k\nf = make({k})" for k in (20, 30)]
+    hashes = [provenance.source_hash([typed(text)]) for text in (*texts, *nested, *captured)]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes[0] == provenance.source_hash([typed("# a comment\nf = lambda x: x - 20")])
+
+
 def test_metrics_and_provenance_are_written_and_plain_json(monkeypatch):
     monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "no-such-package"))
     numbers = {"a": np.float32(1.5), "b": np.arange(2), "c": float("nan"), "d": np.array(0.5)}
@@ -196,7 +212,7 @@ def test_what_is_recorded_comes_back_in_half_precision_and_for_its_settings_alon
     assert load_recorded_arrays(run)["a"].tolist() == [0, 1, 2]
     assert recorded.load_recorded_metrics(start(seed=1))["claims"]["X1"]["holds"] is True
     for load in (load_recorded_weights, load_recorded_arrays, recorded.load_recorded_metrics):
-        with pytest.raises(UserError, match="recorded with other settings than cpu has now: run cpu"):
+        with pytest.raises(UserError, match="recorded with other settings than preset cpu has now"):
             load(start(settings=replace(Settings(), steps=9)))
     for load, name in ((load_recorded_weights, "weights.safetensors"), (load_recorded_arrays, "arrays.npz")):
         file = files.results_root() / "cpu" / "99_test" / name
@@ -208,7 +224,7 @@ def test_what_is_recorded_comes_back_in_half_precision_and_for_its_settings_alon
 
 def test_the_preset_recorded_opens_the_best_recorded_run_and_takes_no_overrides():
     rising = {"smoke": Settings(), "cpu": Settings(steps=5), "gpu": Settings(steps=7)}
-    experiment = Experiment("99_test", ("", ""), rising, CLAIMS, lambda run: MEASURED)
+    experiment = Experiment("99_test", rising, CLAIMS, lambda run: MEASURED)
     with pytest.raises(UserError, match="nothing is recorded of 99_test"):
         experiment.start()
     for preset in ("cpu", "smoke"):

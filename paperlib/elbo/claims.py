@@ -50,6 +50,7 @@ CLAIMS = {
             "The three expressions agree within {residual_below} nats; the best ELBO of eight equally likely points "
             "is {best_elbo}, not 0."
         ),
+        own=True,
     ),
     "E2": Exact(
         "For linear-Gaussian models the same holds with h(p): L + h(p) ≤ 0, while L itself may be positive.",
@@ -63,6 +64,7 @@ CLAIMS = {
             "The closed forms agree within {residual_below}, with Monte Carlo too; an L of {example_L} occurs, where "
             "the post has at most 0."
         ),
+        own=True,
     ),
     "E3": Exact(
         "E_q log p(x|z) is greatest at p(x|z) = q(x|z), where it is I_q(x;z) - H(p); the gap is E KL(q(x|z) ‖ p(x|z)).",
@@ -82,6 +84,7 @@ CLAIMS = {
             _within(1e-6, moments_apart_below, price_apart_below) and false_in_bins_by.value > 1e-3
         ),
         reading="An optimiser that does not know the formula agrees with it within {price_apart_below} nats.",
+        own=True,
     ),
     "E5": Exact(
         "The ELBO has the same maximum at every I that q(z) = p(z) allows; without its KL the maximum is at I = H(p); "
@@ -94,6 +97,7 @@ CLAIMS = {
             "Both maxima are attained within {elbo_attained_below}; {flows_arrived} of the flows under the ELBO reach"
             " -H(p), at rates that differ by {rates_differ_by}."
         ),
+        own=True,
     ),
     "E6": Exact(
         "With p(x|z) = q(x|z) the chain is reversible at p(x); its eigenvalues are ≥ 0, the second is the squared "
@@ -106,5 +110,6 @@ CLAIMS = {
             "The identities hold within {residual_below}; a code with {more_I:value} nats can mix faster than one "
             "with {less_I:value}."
         ),
+        own=True,
     ),
 }

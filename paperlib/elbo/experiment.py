@@ -14,15 +14,6 @@ from paperlib.runs.experiment import Experiment
 from paperlib.runs.presets import check_numbers, option
 from paperlib.runs.run import Run, finish, save_arrays
 
-HEADLINE = (
-    "rate_distortion_flows",
-    "Left: climbing the ELBO ends on the line rate + distortion = H(p), and different starts end at different rates. "
-    "The line stops at 1.30 nats, the most that a code with q(z) = p(z) can know here; H(p) is 1.50. "
-    "Right: without the KL the same starts run further to the right and down, but many of them, most with seed 0, "
-    "stop above distortion 0, where several x share a code. (24 flows are drawn, and the ends of all as small dots; "
-    "some starts lie above the frame.)",
-)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -83,7 +74,7 @@ def recompute(run: Run) -> dict[str, Mapping[str, Estimate]]:
     return {claim: SECTIONS[claim](run.settings, run.generator).measured for claim in CLAIMS}
 
 
-EXPERIMENT = Experiment("01_elbo_derivation", HEADLINE, PRESETS, CLAIMS, recompute)
+EXPERIMENT = Experiment("01_elbo_derivation", PRESETS, CLAIMS, recompute)
 
 
 def start(preset: str, seed: int, device: str, overrides: Mapping[str, Any]) -> Run:

@@ -28,12 +28,6 @@ from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "02_mnist_fuzziness"
 CORRELATED = ("variance", "ink", "log_q", "reliable", "edge_width", "slope")  # what F2 needs
-HEADLINE = (
-    "mnist_fuzziness",
-    "Decoded digits of codes from the prior, and the labels of the training images that each stands for: on the left "
-    "from the tenth of least variance of q(x|z) per ink, on the right mixtures of 4, 9 and 5 from the tenth of most; "
-    "below, that variance and the entropy of the labels under q(x|z).",
-)
 
 
 @dataclass(frozen=True)
@@ -148,6 +142,6 @@ def explore(run: Run, images: Images, models: Models, arrays: Mapping[str, np.nd
 
 
 EXPERIMENT = Experiment(
-    NOTEBOOK, HEADLINE, PRESETS, CLAIMS, lambda run: quantities(load_recorded_arrays(run)), datasets=("digits", "mnist")
+    NOTEBOOK, PRESETS, CLAIMS, lambda run: quantities(load_recorded_arrays(run)), datasets=("digits", "mnist")
 )
 start = EXPERIMENT.start

@@ -7,7 +7,7 @@ from paperlib.fuzziness import experiment
 
 
 class Fuzziness:
-    """A VAE with a factored Gaussian p(x|z), whose means are what fuzzy digits are. Images are uint8 (N, S, S, 1)."""
+    """A VAE with a factored Gaussian p(x|z), whose means are fuzzy. Images are uint8 (N, S, S, 1), on the CPU."""
 
     def __init__(self, device: str = "auto") -> None:
         run = experiment.EXPERIMENT.recorded_run(device)
@@ -21,6 +21,6 @@ class Fuzziness:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """The mean of p(x|z) for each code (N, D)."""
+        """The mean of p(x|z) for each code (N, code_dim)."""
         means = self.model.p_x_given_z(z.to(self.images.device)).unflatten(1, self.images.shape)
         return self.images.to_uint8(2 * means - 1)

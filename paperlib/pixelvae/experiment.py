@@ -30,11 +30,6 @@ from paperlib.runs.recorded import load_recorded_arrays
 from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "04_cifar_pixelvae"
-HEADLINE = (
-    "cifar_chain",
-    "One Markov chain z ~ q(z|x), x ~ p(x|z) of 60 states in reading order, from noise: above without the KL, below "
-    "under the ELBO.",
-)
 
 
 @dataclass(frozen=True)
@@ -221,7 +216,6 @@ def conclude(
 
 EXPERIMENT = Experiment(
     notebook=NOTEBOOK,
-    headline=HEADLINE,
     presets=PRESETS,
     claims=CLAIMS,
     recompute=lambda run: quantities(load_recorded_arrays(run)),

@@ -27,6 +27,6 @@ class Chain:
         return self.chain(steps, count, seed)[-1]
 
     def decode(self, z: Tensor, seed: int = 0) -> Tensor:
-        """An image x ~ p(x|z) for each code (N, D)."""
+        """An image x ~ p(x|z) for each code (N, 48)."""
         generator = torch.Generator(self.images.device).manual_seed(seed)
         return Decoder(self.model, self.images, min(len(z), 250))(z.to(self.images.device), generator)

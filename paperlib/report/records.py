@@ -1,4 +1,4 @@
-"""The table of claims, failed ones first, and every number in it computed again from what is recorded.
+"""The table of claims, failed ones first, and every number in it recomputed from what is recorded.
 
 Nothing is trained: the quantities that judge a claim are computed from the recorded arrays by the code as it is now
 (those of notebook 01, which trains nothing, from scratch).
@@ -37,12 +37,13 @@ class Recorded:
 
     @property
     def minutes(self) -> float:
-        """Of all trainings, added up also where some ran at once; of a notebook that trains nothing, of the run."""
+        """The sum of training times, even of those in parallel; for a notebook that trains nothing, that of the run."""
         trained = sum(training["seconds"] for training in self.provenance["trainings"].values())
         return (trained or self.provenance["seconds"]) / 60
 
     def command(self) -> str:
-        return f"make reproduce PRESET={self.preset} ONLY={self.notebook[:2]}"
+        seed = f" SEED={self.provenance['seed']}" if self.provenance["seed"] else ""
+        return f"make reproduce PRESET={self.preset} ONLY={self.notebook[:2]}{seed}"
 
     def origin(self) -> str:
         """Machine, time, seed and revision in one line."""
@@ -51,12 +52,23 @@ class Recorded:
         trained = {training["revision"][:10] for training in run["trainings"].values()} - {run["revision"][:10]}
         before = "".join(f" (trained at `{revision}`)" for revision in sorted(trained))
         return (
-            f"preset `{self.preset}`, seed {run['seed']}, {run['device']}, {self.minutes:.1f} minutes{what}, "
+            f"preset `{self.preset}`, {self._seeds()}, {run['device']}, {self.minutes:.1f} minutes{what}, "
             f"torch {run['versions']['torch']}, revision `{run['revision'][:10]}`{before}"
         )
 
+    def _seeds(self) -> str:
+        """Where a notebook trains from several seeds, these."""
+        settings, first = self.provenance["settings"], self.provenance["seed"]
+        if "first_seed" not in settings:
+            return f"seed {first}"
+        first += settings["first_seed"]
+        return f"seeds {first} to {first + settings['seeds'] - 1}"
+
     def recomputed(self) -> dict[str, dict[str, Estimate]]:
-        """The quantities of each claim by the code as it is now. Raises `UserError` as the recorded files deserve."""
+        """The quantities of each claim by the code as it is now.
+
+        Raises `UserError` where files are missing, damaged, or of other settings.
+        """
         settings = self.experiment.settings(self.preset)
         run = Run(self.notebook, self.preset, settings, self.provenance["seed"], "cpu", True)
         return self.experiment.recompute(run)
@@ -69,6 +81,8 @@ def recorded() -> Iterator[Recorded]:
             folder = files.results_root() / preset / notebook
             if (folder / "run.json").exists():
                 metrics, run = (files.load_json(folder / name) for name in ("metrics.json", "run.json"))
+                if set(metrics["claims"]) != set(EXPERIMENTS[notebook].claims):
+                    raise UserError(f"{folder} has other claims than the code: record notebook {notebook[:2]} again")
                 yield Recorded(notebook, preset, run, Verdicts(metrics["claims"]))
 
 

@@ -38,11 +38,11 @@ def notebook_block(notebook: str) -> str:
 
 
 def readme_block() -> str:
-    """All claims in Markdown, the post's and then our own: what was measured in a sentence, and the verdict."""
+    """All claims in Markdown, the post's and then ours: what was measured in a sentence, and the verdict."""
     every = [one for one in map(best, EXPERIMENTS) if one is not None]
     header = ("claim", "measured", "verdict", "notebook")
     parts = [_count(every)]
-    for title, own in (("**The post's claims**", False), ("**Our own**", True)):
+    for title, own in (("**Claims of the post**", False), ("**Our own: corrections and additions**", True)):
         if rows := [row for one in every for row in _claim_rows(one, own)]:
             parts += [title, markdown_table(header, rows)]
     return "\n\n".join([*parts, "  \n".join(f"{one.notebook[:2]}: {one.origin()}." for one in every)])

@@ -1,4 +1,4 @@
-"""What every chapter offers: the interface between a notebook's experiment and all that runs or reports it."""
+"""The interface between the experiment of a notebook and all that runs or reports it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,16 +21,14 @@ class Experiment:
     """The experiment behind one notebook.
 
     - `notebook`: its file's name without the ending.
-    - `headline`: the name and the caption of its first figure.
-    - `presets`: settings, one frozen dataclass for all, by name, the best last; `datasets` those that the setting
-      `dataset` may name.
+    - `presets`: settings by name, of one frozen dataclass, the best last.
+    - `datasets`: what the setting `dataset` may name.
     - `claims`: by key, see `Claim`.
     - `recompute(run)`: the numbers that decide each claim, by claim and name, from what is recorded for `run`.
     - `fit(run)`: train all models of a run without its notebook, by name; None where there is no such command (01, 02).
     """
 
     notebook: str
-    headline: tuple[str, str]
     presets: Mapping[str, Any]
     claims: Mapping[str, Claim]
     recompute: Callable[[Run], Mapping[str, Mapping[str, Estimate]]]

@@ -39,7 +39,9 @@ def parser(notebook: str) -> argparse.ArgumentParser:
     """The options of `main`."""
     command = argparse.ArgumentParser(description=f"Train the models of notebook {notebook} without it.")
     command.add_argument("--preset", default="smoke", help="smoke (default), cpu, gpu or paper")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     command.add_argument("--device", default="auto", help="auto (default: cuda where there is one), cpu or cuda")
-    command.add_argument("--set", action="append", metavar="NAME=VALUE", default=[], help="change one setting")
+    command.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", default=[], help="change one setting; may be repeated"
+    )
     return command

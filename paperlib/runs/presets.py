@@ -5,7 +5,6 @@ A preset shows only what differs from the one it derives from:
     PRESETS = {"smoke": (smoke := Settings()), "cpu": replace(smoke, steps=20_000)}
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -52,7 +51,7 @@ def parse(settings: Any, assignments: Iterable[str]) -> dict[str, Any]:
     for word in assignments:
         name, equals, text = word.partition("=")
         if not equals:
-            raise UserError(f"cannot read {word!r}: write name=value")
+            raise UserError(f"cannot read {word!r}: write name=value, and lists without spaces, such as hidden=[64,64]")
         try:
             overrides[name] = text if hints.get(name) is str else json.loads(text)
         except json.JSONDecodeError:
@@ -67,7 +66,8 @@ def check_numbers(settings: Any, may_be_zero: Iterable[str]) -> None:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
             if not math.isfinite(number) or number < 0 or (number == 0 and name not in may_be_zero):
-                raise ValueError(f"{name} is {value}, but must be above 0 and finite")
+                least = "0 or more" if name in may_be_zero else "above 0"
+                raise ValueError(f"{name} is {value}, but must be {least} and finite")
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
@@ -83,8 +83,12 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
             return tuple(_checked(name, item, typing.get_args(kind)[0]) for item in value)
     if float in options and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            raise UserError(f"setting {name!r} is text: write {float(value)!r}, as YAML takes {value} for a word")
+        try:
+            number = float(value)
+        except ValueError:
+            pass
+        else:
+            raise UserError(f"setting {name!r} is text: write {number!r}, as YAML takes {value} for a word")
     wanted = " or ".join(_words(kind) for kind in options)
     raise UserError(f"setting {name!r} is {value!r}, but takes {wanted}")
 
@@ -93,4 +97,5 @@ def _words(kind: Any) -> str:
     """A type as a reader would write a value of it."""
     if typing.get_origin(kind) is tuple:
         return f"a list of {_words(typing.get_args(kind)[0])}, such as [1, 2]"
-    return "null" if kind is type(None) else kind.__name__
+    words = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words[kind]

@@ -10,6 +10,7 @@ import subprocess
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ def describe_code() -> dict[str, Any]:
 def source_hash(objects: Iterable[Any]) -> str:
     """Twelve hexadecimal digits that change with the code of `objects`, functions or classes.
 
-    That is the whole module of what this library defines, else the definition itself, and the same of functions that a
-    function has captured. Comments, docstrings and layout do not count, nor do torch's own modules, nor code that
-    Python cannot show.
+    That is the whole module of what this library defines, else the definition itself, or its bytecode where Python
+    cannot show it, as in an interactive session; and the same of functions that a function has captured, with captured
+    numbers and text. Comments, docstrings and layout do not count, nor do torch's own modules.
     """
     digest = hashlib.sha256()
     for source in sorted({_source(one) for one in _with_captured(objects)}):
@@ -52,10 +53,13 @@ def _with_captured(objects: Iterable[Any]) -> Iterator[Any]:
     for one in objects:
         yield one
         captured = (cell.cell_contents for cell in getattr(one, "__closure__", None) or ())
-        yield from _with_captured(value for value in captured if inspect.isfunction(value))
+        plain = (bool, int, float, str)
+        yield from _with_captured(value for value in captured if inspect.isfunction(value) or isinstance(value, plain))
 
 
 def _source(one: Any) -> str:
+    if not hasattr(one, "__module__"):
+        return repr(one)
     name = one.__module__ or ""
     if name.startswith("torch."):
         return ""
@@ -63,11 +67,16 @@ def _source(one: Any) -> str:
         source = inspect.getsource(inspect.getmodule(one) if name.startswith("paperlib.") else one)
         tree = ast.parse(textwrap.dedent(source))
     except (OSError, TypeError, SyntaxError):
-        return ""
+        return f"{name} {_bytecode(one.__code__)}" if inspect.isfunction(one) else ""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
     return f"{name} {ast.unparse(tree)}"
+
+
+def _bytecode(code: CodeType) -> str:
+    constants = [_bytecode(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_freevars} {constants}"
 
 
 def describe_device(device: str) -> str:

@@ -31,7 +31,7 @@ def conclude(
 ) -> Verdicts:
     """`run.finish` with what is known of the trainings, after writing the weights of `kept`, the models to be recorded.
 
-    Of a recorded run nothing but its verdicts is written.
+    Of a recorded run only `metrics.json` and `run.json` are written.
     """
     if run.recorded:
         return finish(run, claims, measured, numbers, provenance(run)["data"])
@@ -113,7 +113,10 @@ def best(notebook: str, presets: Iterable[str]) -> str:
     """Of `presets`, in rising order, the last for which `notebook` is recorded. Raises `UserError` where none is."""
     recorded = [preset for preset in presets if (files.results_root() / preset / notebook / "run.json").exists()]
     if not recorded:
-        raise UserError(f"nothing is recorded of {notebook} in {files.results_root()}: choose a preset that trains")
+        raise UserError(
+            f"nothing is recorded of {notebook} in {files.results_root()}: run in a clone of the repository, or choose "
+            "a preset that trains"
+        )
     return recorded[-1]
 
 
@@ -125,7 +128,10 @@ def provenance(run: Run) -> dict[str, Any]:
     path = _recorded(run, "run.json")
     recorded = files.load_json(path)
     if recorded["settings"] != files.plain(dataclasses.asdict(run.settings)):
-        raise UserError(f"{path.parent} was recorded with other settings than {run.preset} has now: run {run.preset}")
+        raise UserError(
+            f"{path.parent} was recorded with other settings than preset {run.preset} has now: restore the preset, or "
+            f"record again (make reproduce PRESET={run.preset} ONLY={run.notebook[:2]} FLAGS=--record)"
+        )
     return recorded
 
 
@@ -151,8 +157,10 @@ def record(directory: Path, settings: Any) -> list[Path]:
     parts = [made]
     for training in made["trainings"].values():
         parts += [training, *training.get("resumed", [])]
-    if any(part["revision"] is None or part["modified"] for part in parts):
-        raise UserError(f"{directory} was made by code that is not committed: commit it, run with --fresh, then record")
+    for part, again in [(made, "run again"), *((part, "run with --fresh") for part in parts[1:])]:
+        if part["revision"] is None or part["modified"]:
+            what = "measured" if part is made else "trained"
+            raise UserError(f"{directory} was {what} by code that is not committed: commit it, {again}, then record")
     results = files.results_root() / made["preset"] / made["notebook"]
     figures = files.figures_root() / made["preset"]
     targets = {directory / name: results / name for name in ("arrays.npz", "weights.safetensors", "metrics.json")}

@@ -33,11 +33,6 @@ NOTEBOOK = "03_lsun_sequential_vae"
 MODELS = ("sequential", "one_step", "infusion", "no_latent")
 KEPT = ("sequential", "no_latent")  # of these the weights are small enough to be recorded
 
-HEADLINE = (
-    "lsun_sequential_samples",
-    "Ten samples of the sequential VAE, one to a row: noise, then the means x(1) to x(T).",
-)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -291,7 +286,6 @@ def conclude(
 
 EXPERIMENT = Experiment(
     notebook=NOTEBOOK,
-    headline=HEADLINE,
     presets=PRESETS,
     claims=CLAIMS,
     recompute=lambda run: quantities(load_recorded_arrays(run)),
