@@ -1,5 +1,6 @@
 """The figures of notebook 04, drawn from the arrays of a run alone (`measurements` and `glasses` say what they are)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ def chains_from_data(arrays: Arrays) -> Any:
     return figure
 
 
-def decodes(arrays: Arrays) -> Any:
-    """P2: photographs, and two decodes of one code of each, of both models."""
+def decodes(arrays: Arrays, picture: str = "photograph") -> Any:
+    """P2: photographs, or another kind of `picture`, and two decodes of one code of each, of both models."""
     figure, axes = plotting.new(rows=2, height=3.8)
     for axis, (model, title) in zip(axes, TITLES.items(), strict=True):
         pictures = arrays[f"shown_decodes_{model}"]
         show_pictures(axis, arrays, np.concatenate(pictures), pictures.shape[1], title)
-        _name_rows(axis, ["photograph", "decode", "another"], pictures.shape[2])
+        _name_rows(axis, [picture, "decode", "another"], pictures.shape[2])
     return figure
 
 
@@ -63,9 +64,9 @@ def ways_to_draw(arrays: Arrays) -> Any:
     return plotting.panels(arrays, titles, 3, 8, height=2.3)
 
 
-def distances(arrays: Arrays) -> Any:
-    """P3: squared kernel distance of each way of drawing to held-out photographs, on two kinds of features."""
-    colours = {name: {"none": BLUE, "elbo": RED}.get(name.split(":")[0], "black") for name in SETS}
+def distances(arrays: Arrays, words: Callable[[str], str] = str) -> Any:
+    """P3: squared kernel distance of each of SETS, in these `words`, to held-out images, on two kinds of features."""
+    colours = {words(name): {"none": BLUE, "elbo": RED}.get(name.split(":")[0], "black") for name in SETS}
     titles = {"classifier": "features of a classifier", "random": "features of a random network"}
     return plotting.kernel_distances(arrays, titles, colours, height=3.8)
 

@@ -20,12 +20,10 @@ from paperlib.runs.recorded import load_recorded_arrays
 from paperlib.runs.run import Run, save_arrays
 
 NOTEBOOK = "05_mnist_collapse"
-HEADLINE = (
-    "mnist_chain",
-    "One Markov chain z ~ q(z|x), x ~ p(x|z) of 60 states in reading order, from noise: above without the KL, below "
-    "under the ELBO.",
-)
-KEPT = ("none", "elbo", "unconditional", "pretrained", "free-bits")  # models whose weights are recorded
+KEPT = (
+    *("none", "elbo", "unconditional", "continued", "pretrained", "free-bits", "unconditional-continued"),
+    *("none-visible", "elbo-hidden"),
+)  # models whose weights are recorded
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Settings(experiment.Settings):
 
     dataset: str = option("digits", "data set: digits or mnist24")
     filters: int = option(12, "features of the strongest decoder, a PixelCNN++")
-    train_steps: int = option(80, "optimiser steps of none, free-bits and every decoder of the ladder")
-    elbo_steps: int = option(20, "optimiser steps by which none and elbo are trained on with the ELBO")
+    train_steps: int = option(80, "optimiser steps of every decoder of the ladder, and of none with its variants")
+    elbo_steps: int = option(20, "optimiser steps by which none, elbo and unconditional are trained on")
     schedule: str = option("constant", "learning rate: constant, cosine or exponential")
     ladder_filters: tuple[int, ...] = option((4,), "features of the weaker PixelCNN++s, rising")
     ladder_seeds: int = option(2, "seeds of each decoder of the ladder, 2 or more")
@@ -60,15 +58,15 @@ _cpu = Settings(
     encoder_units=128,
     code_channels=(64, 32, 16),
     filters=16,
-    ladder_filters=(2, 4, 8),
+    ladder_filters=(2, 6),
     ladder_seeds=3,
-    train_steps=1800,
-    elbo_steps=900,
+    train_steps=2200,
+    elbo_steps=1100,
     sweep_dims=(2, 6, 32),
     sweep_stds=(0.1, 0.6),
-    sweep_steps=900,
-    mmd_weights=(10.0, 100.0, 1000.0, 10_000.0),
-    linear_dims=(2, 6, 32),
+    sweep_steps=1200,
+    mmd_weights=(300.0, 1000.0, 3000.0, 10_000.0),
+    linear_dims=(2, 32),
     batch_size=32,
     learning_rate=1e-3,
     ema=0.99,
@@ -113,7 +111,17 @@ PRESETS = {
     ),
     "cpu": _cpu,
     "gpu": _gpu,
-    "paper": replace(_gpu, blocks=5, filters=120, mixtures=8, dropout=0.5, train_steps=20_000, batch_size=64),
+    "paper": replace(
+        _gpu,
+        blocks=5,
+        filters=120,
+        mixtures=8,
+        train_steps=20_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        betas=(0.95, 0.9995),
+        ema=0.9995,
+    ),
 }
 
 
@@ -129,7 +137,8 @@ def fit(run: Run, images: Images) -> Mapping[str, train.Trained]:
     if not run.recorded:
         return training.fit(run.settings, images, run.directory, run.seed)
     planned = training.plan(run.settings, run.seed)
-    models = {name: model.build(planned[name].settings, images, planned[name].variant.coded) for name in KEPT}
+    kept = {name: planned[name] for name in KEPT}
+    models = {name: model.build(one.settings, images, one.variant.coded) for name, one in kept.items()}
     loaded = recorded.load_model(run, nn.ModuleDict(models))
     return {name: replace(loaded, model=one) for name, one in loaded.model.items()}
 
@@ -148,6 +157,7 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
         levels=images.dataset.levels,
         **measurements.ladder(settings, images, trained, seed),
         **measurements.routes(settings, images, trained, seed),
+        **measurements.causes(settings, images, models, seed),
         **shared.terms(settings, images, models, seed),
         **shared.samples(images, drawn, extract),
         **measurements.classes(images, drawn, classifier),
@@ -167,7 +177,6 @@ def conclude(
 
 EXPERIMENT = Experiment(
     notebook=NOTEBOOK,
-    headline=HEADLINE,
     presets=PRESETS,
     claims=CLAIMS,
     recompute=lambda run: quantities(load_recorded_arrays(run)),

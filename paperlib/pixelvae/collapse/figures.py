@@ -5,17 +5,35 @@ from typing import Any
 import numpy as np
 
 from paperlib.pixelvae import figures as shared
+from paperlib.pixelvae.collapse.claims import decoder_names
 from paperlib.pixelvae.collapse.measurements import PROBED
 from paperlib.pixelvae.collapse.training import ROUTES
 from paperlib.pixelvae.measurements import SETS
 from paperlib.runs import plotting
+from paperlib.runs.estimate import rows
 from paperlib.runs.plotting import BLUE, GREEN, GREY, ORANGE, PALETTE, RED, Arrays, show_curve
+from paperlib.stats import intervals
 
-chain, distances, decodes = shared.chain, shared.distances, shared.decodes
+chain = shared.chain
+SHOWN = (
+    "held-out photographs", "none: q(z)", "none: prior", "none: Gaussian", "none: mixture", "none: chain",
+    "none: chain from data", "elbo: prior", "elbo: chain",
+)  # fmt: skip
 
 
-def _names(arrays: Arrays) -> list[str]:
-    return [f"{filters} filters" if filters else "factored" for filters in arrays["ladder_filters"]]
+def _words(name: str) -> str:
+    """The name of a set of images that may be of photographs, of digits."""
+    return name.replace("photographs", "digits")
+
+
+def decodes(arrays: Arrays) -> Any:
+    """P2m: held-out digits, and two decodes of one code of each, of both models."""
+    return shared.decodes(arrays, "digit")
+
+
+def distances(arrays: Arrays) -> Any:
+    """P3m: squared kernel distance of each way of drawing to held-out digits, on two kinds of features."""
+    return shared.distances(arrays, _words)
 
 
 def ladder(arrays: Arrays) -> Any:
@@ -24,9 +42,9 @@ def ladder(arrays: Arrays) -> Any:
     own = arrays["ladder_own"]
     values = arrays["ladder_kl"], arrays["ladder_gain"], arrays["ladder_bound"] - own
     titles = "KL (nats)", "code gain (nats)", "ELBO less own (nats)"
-    for axis, rows, title in zip(axes, values, titles, strict=True):
-        for k, name in enumerate(_names(arrays)):
-            axis.plot(own[k], rows[k], "o", markersize=4, color=PALETTE[k], label=name)
+    for axis, by_decoder, title in zip(axes, values, titles, strict=True):
+        for k, name in enumerate(decoder_names(arrays)):
+            axis.plot(own[k], by_decoder[k], "o", markersize=4, color=PALETTE[k], label=name)
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set(xlabel="own log-likelihood (nats)", title=title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
@@ -36,7 +54,7 @@ def ladder(arrays: Arrays) -> Any:
 def ladder_training(arrays: Arrays) -> Any:
     """P1: the held-out KL of each decoder and seed while training."""
     figure, axis = plotting.new(height=2.8)
-    for k, name in enumerate(_names(arrays)):
+    for k, name in enumerate(decoder_names(arrays)):
         for s, history in enumerate(arrays["ladder_history"][k]):
             axis.plot(arrays["ladder_steps"], history, color=PALETTE[k], linewidth=1.2, label=name if s == 0 else None)
     axis.set(xlabel="steps", ylabel="KL (nats, held out)", yscale="log")
@@ -59,7 +77,7 @@ def routes(arrays: Arrays) -> Any:
 
 def capacity(arrays: Arrays) -> Any:
     """The sweep of the code alone, as in notebook 04."""
-    chosen = np.array([name.startswith("code") for name in arrays["sweep_names"]])
+    chosen = arrays["sweep_kinds"] == "code"
     return shared.capacity({**arrays, **{k: v[chosen] for k, v in arrays.items() if k.startswith("sweep_")}})
 
 
@@ -87,15 +105,15 @@ def classes(arrays: Arrays) -> Any:
 
 
 def coverage(arrays: Arrays) -> Any:
-    """The share of each class in each set of images."""
-    figure, axis = plotting.new(height=3.6)
-    shares = 100 * arrays["class_shares"]
+    """The share of each class in the sets that are SHOWN."""
+    figure, axis = plotting.new(height=2.6)
+    shares = 100 * arrays["class_shares"][[SETS.index(name) for name in SHOWN]]
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")
     for k, c in np.ndindex(shares.shape):
         dark = "white" if shares[k, c] > 18 else "black"
         axis.text(c, k, f"{shares[k, c]:.0f}", ha="center", va="center", fontsize=6, color=dark)
     axis.set(xticks=range(shares.shape[1]), xlabel="class, by the classifier")
-    axis.set_yticks(range(len(SETS)), SETS)
+    axis.set_yticks(range(len(SHOWN)), map(_words, SHOWN))
     figure.colorbar(picture, label="share (%)")
     return figure
 
@@ -105,7 +123,9 @@ def probes(arrays: Arrays) -> Any:
     figure, axis = plotting.new(height=2.2)
     places = np.arange(len(PROBED))
     for k, (label, colour) in enumerate({"all labels": BLUE, "few labels": ORANGE}.items()):
-        axis.barh(places + 0.2 - 0.4 * k, 100 * arrays["probe_right"][:, k].mean(1), 0.36, color=colour, label=label)
+        accuracy = rows(intervals.mean_interval(100 * right) for right in arrays["probe_right"][:, k])
+        bars = {"xerr": accuracy[:, 2] - accuracy[:, 0], "error_kw": {"linewidth": 1}}
+        axis.barh(places - 0.2 + 0.4 * k, accuracy[:, 0], 0.36, color=colour, label=label, **bars)
     axis.set_yticks(places, PROBED)
     axis.set(xlabel="accuracy of a linear probe on held-out images (%)", xlim=(0, 100))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -116,18 +136,17 @@ def probes(arrays: Arrays) -> Any:
 def own(arrays: Arrays) -> Any:
     """P6 and D1: code gain and draws by the weight of the MMD; code gain by dimensions, of both encoders."""
     figure, axes = plotting.new(3, height=2.7)
-    names = arrays["sweep_names"].tolist()
-    mmd = [k for k, name in enumerate(names) if name.startswith("mmd")]
-    weights = [float(names[k].removeprefix("mmd-")) for k in mmd]
+    mmd = arrays["sweep_kinds"] == "mmd"
+    weights = arrays["sweep_weights"][mmd]
     show_curve(axes[0], weights, arrays["sweep_gain"][mmd], BLUE)
-    show_curve(axes[1], weights, arrays["sweep_prior"][mmd], RED, "z ~ N(0, I)")
-    show_curve(axes[1], weights, arrays["sweep_q_z"][mmd], BLUE, "z ~ q(z)")
-    for axis, label in zip(axes, ("code gain (nats)", "kernel distance"), strict=False):
+    show_curve(axes[1], weights, arrays["sweep_prior"][mmd, 1], RED, "z ~ N(0, I)")
+    show_curve(axes[1], weights, arrays["sweep_q_z"][mmd, 1], BLUE, "z ~ q(z)")
+    for axis, label in zip(axes, ("code gain (nats)", "squared kernel distance"), strict=False):
         axis.set(xscale="log", xlabel="weight of the MMD", ylabel=label)
-    base = arrays["sweep_stds"][mmd[0]]
-    for family, colour, label in (("code", BLUE, "convolutional"), ("linear", ORANGE, "linear")):
-        chosen = [k for k, n in enumerate(names) if n.startswith(family) and arrays["sweep_stds"][k] == base]
-        chosen.sort(key=lambda k: arrays["sweep_dims"][k])
+    of_none = arrays["sweep_stds"] == arrays["sweep_stds"][0]
+    for kind, colour, label in (("code", BLUE, "convolutional"), ("linear", ORANGE, "linear")):
+        chosen = np.flatnonzero((arrays["sweep_kinds"] == kind) & of_none)
+        chosen = chosen[np.argsort(arrays["sweep_dims"][chosen])]
         show_curve(axes[2], arrays["sweep_dims"][chosen], arrays["sweep_gain"][chosen], colour, label)
     axes[2].set(xlabel="dimensions of the code", ylabel="code gain (nats)")
     axes[1].legend()

@@ -12,52 +12,64 @@ import torch
 from torch import Tensor
 
 from paperlib.data.device_images import Images
-from paperlib.pixelvae.collapse.training import FACTORED, ROUTES, decoders, plan, rung, sweep
-from paperlib.pixelvae.markov_chain import Decoder, encode, sampled
+from paperlib.pixelvae.collapse.training import CAUSES, FACTORED, NARROW, ROUTES, decoders, plan, rung, sweep
+from paperlib.pixelvae.markov_chain import Decoder, encode, sampled, two_decodes
 from paperlib.pixelvae.measurements import SETS, Arrays, Drawn, Models, evaluated
-from paperlib.pixelvae.model import build
+from paperlib.pixelvae.model import PixelVAE, build
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.stats import features, two_sample
+from paperlib.stats.autocorrelation import pair_correlation
 from paperlib.stats.linear_probe import linear_probe
-from paperlib.system.devices import stream
+from paperlib.system.devices import seeded, stream
 
+Trainings = Mapping[str, train.Trained]
 PROBED = ("none", "random", "PCA", "elbo")  # features of a linear probe
+FEW = 10  # random sets of labels for the probe that gets few
+COMPARED = 2000  # codes whose MMD to N(0, I) is measured, at most
 
 
 # The ladder of decoders
 
 
-def ladder(settings: Any, images: Images, trained: Mapping[str, train.Trained], seed: int) -> Arrays:
+def ladder(settings: Any, images: Images, trained: Trainings, seed: int) -> Arrays:
     """For D decoders, the weakest first, and S seeds, means over held-out images in nats per image, (D, S) each:
     `ladder_kl`; `ladder_bound`, the ELBO; `ladder_own`, log p(x) of the same decoder without a code, trained as long,
     of the factored one `independent_pixels`; `ladder_gain`, E log p(x|z) less that. While training `ladder_history`
-    (D, S, E), the held-out KL, at `ladder_steps` (E,). `ladder_filters` (D,), 0 for the factored decoder.
+    (D, S, E), the held-out KL, at `ladder_steps` (E,). `ladder_filters` (D,), 0 for the factored decoder. `narrow`
+    (2,): KL and code gain of a factored decoder with the fewest filters.
     """
-    pictures, scale = images.held_out[: settings.measured_images], nats_per_bit(images)
+    pictures = images.held_out[: settings.measured_images]
+    factored = independent_pixels(images.train, pictures, images.dataset.levels).mean()
     table: dict[str, list[list[Any]]] = {key: [] for key in ("kl", "bound", "own", "gain", "history")}
     for decoder in decoders(settings):
         for column in table.values():
             column.append([])
         for k in range(settings.ladder_seeds):
             one = trained[rung(settings, "elbo", decoder, k)]
-            terms = evaluated(one.model, images, pictures, seed)
-            reconstruction, kl = -scale * terms["bits_per_dim"].mean(), terms["kl"].mean()
-            if decoder == FACTORED:
-                own = independent_pixels(images.train, pictures, images.dataset.levels).mean()
-            else:
+            log_p, kl = (values.mean() for values in terms(one.model, images, pictures, seed))
+            own = factored
+            if decoder != FACTORED:
                 without = trained[rung(settings, "unconditional", decoder, k)].model
-                own = -scale * evaluated(without, images, pictures, seed)["bits_per_dim"].mean()
-            row = {"kl": kl, "bound": reconstruction - kl, "own": own, "gain": reconstruction - own}
-            row["history"] = [entry["held_out_kl"] for entry in one.history]
+                own = terms(without, images, pictures, seed)[0].mean()
+            history = [entry["held_out_kl"] for entry in one.history]
+            row = {"kl": kl, "bound": log_p - kl, "own": own, "gain": log_p - own, "history": history}
             for key, value in row.items():
                 table[key][-1].append(value)
+    log_p, kl = (values.mean() for values in terms(trained[NARROW].model, images, pictures, seed))
     filters = [0 if name == FACTORED else count for name, count in decoders(settings).items()]
-    steps = [entry["step"] for entry in trained["elbo"].history]
     return {f"ladder_{key}": np.array(column) for key, column in table.items()} | {
-        "ladder_steps": np.array(steps),
+        "ladder_steps": np.array([entry["step"] for entry in trained["elbo"].history]),
         "ladder_filters": np.array(filters),
+        "narrow": np.array([kl, log_p - factored]),
     }
+
+
+def terms(vae: PixelVAE, images: Images, pictures: Tensor, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """log p(x|z) and KL(q(z|x) || N(0, I)) of held-out `pictures`, nats, (n,) each; the KL is 0 without a code."""
+    measured = evaluated(vae, images, pictures, seed)
+    log_p = -nats_per_bit(images) * measured["bits_per_dim"].astype(np.float64)
+    return log_p, measured.get("kl", np.zeros_like(log_p))
 
 
 def independent_pixels(train_images: Tensor, pictures: Tensor, levels: int) -> np.ndarray:
@@ -75,28 +87,38 @@ def nats_per_bit(images: Images) -> float:
     return math.log(2) * images.held_out[0].numel()
 
 
-def routes(settings: Any, images: Images, trained: Mapping[str, train.Trained], seed: int) -> Arrays:
-    """Of ROUTES, on held-out images in nats, (R, n): `routes_bound`, the ELBO, and `routes_kl`; `<route>_route` (E, 3)
-    while training: steps, counted from where the model started, KL, and the ELBO.
+def routes(settings: Any, images: Images, trained: Trainings, seed: int) -> Arrays:
+    """Of ROUTES, on held-out images in nats, (R, n): `routes_bound`, the ELBO; `routes_kl`; `routes_gain`, over the
+    same decoder without a code, trained as long as the route. `<route>_route` (E, 3) while training: steps, counted
+    from where the model started, KL, and the ELBO.
     """
     pictures, scale, planned = images.held_out[: settings.measured_images], nats_per_bit(images), plan(settings, seed)
-    arrays: dict[str, Any] = {"routes_bound": [], "routes_kl": []}
+    arrays: dict[str, Any] = {"routes_bound": [], "routes_kl": [], "routes_gain": []}
     for name in ROUTES:
-        terms = evaluated(trained[name].model, images, pictures, seed)
-        arrays["routes_bound"].append(-scale * terms["bits_per_dim"] - terms["kl"])
-        arrays["routes_kl"].append(terms["kl"])
-        before = planned[planned[name].start].steps if planned[name].start else 0
-        arrays[f"{name}_route"] = np.array(
-            [
-                [
-                    before + row["step"],
-                    row["held_out_kl"],
-                    -scale * row["held_out_bits_per_dim"] - row["held_out_kl"],
-                ]
-                for row in trained[name].history
-            ]
-        )
-    return arrays | {key: np.stack(arrays[key]) for key in ("routes_bound", "routes_kl")}
+        begun = planned[name].start
+        without = trained["unconditional-continued" if begun else "unconditional"].model
+        log_p, kl = terms(trained[name].model, images, pictures, seed)
+        row = {"bound": log_p - kl, "kl": kl, "gain": log_p - terms(without, images, pictures, seed)[0]}
+        for key, values in row.items():
+            arrays[f"routes_{key}"].append(values)
+        before = planned[begun].steps if begun else 0
+        history = trained[name].history
+        kls = np.array([entry["held_out_kl"] for entry in history])
+        bounds = -scale * np.array([entry["held_out_bits_per_dim"] for entry in history]) - kls
+        arrays[f"{name}_route"] = np.stack([before + np.array([entry["step"] for entry in history]), kls, bounds], 1)
+    return arrays | {f"routes_{key}": np.stack(arrays[f"routes_{key}"]) for key in ("bound", "kl", "gain")}
+
+
+def causes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
+    """Of CAUSES: `causes_kl` and `causes_gain` (C, n), nats per held-out image, the latter over `unconditional`, and
+    `causes_decodes` (C, 3), the pixel correlation of two decodes of one code.
+    """
+    pictures, generator = images.held_out[: settings.measured_images], stream(seed, 21, images.device)
+    without, _ = terms(models["unconditional"], images, pictures, seed)
+    log_p, kl = zip(*(terms(models[name], images, pictures, seed) for name in CAUSES), strict=True)
+    pairs = [two_decodes(models[name], images, images.held_out[: settings.draws], generator) for name in CAUSES]
+    decodes = rows(pair_correlation(*(drawn.flatten(1) for drawn in pair)) for pair in pairs)
+    return {"causes_kl": np.stack(kl), "causes_gain": np.stack(log_p) - without, "causes_decodes": decodes}
 
 
 # Classes
@@ -124,42 +146,54 @@ def classes(images: Images, drawn: Drawn, classifier: features.Classifier) -> Ar
 
 
 def priors(settings: Any, images: Images, models: Models, extract: features.Extractor, seed: int) -> Arrays:
-    """Of each model of the sweep: `sweep_names` (P,); `sweep_gains` (P, n), nats that each held-out image wins over
-    "sweep-unconditional"; the squared kernel distances to held-out images that made nothing, `sweep_prior` and
-    `sweep_q_z` (P, 3), of `draws` decoded from N(0, I) and from codes of other held-out images; and the ratio of these
-    two, `sweep_prior_ratio` (P, 3).
+    """Of each model of the sweep: `sweep_names`, `sweep_kinds`, `sweep_weights` of the MMD (P,); `sweep_gains` (P, n),
+    nats that each held-out image wins over "sweep-unconditional"; `sweep_mmd` (P,), the squared MMD of held-out codes
+    to N(0, I). Twice, each time with half of the held-out images and draws of its own, to choose by one and judge by
+    the other: `sweep_prior` and `sweep_q_z` (P, 2, 3), squared kernel distances to held-out images that made nothing,
+    of `draws` images decoded from N(0, I) and from codes of other held-out images, and their `sweep_ratio`.
     """
     pictures, count = images.held_out[: settings.measured_images], settings.draws
-    mixed = torch.randperm(len(images.held_out), generator=stream(seed, 17)).to(images.device)
-    sources, reference = images.held_out[mixed[:count]], extract(images.held_out[mixed[count:]])
-    without = evaluated(models["sweep-unconditional"], images, pictures, seed)["bits_per_dim"]
-    table: dict[str, list[Any]] = {"gains": [], "prior": [], "q_z": [], "prior_ratio": []}
+    halves = torch.randperm(len(images.held_out), generator=stream(seed, 17)).to(images.device).chunk(2)
+    references = [extract(images.held_out[half[count:]]) for half in halves]
+    without, _ = terms(models["sweep-unconditional"], images, pictures, seed)
+    table: dict[str, list[Any]] = {key: [] for key in ("gains", "mmd", "prior", "q_z", "ratio")}
     for name in sweep(settings):
         vae, generator = models[name], stream(seed, 18, images.device)
         decode = Decoder(vae, images, min(count, 250))
-        from_prior = torch.randn((count, vae.code_dim), generator=generator, device=images.device)
-        codes = from_prior, sampled(vae, images, sources, generator)
-        prior, q_z = (extract(decode(z, generator)) for z in codes)
-        table["gains"].append(nats_per_bit(images) * (without - evaluated(vae, images, pictures, seed)["bits_per_dim"]))
-        table["prior"].append(two_sample.kernel_distance(prior, reference))
-        table["q_z"].append(two_sample.kernel_distance(q_z, reference))
-        table["prior_ratio"].append(two_sample.kernel_distance_ratio(prior, q_z, reference))
-    gains = np.stack(table.pop("gains")).astype(np.float32)
-    arrays = {f"sweep_{key}": rows(column) for key, column in table.items()}
-    return arrays | {"sweep_gains": gains, "sweep_names": np.array(list(sweep(settings)))}
+        twice: dict[str, list[Any]] = {"prior": [], "q_z": [], "ratio": []}
+        for half, reference in zip(halves, references, strict=True):
+            from_prior = torch.randn((count, vae.code_dim), generator=generator, device=images.device)
+            codes = from_prior, sampled(vae, images, images.held_out[half[:count]], generator)
+            prior, q_z = (extract(decode(z, generator)) for z in codes)
+            twice["prior"].append(two_sample.kernel_distance(prior, reference))
+            twice["q_z"].append(two_sample.kernel_distance(q_z, reference))
+            twice["ratio"].append(two_sample.kernel_distance_ratio(prior, q_z, reference))
+        held_out = sampled(vae, images, images.held_out[:COMPARED], generator)
+        table["mmd"].append(two_sample.gaussian_mmd(held_out.double()).item())
+        table["gains"].append(terms(vae, images, pictures, seed)[0] - without)
+        for key, pair in twice.items():
+            table[key].append(rows(pair))
+    points = sweep(settings).values()
+    return {f"sweep_{key}": np.stack(column) for key, column in table.items()} | {
+        "sweep_names": np.array(list(sweep(settings))),
+        "sweep_kinds": np.array([point.kind for point in points]),
+        "sweep_weights": np.array([point.weight for point in points], dtype=np.float64),
+    }
 
 
 # Linear probes
 
 
 def probes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """`probe_right` (PROBED, 2, n): which held-out images a linear probe gets right, with all labels and with
-    `probe_labels` of them. Features are means of q(z|x), of an untrained encoder and as many principal components
-    beside them: each standardised on the training images, then with noise of std `probe_noise` added.
+    """`probe_right` (PROBED, 2, n): how often a linear probe gets each held-out image right, with all labels (0 or 1)
+    and on average over FEW random sets of `probe_labels` of them. Features are means of q(z|x), of an untrained encoder
+    and as many principal components beside them: each standardised on the training images, then with noise of std
+    `probe_noise` added.
     """
-    torch.manual_seed(seed)
-    untrained = build(settings, images)
-    few = torch.randperm(len(images.train), generator=stream(seed, 19))[: settings.probe_labels].to(images.device)
+    with seeded(seed, images.device):
+        untrained = build(settings, images)
+    mixed = stream(seed, 19)
+    sets = [torch.randperm(len(images.train), generator=mixed)[: settings.probe_labels] for _ in range(FEW)]
     right = []
     for name in PROBED:
         if name == "PCA":
@@ -170,9 +204,9 @@ def probes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
         generator = stream(seed, 20, images.device)
         train_z, test_z = noisy(train_z, test_z, settings.probe_noise, generator)
         labels, test_labels = images.labels, images.held_out_labels
-        whole = linear_probe(train_z, labels, test_z, test_labels)
-        right.append([whole, linear_probe(train_z[few], labels[few], test_z, test_labels)])
-    return {"probe_right": np.array(right)}
+        few = [linear_probe(train_z[one], labels[one], test_z, test_labels) for one in sets]
+        right.append([linear_probe(train_z, labels, test_z, test_labels), np.mean(few, axis=0)])
+    return {"probe_right": np.array(right, dtype=np.float64)}
 
 
 def principal_components(images: Images, dims: int) -> tuple[Tensor, Tensor]:
