@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from paperlib.data.device_images import Images
 from paperlib.pixelvae.markov_chain import Decoder, encode, markov_chain, noise_images, sampled, two_decodes
 from paperlib.pixelvae.model import PixelVAE
-from paperlib.pixelvae.training import VARIANTS, evaluate, sweep
+from paperlib.pixelvae.training import ABLATION, VARIANTS, evaluate, sweep
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.runs.provenance import describe_code
@@ -31,6 +31,7 @@ Extractors = Mapping[str, features.Extractor]
 LAGS = (1, 2, 5, 10, 20)  # of the chain's correlation
 WARM_UP = 5  # states of a chain from noise that do not count in it
 LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where sets of images are compared
+MEASURED = (*VARIANTS, *ABLATION)  # models of which terms are measured
 CODED = tuple(name for name, variant in VARIANTS.items() if variant.coded)
 SETS = (
     "training photographs", "held-out photographs", "blurred", "patches shuffled", "unconditional",
@@ -55,10 +56,10 @@ def histories(trained: Mapping[str, train.Trained]) -> Arrays:
 
 
 def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """What `evaluate` says of held-out images, (VARIANTS, n) each; nan where there is no code. Same noise for all."""
+    """What `evaluate` says of held-out images, (MEASURED, n) each; nan where there is no code. Same noise for all."""
     pictures = images.held_out[: settings.measured_images]
     table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": []}
-    for name in VARIANTS:
+    for name in MEASURED:
         measured = evaluated(models[name], images, pictures, seed)
         for term, row in table.items():
             row.append(measured.get(term, np.full(len(pictures), np.nan)))
@@ -239,7 +240,7 @@ def fitted(z: Tensor, count: int, seed: int) -> dict[str, Tensor]:
 
 def capacity(settings: Any, images: Images, models: Models, extract: Extractors, seed: int) -> dict[str, Any]:
     """Of each model of the `sweep`, in its order: `sweep_dims` and `sweep_stds` (P,); `sweep_rate` (P,), see `rate`;
-    `sweep_gain` (P, 3), nats per held-out image won over "sweep-unconditional"; `sweep_decodes` (P, 3), the correlation
+    `sweep_gain` (P, 3), nats per held-out image won over "sweep-without-code"; `sweep_decodes` (P, 3), the correlation
     of two decodes of one code; of `sweep_chains` chains from photographs `sweep_correlation` (P, LAGS, 3),
     `sweep_time` (P,), the integrated autocorrelation time in steps, `sweep_drift` (P, 3), the squared kernel distance
     of late states to other photographs on the classifier's features; `sweep_states` (P, SHOWN, S, S, C), one chain.
@@ -247,7 +248,7 @@ def capacity(settings: Any, images: Images, models: Models, extract: Extractors,
     pictures, count = images.held_out[: settings.measured_images], settings.sweep_chains
     mixed = torch.randperm(len(images.held_out), generator=stream(seed, 15)).to(images.device)
     sources, others = images.held_out[mixed[:count]], images.held_out[mixed[count:]]
-    without = evaluated(models["sweep-unconditional"], images, pictures, seed)["bits_per_dim"]
+    without = evaluated(models["sweep-without-code"], images, pictures, seed)["bits_per_dim"]
     table: dict[str, list] = {}
     for name, (dims, std) in sweep(settings).items():
         vae, generator = models[name], stream(seed, 16, images.device)
