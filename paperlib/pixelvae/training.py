@@ -38,8 +38,8 @@ OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class Variant(NamedTuple):
-    """One training: an entry of `OBJECTIVES`, whether there is a code, and whether pixels are hidden from the decoder at
-    first, so that it begins as an autoencoder."""
+    """One training: an entry of `OBJECTIVES`, whether there is a code, and whether pixels are at first hidden from the
+    decoder, so that it begins as an autoencoder."""
 
     objective: str = "none"
     coded: bool = True
