@@ -89,7 +89,7 @@ CLAIMS = {
     "E5": Exact(
         "The ELBO has the same maximum at every I that q(z) = p(z) allows; without its KL the maximum is at I = H(p); "
         "the collapsed point is stationary for both.",
-        "maxima attained and gradients 0 within 1e-12; the ELBO's end below H(p); 90 % of the flows under the ELBO "
+        "maxima attained and gradients 0 within 1e-12; the largest I of the ELBO's maximum below H(p); 90 % of the flows under the ELBO "
         "come within 1e-3 of -H(p), at rates 0.5 nat apart; 90 % end with more I without the KL, not all of them "
         "short of distortion 0.01",
         _indifferent,
@@ -101,8 +101,8 @@ CLAIMS = {
     ),
     "E6": Exact(
         "With p(x|z) = q(x|z) the chain is reversible at p(x); its eigenvalues are ≥ 0, the second is the squared "
-        "maximal correlation; degrading a code slows nothing; a support in parts never mixes; more I can be faster; "
-        "a wrong decoder moves the rest by at most √(½ E KL) / (1 - τ).",
+        "maximal correlation; degrading a code slows nothing; on a disconnected support it never mixes; more I can "
+        "be faster; a wrong decoder shifts the stationary distribution by at most √(½ E KL) / (1 - τ).",
         "residuals at most 1e-9, gap = exp(-2I) for the scalar Gaussian too; degrading raises no eigenvalue by more "
         "than 1e-12; one eigenvalue 1 per part; the bound never broken; a code with more I and a greater gap",
         _mixes_as_stated,

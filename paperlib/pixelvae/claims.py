@@ -27,8 +27,9 @@ CLAIMS = {
     ),
     "P3": Claim(
         "Then decoding the prior fails, and the Markov chain works.",
-        "kernel distance to photographs: N(0, I) above the chain, interval of the difference above 0; between chains "
-        "from noise and from data, after 60 steps, not shown (by its interval) to exceed a tenth of the chain's",
+        "squared kernel distance to photographs on a classifier's features: N(0, I) above the chain, interval of the "
+        "difference above 0; between chains from noise and from data, at steps 40 to 60, not shown (by its interval) to "
+        "exceed a tenth of the chain's",
         lambda prior_minus_chain, chain, noise_to_data, **_: (
             prior_minus_chain.low > 0 and noise_to_data.low <= 0.1 * chain.value
         ),
@@ -208,6 +209,6 @@ def sweep_table(arrays: Arrays) -> Any:
             "two decodes": values["decodes"][:, 0].round(2),
             **{f"lag {lag}": row.round(2) for lag, row in zip(LAGS, lags, strict=True) if lag in (1, 5, 20)},
             "autocorrelation time": values["time"].round(1),
-            "drift": values["drift"][:, 0].round(2),
+            "kernel distance": values["drift"][:, 0].round(2),
         }
     )

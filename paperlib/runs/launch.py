@@ -17,7 +17,7 @@ from paperlib.system.errors import run_command
 
 
 def main(experiment: Experiment) -> None:
-    """The command line of a chapter: train the models of one run. Ends the program."""
+    """The command line: train the models of one run of `experiment`. Ends the program."""
 
     def train() -> int:
         options = parser(experiment.notebook).parse_args()
