@@ -37,7 +37,7 @@ CLAIMS = {
         ),
     ),
     "P1b": Claim(
-        "The ELBO does not forbid z, it does not pay for it.",
+        "The ELBO neither forbids z nor rewards it.",
         "the strongest decoder, started from `none` and trained on with the ELBO, keeps more than 3 nats and more than "
         "twice the KL of the ELBO from scratch trained as long, intervals above that, and their bounds differ by less "
         "than 2 nats, interval included. Tested if from scratch the KL is below 3 nats, and both KLs have settled",
@@ -100,13 +100,13 @@ CLAIMS = {
     ),
     "P6": Claim(
         "A sample-based regulariser (MMD) has both: z is used, and the prior can be decoded.",
-        "at one weight of the sweep, chosen on other digits: code gain at least half of that without, interval above "
-        "that, and squared kernel distance of prior draws at most 1.5 times that of draws from q(z), by the high end "
+        "at one weight of the sweep, by distance chosen on other digits: code gain at least half of that without, interval "
+        "above that, and squared kernel distance of prior draws at most 1.5 times that of draws from q(z), by the high end "
         "of the ratio's interval. Tested if the code is used without it, and the distance of those from q(z) above 0",
         lambda share_of_gain, prior_ratio, **_: share_of_gain.low >= 0.5 and prior_ratio.high <= 1.5,
         premise=lambda gain_without, q_z, **_: gain_without.low > 0 and q_z.low > 0,
         reading=(
-            "At weight {weight:value}, {share_of_gain:%} of the code gain remain, and draws from the prior are "
+            "At weight {weight:value}, {share_of_gain:%} of the code gain remains, and draws from the prior are "
             "{prior_ratio} times as far from digits as draws from q(z)."
         ),
         own=True,
