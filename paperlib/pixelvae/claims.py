@@ -28,8 +28,8 @@ CLAIMS = {
     "P3": Claim(
         "Then decoding the prior fails, and the Markov chain works.",
         "squared kernel distance to photographs on a classifier's features: N(0, I) above the chain, interval of the "
-        "difference above 0; between chains from noise and from data, at steps 40 to 60, not shown (by its interval) to "
-        "exceed a tenth of the chain's",
+        "difference above 0; between chains from noise and from data, at steps 40 to 60, not shown (by its interval) "
+        "to exceed a tenth of the chain's",
         lambda prior_minus_chain, chain, noise_to_data, **_: (
             prior_minus_chain.low > 0 and noise_to_data.low <= 0.1 * chain.value
         ),

@@ -104,7 +104,7 @@ def capacity(arrays: Arrays) -> Any:
     axes[0, 1].plot(rate, arrays["sweep_time"][order], "o-", color=ORANGE, markersize=3, linewidth=1)
     axes[0, 1].set(ylabel="autocorrelation time (steps)")
     show_curve(axes[0, 2], rate, arrays["sweep_drift"][order], RED)
-    axes[0, 2].set(ylabel="kernel distance after 60 steps")
+    axes[0, 2].set(ylabel="kernel distance, steps 40 to 60")
     for axis in axes[0]:
         axis.set(xlabel="rate of the code (nats)", ylim=(0, None))
     for axis in axes[1]:
