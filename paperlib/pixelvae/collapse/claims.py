@@ -100,9 +100,10 @@ CLAIMS = {
     ),
     "P6": Claim(
         "A sample-based regulariser (MMD) has both: z is used, and the prior can be decoded.",
-        "at one weight of the sweep, by distance chosen on other digits: code gain at least half of that without, interval "
-        "above that, and squared kernel distance of prior draws at most 1.5 times that of draws from q(z), by the high end "
-        "of the ratio's interval. Tested if the code is used without it, and the distance of those from q(z) above 0",
+        "at one weight of the sweep, by distance chosen on other digits: code gain at least half of that without, "
+        "interval above that, and squared kernel distance of prior draws at most 1.5 times that of draws from q(z), by "
+        "the high end of the ratio's interval. Tested if the code is used without it, and the distance of those from "
+        "q(z) above 0",
         lambda share_of_gain, prior_ratio, **_: share_of_gain.low >= 0.5 and prior_ratio.high <= 1.5,
         premise=lambda gain_without, q_z, **_: gain_without.low > 0 and q_z.low > 0,
         reading=(
