@@ -1,7 +1,7 @@
 """The library behind the notebooks that reproduce "Towards Deeper Understanding of Variational Autoencoding Models".
 
-Zhao, Song, Ermon, arXiv 1702.08658. Each notebook has a package of its own, those of 02 to 04 with the same modules; what they
-share is in `data`, `nn`, `stats`, `runs` and `system`. docs/library.md draws the tree.
+Zhao, Song, Ermon, arXiv 1702.08658. Each notebook has a package of its own, those of 02 to 04 with the same modules;
+what they share is in `data`, `nn`, `stats`, `runs` and `system`. docs/library.md draws the tree.
 """
 
 from typing import Any

@@ -90,8 +90,8 @@ CLAIMS = {
         "The ELBO has the same maximum at every I that q(z) = p(z) allows; without its KL the maximum is at I = H(p); "
         "the collapsed point is stationary for both.",
         "maxima attained and gradients 0 within 1e-12; the largest I of the ELBO's maximum below H(p); 90 % of the "
-        "flows under the ELBO come within 1e-3 of -H(p), at rates 0.5 nat apart; 90 % end with more I without the KL, not all of them "
-        "short of distortion 0.01",
+        "flows under the ELBO come within 1e-3 of -H(p), at rates 0.5 nat apart; 90 % end with more I without the KL, "
+        "not all of them short of distortion 0.01",
         _indifferent,
         reading=(
             "Both maxima are attained within {elbo_attained_below}; {flows_arrived} of the flows under the ELBO reach"
