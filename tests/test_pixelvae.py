@@ -11,15 +11,22 @@ from paperlib.nn import likelihoods
 from paperlib.pixelvae import claims, experiment, figures, glasses, markov_chain, measurements
 from paperlib.pixelvae.claims import CLAIMS
 from paperlib.pixelvae.glasses import FEATURES
-from paperlib.pixelvae.measurements import CODED, LAGS, SETS
-from paperlib.pixelvae.training import VARIANTS, sweep
+from paperlib.pixelvae.measurements import CODED, LAGS, MEASURED, SETS
+from paperlib.pixelvae.training import ABLATION, VARIANTS, sweep
 from paperlib.runs import run as runs
 from paperlib.runs.estimate import Estimate
 from paperlib.stats import two_sample
 from paperlib.system import files
 from paperlib.system.errors import UserError
 
-QUICK = {"train_steps": 60, "elbo_steps": 12, "sweep_steps": 6, "classifier_steps": 40, "filters": 8}
+QUICK = {
+    "train_steps": 60,
+    "elbo_steps": 12,
+    "ablation_steps": 6,
+    "sweep_steps": 6,
+    "classifier_steps": 40,
+    "filters": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +105,11 @@ def test_codes_are_described(finished):
 
 def test_terms_are_held_out_and_equal_for_equal_models(finished):
     run, images, trained, arrays = finished
-    terms = measurements.terms(run.settings, images, dict.fromkeys(VARIANTS, trained["none"].model), run.seed)
+    terms = measurements.terms(run.settings, images, dict.fromkeys(MEASURED, trained["none"].model), run.seed)
     assert all(np.array_equal(row[0], row[1]) for row in terms.values())
-    assert np.array_equal(terms["bits_per_dim"][0], arrays["bits_per_dim"][list(VARIANTS).index("none")])
-    for name, row in zip(VARIANTS, arrays["kl"], strict=True):
-        assert np.isnan(row).all() == (name == "unconditional")
+    assert np.array_equal(terms["bits_per_dim"][0], arrays["bits_per_dim"][MEASURED.index("none")])
+    for name, row in zip(MEASURED, arrays["kl"], strict=True):
+        assert np.isnan(row).all() == (name in ("unconditional", "without-code"))
 
 
 def test_the_chain_is_measured_as_a_single_one_can_be(finished):
@@ -126,7 +133,7 @@ def test_the_sweep_is_of_every_code(finished):
     points = list(zip(arrays["sweep_dims"], arrays["sweep_stds"], strict=True))
     assert points == [(2, 0.2), (8, 0.2), (8, 0.5)] == list(sweep(run.settings).values())
     for k, name in enumerate(sweep(run.settings)):
-        model, control = trained[name].model, trained["sweep-unconditional"].model
+        model, control = trained[name].model, trained["sweep-without-code"].model
         mean, log_std = markov_chain.encode(model, images, images.train)
         assert arrays["sweep_rate"][k] == pytest.approx(measurements.rate(mean, log_std), rel=1e-5)
         with torch.no_grad():
@@ -153,7 +160,7 @@ def test_glasses_compare_the_gaussian_of_the_group(finished):
             log_p = likelihoods.discretized_gaussian_log_prob(image, own.mean(0), log_std, levels=17)
             assert arrays["gaussian_nats"][row, n] == pytest.approx(-log_p.item(), rel=1e-6)
     assert FEATURES == ("class", "brightness", "upper half")
-    bits = arrays["bits_per_dim"][list(VARIANTS).index("unconditional")]
+    bits = arrays["bits_per_dim"][MEASURED.index("unconditional")]
     np.testing.assert_allclose(arrays["pixelcnn_nats"][0], bits * 64 * np.log(2), rtol=1e-4)
     for k, photograph in enumerate(torch.from_numpy(arrays["glasses_photograph"])):
         same = (images.held_out == photograph).flatten(1).all(1)
@@ -273,7 +280,7 @@ def test_a_criterion_is_its_words(key):
 
 def test_each_quantity_is_what_its_name_says():
     """Arrays in which every entry is a number of its own."""
-    at = {name: k for k, name in enumerate(VARIANTS)}
+    at = {name: k for k, name in enumerate(MEASURED)}
     terms = np.arange(len(at), dtype=float)[:, None] + np.array([-0.01, 0.0, 0.01])
     near = np.array([0.0, -0.1, 0.1])
     memory = np.linspace(0.5, 0.1, len(LAGS))[:, None] + near / 10
@@ -294,8 +301,9 @@ def test_each_quantity_is_what_its_name_says():
     in_nats, kernel = 64 * np.log(2), SETS.index
     bits, kl = ({name: base + k * step for name, k in at.items()} for base, step in ((1, 0.01), (10, 1)))
     expected = {
-        "P2": {"code_gain": in_nats * (bits["unconditional"] - bits["none"]), "two_decodes": 0.5, "rate": 7.0,
-               "code_gain_elbo": in_nats * (bits["unconditional"] - bits["elbo"]), "kl_elbo": kl["elbo"],
+        "P2": {"code_gain": in_nats * (bits["without-code"] - bits["trained-on"]), "two_decodes": 0.5, "rate": 7.0,
+               "over_unconditional": in_nats * (bits["unconditional"] - bits["none"]), "kl_elbo": kl["elbo"],
+               "over_unconditional_elbo": in_nats * (bits["unconditional"] - bits["elbo"]),
                "unconditional": bits["unconditional"]},
         "P3": {"prior": kernel("none: prior"), "chain": kernel("none: chain"), "prior_minus_chain": 0.25,
                "noise_to_data": 0.5, "q_z": kernel("none: q(z)"), "fitted_gaussian": kernel("none: Gaussian"),
@@ -315,9 +323,10 @@ def test_tables(finished):
     for bound, cost in (("bound, N(0, I)", "KL"), ("bound, fitted Gaussian", "rate")):
         expected = table["reconstruction"] + table[cost] / (64 * np.log(2))
         np.testing.assert_allclose(table[bound], expected, atol=0.002)
-    assert table.loc["unconditional", "code gain"] == 0 and list(table.index) == list(VARIANTS)
-    gain = (table.loc["unconditional", "reconstruction"] - table["reconstruction"]) * 64 * np.log(2)
-    np.testing.assert_allclose(table["code gain"], gain, atol=0.1)
+    assert list(table.index) == [*VARIANTS, *ABLATION]
+    for models, control in ((VARIANTS, "unconditional"), (ABLATION, "without-code")):
+        gain = (table.loc[control, "reconstruction"] - table.loc[list(models), "reconstruction"]) * 64 * np.log(2)
+        np.testing.assert_allclose(table.loc[list(models), "over control"], gain, atol=0.1)
     swept = claims.sweep_table(arrays)
     assert len(swept) == 3 and swept["rate"].tolist() == arrays["sweep_rate"].round(1).tolist()
 

@@ -19,14 +19,14 @@ from paperlib.nn.pixelcnn_sampler import Sampler
 from paperlib.pixelvae import experiment, markov_chain, training
 from paperlib.pixelvae.experiment import PRESETS, Settings
 from paperlib.pixelvae.model import PixelVAE
-from paperlib.pixelvae.training import OBJECTIVES, VARIANTS
+from paperlib.pixelvae.training import ABLATION, OBJECTIVES, VARIANTS
 from paperlib.runs import recorded, train
 from paperlib.stats import two_sample
 from paperlib.system.errors import UserError
 
 TINY = Settings(code_dim=2, encoder_channels=(4,), encoder_units=8, code_channels=(4, 3), filters=4, mixtures=2)
 FEW = dataclasses.replace(
-    TINY, batch_size=4, train_steps=4, elbo_steps=2, sweep_dims=(1, 2), sweep_steps=2, evaluations=1
+    TINY, batch_size=4, train_steps=4, elbo_steps=2, ablation_steps=2, sweep_dims=(1, 2), sweep_steps=2, evaluations=1
 )
 
 
@@ -152,22 +152,28 @@ def test_only_the_first_half_of_an_autoencoder_hides_pixels(tmp_path, monkeypatc
 
     monkeypatch.setattr(PixelVAE, "forward", forward)
     fit(tmp_path, train_steps=8, batch_size=24, sweep_dims=(1,), sweep_stds=())
-    none, others, swept = hidden[:8], hidden[8:18], hidden[18:20]
-    assert none[:4] == pytest.approx([1, 0.75, 0.5, 0.25], abs=0.35) and none[0] == swept[0] == 1
-    assert none[4:] + others + swept[1:] + hidden[20:] == [0] * (4 + 10 + 1 + 2)
+    none, others, ablation, swept = hidden[:8], hidden[8:18], hidden[18:22], hidden[22:]
+    assert none[:4] == pytest.approx([1, 0.75, 0.5, 0.25], abs=0.35) and none[0] == 1
+    assert none[4:] + others + ablation == [0] * (4 + 10 + 4)
+    assert swept == [1, 0] * 2, "the sweep and its control go through the schedule once more"
 
 
 def test_what_each_training_starts_from(tmp_path):
     images, settings = tiny_images(), dataclasses.replace(FEW, learning_rate=1e-9)
     trained = training.fit(settings, images, tmp_path / "all", 0)
-    assert list(trained) == [*VARIANTS, "sweep-1-0.2", "sweep-2-0.2", "sweep-2-0.5", "sweep-unconditional"]
+    sweep = ["sweep-1-0.2", "sweep-2-0.2", "sweep-2-0.5", "sweep-without-code"]
+    assert list(trained) == [*VARIANTS, *ABLATION, *sweep]
     stds = {name: markov_chain.encode(trained[name].model, images, images.train)[1].exp() for name in ("none", "elbo")}
     assert stds["none"].max() < 0.35 < 0.5 < stds["elbo"].median(), "std(x)"
     weights = {name: dict(one.model.state_dict()) for name, one in trained.items()}
     same = {"rtol": 0, "atol": 1e-6}
     torch.testing.assert_close(weights["sweep-2-0.5"], weights["none"], **same)
     assert trained["sweep-2-0.5"].model.min_std == 0.5
-    torch.testing.assert_close(weights["sweep-unconditional"], weights["unconditional"], **same)
+    torch.testing.assert_close(weights["trained-on"], weights["none"], **same)
+    for name in ("without-code", "sweep-without-code"):
+        assert trained[name].model.code_dim == 0
+        for key, value in weights[name].items():
+            torch.testing.assert_close(value, weights["none"][key], **same)
     new = {"encoder.7.weight", "encoder.7.bias", "expand.0.weight"}
     for key, value in weights["sweep-1-0.2"].items():
         assert (key in new) == (value.shape != weights["none"][key].shape), key

@@ -53,6 +53,7 @@ class Settings:
     kl_weight: float = option(1.0, "weight of the KL in the objective elbo; 1 is the ELBO")
     train_steps: int = option(80, "optimiser steps of none and unconditional")
     elbo_steps: int = option(40, "optimiser steps of elbo")
+    ablation_steps: int = option(20, "optimiser steps by which none is trained on, with its code and without")
     sweep_dims: tuple[int, ...] = option((2, 8), "code dimensions of the sweep, with min_std")
     sweep_stds: tuple[float, ...] = option((0.5,), "least stds of the sweep, with code_dim")
     sweep_steps: int = option(20, "optimiser steps of each model of the sweep")
@@ -104,6 +105,7 @@ _cpu = Settings(
     mixtures=5,
     train_steps=36_000,
     elbo_steps=18_000,
+    ablation_steps=4500,
     sweep_dims=(16, 32, 48, 64),
     sweep_stds=(0.05, 0.4),
     sweep_steps=3000,
@@ -129,6 +131,7 @@ _gpu = replace(
     dropout=0.05,
     train_steps=12_000,
     elbo_steps=6000,
+    ablation_steps=900,
     sweep_steps=600,
     batch_size=256,
     evaluation_images=2000,
@@ -151,6 +154,7 @@ PRESETS = {
         dropout=0.5,
         train_steps=200_000,
         elbo_steps=200_000,
+        ablation_steps=20_000,
         sweep_dims=(2, 8, 32),
         sweep_stds=(0.1, 0.4),
         sweep_steps=20_000,
@@ -193,7 +197,7 @@ def measure(run: Run, images: Images, trained: Mapping[str, train.Trained]) -> d
         **measurements.terms(settings, images, models, seed),
         **measurements.codes(images, models),
         **measurements.samples(images, measurements.draw(settings, images, models, seed), extract),
-        **measurements.capacity(settings, images, swept, models["sweep-unconditional"], extract, seed),
+        **measurements.capacity(settings, images, swept, models["sweep-without-code"], extract, seed),
         **glasses(settings, images, models["unconditional"], seed),
     )
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from paperlib.data.device_images import Images
 from paperlib.pixelvae.markov_chain import Decoder, encode, markov_chain, noise_images, sampled, two_decodes
 from paperlib.pixelvae.model import PixelVAE
-from paperlib.pixelvae.training import VARIANTS, evaluate
+from paperlib.pixelvae.training import ABLATION, VARIANTS, evaluate
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.runs.provenance import describe_code
@@ -31,6 +31,7 @@ Extractors = Mapping[str, features.Extractor]
 LAGS = (1, 2, 5, 10, 20)  # of the chain's correlation
 WARM_UP = 5  # states of a chain from noise that do not count in it
 LATE = (-21, -16, -11, -6, -1)  # states of each chain that stand for it where sets of images are compared
+MEASURED = (*VARIANTS, *ABLATION)  # models of which terms are measured
 CODED = tuple(name for name, variant in VARIANTS.items() if variant.coded)
 SETS = (
     "training photographs", "held-out photographs", "blurred", "patches shuffled", "unconditional",
@@ -55,10 +56,10 @@ def histories(trained: Mapping[str, train.Trained]) -> Arrays:
 
 
 def terms(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """What `evaluate` says of held-out images, (VARIANTS, n) each; nan where there is no code. Same noise for all."""
+    """What `evaluate` says of held-out images, (MEASURED, n) each; nan where there is no code. Same noise for all."""
     pictures = images.held_out[: settings.measured_images]
     table: dict[str, list[np.ndarray]] = {"bits_per_dim": [], "kl": []}
-    for name in VARIANTS:
+    for name in MEASURED:
         measured = evaluated(models[name], images, pictures, seed)
         for term, row in table.items():
             row.append(measured.get(term, np.full(len(pictures), np.nan)))

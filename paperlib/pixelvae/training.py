@@ -45,8 +45,8 @@ OBJECTIVES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class Variant(NamedTuple):
-    """One training: an entry of `OBJECTIVES`, whether there is a code, whether it begins as an autoencoder, and the
-    kinds of encoder and decoder, see `PixelVAE`."""
+    """One training: an entry of `OBJECTIVES`, whether there is a code, whether pixels are at first hidden from the
+    decoder, so that it begins as an autoencoder, and the kinds of encoder and decoder, see `PixelVAE`."""
 
     objective: str = "none"
     coded: bool = True
@@ -61,6 +61,8 @@ VARIANTS = {
     "elbo": Variant("elbo"),
     "unconditional": Variant(coded=False),
 }
+# `none` trained on with all pixels seen, with its code and without: the difference is what the decoder wins by it.
+ABLATION = {"trained-on": Variant(), "without-code": Variant(coded=False)}
 WATCHED_DECODES = 40  # codes of which two decodes are compared while training
 
 
@@ -72,23 +74,22 @@ def sweep(settings: Any) -> dict[str, tuple[int, float]]:
 
 
 def fit(settings: Any, images: Images, directory: Path, seed: int) -> dict[str, train.Trained]:
-    """Train or continue `VARIANTS`, then the `sweep`, in folders of their names below `directory`; by name.
+    """Train or continue `VARIANTS`, `ABLATION`, then the `sweep`, in folders of their names below `directory`; by name.
 
     The models of the sweep start from `none`, but for the layers that read and write another number of dimensions, and
-    go through its schedule once more in `sweep_steps`; "sweep-unconditional" is trained on for as long.
+    go through its schedule once more in `sweep_steps`; so does "sweep-without-code", without a code.
     """
     steps = {"none": settings.train_steps, "elbo": settings.elbo_steps, "unconditional": settings.train_steps}
     trained = {}
     for name, variant in VARIANTS.items():
         trained[name] = fit_variant(settings, images, name, variant, steps[name], directory, seed)
-    for name, (dims, std) in sweep(settings).items():
-        changed, start = replace(settings, code_dim=dims, min_std=std), trained["none"].model.state_dict()
-        trained[name] = fit_variant(
-            changed, images, name, VARIANTS["none"], settings.sweep_steps, directory, seed, start
-        )
-    name, start = "sweep-unconditional", trained["unconditional"].model.state_dict()
-    variant = VARIANTS["unconditional"]
-    trained[name] = fit_variant(settings, images, name, variant, settings.sweep_steps, directory, seed, start)
+    start, none = trained["none"].model.state_dict(), VARIANTS["none"]
+    for name, variant in ABLATION.items():
+        trained[name] = fit_variant(settings, images, name, variant, settings.ablation_steps, directory, seed, start)
+    planned = {name: (none, replace(settings, code_dim=d, min_std=s)) for name, (d, s) in sweep(settings).items()}
+    planned["sweep-without-code"] = none._replace(coded=False), settings
+    for name, (variant, changed) in planned.items():
+        trained[name] = fit_variant(changed, images, name, variant, settings.sweep_steps, directory, seed, start)
     return trained
 
 
@@ -115,7 +116,7 @@ def fit_variant(
     def evaluated(vae: nn.Module) -> dict[str, float]:
         measured = evaluate(vae, images, images.held_out[: settings.evaluation_images])
         numbers = {key: float(value.mean()) for key, value in measured.items()}
-        if variant.autoencoder_first:
+        if variant.coded and variant.autoencoder_first:
             pair = two_decodes(vae, images, images.held_out[:WATCHED_DECODES], stream(seed, 14, images.device))
             numbers["two_decodes"] = pair_correlation(*(pictures.flatten(1) for pictures in pair)).value
         return numbers
@@ -135,7 +136,7 @@ def _initial(settings: Any, images: Images, variant: Variant, seed: int, start: 
     """The model that a training starts with: matching weights of `start`, or new ones set by a first batch."""
     torch.manual_seed(seed)
     vae = build(settings, images, variant.coded, variant.linear, variant.factored)
-    if variant.autoencoder_first:
+    if variant.coded and variant.autoencoder_first:
         with torch.no_grad():
             vae.encoder[-1].bias[vae.code_dim :].fill_(-3)  # std(x) near min_std
     if start is not None:

@@ -16,6 +16,7 @@ from paperlib.pixelvae.collapse.training import CAUSES, FACTORED, NARROW, ROUTES
 from paperlib.pixelvae.markov_chain import Decoder, encode, sampled, two_decodes
 from paperlib.pixelvae.measurements import SETS, Arrays, Drawn, Models, evaluated
 from paperlib.pixelvae.model import PixelVAE, build
+from paperlib.pixelvae.training import ABLATION
 from paperlib.runs import train
 from paperlib.runs.estimate import rows
 from paperlib.stats import features, two_sample
@@ -110,15 +111,18 @@ def routes(settings: Any, images: Images, trained: Trainings, seed: int) -> Arra
 
 
 def causes(settings: Any, images: Images, models: Models, seed: int) -> Arrays:
-    """Of CAUSES: `causes_kl` and `causes_gain` (C, n), nats per held-out image, the latter over `unconditional`, and
-    `causes_decodes` (C, 3), the pixel correlation of two decodes of one code.
+    """`ablation_gain` (n,), nats per image by which "trained-on" leads "without-code". Of CAUSES: `causes_kl`
+    and `causes_gain` (C, n), nats per held-out image, the latter over `unconditional`, and `causes_decodes` (C, 3), the
+    pixel correlation of two decodes of one code.
     """
     pictures, generator = images.held_out[: settings.measured_images], stream(seed, 21, images.device)
     without, _ = terms(models["unconditional"], images, pictures, seed)
     log_p, kl = zip(*(terms(models[name], images, pictures, seed) for name in CAUSES), strict=True)
     pairs = [two_decodes(models[name], images, images.held_out[: settings.draws], generator) for name in CAUSES]
     decodes = rows(pair_correlation(*(drawn.flatten(1) for drawn in pair)) for pair in pairs)
-    return {"causes_kl": np.stack(kl), "causes_gain": np.stack(log_p) - without, "causes_decodes": decodes}
+    on, ablated = (terms(models[name], images, pictures, seed)[0] for name in ABLATION)
+    gains = {"ablation_gain": on - ablated, "causes_gain": np.stack(log_p) - without}
+    return gains | {"causes_kl": np.stack(kl), "causes_decodes": decodes}
 
 
 # Classes

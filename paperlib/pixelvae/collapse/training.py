@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paperlib.data.device_images import Images
-from paperlib.pixelvae.training import VARIANTS, Variant, fit_variant
+from paperlib.pixelvae.training import ABLATION, VARIANTS, Variant, fit_variant
 from paperlib.runs import train
 
 FACTORED = "factored"  # the weakest decoder
@@ -83,6 +83,8 @@ def plan(settings: Any, seed: int) -> dict[str, Planned]:
     planned["continued"] = Planned(elbo, under_elbo, more, first, "elbo")
     planned["pretrained"] = Planned(elbo, settings, more, first, "none")
     planned["unconditional-continued"] = Planned(alone, settings, more, first, "unconditional")
+    for name, variant in ABLATION.items():
+        planned[name] = Planned(variant, settings, settings.ablation_steps, first, "none")
     planned["free-bits"] = Planned(Variant("free-bits"), under_elbo, steps, first)
     planned["none-visible"] = Planned(Variant(), settings, steps, first)
     planned["elbo-hidden"] = Planned(elbo._replace(autoencoder_first=True), under_elbo, steps, first)
