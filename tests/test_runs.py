@@ -1,5 +1,6 @@
 """Runs, the verdicts on their claims, and what is recorded of them."""
 
+import inspect
 import json
 import subprocess
 from dataclasses import asdict, dataclass, replace
@@ -100,6 +101,22 @@ def test_a_function_that_python_cannot_show_counts_by_what_it_does():
     hashes = [provenance.source_hash([typed(text)]) for text in (*texts, *nested, *captured)]
     assert len(set(hashes)) == len(hashes)
     assert hashes[0] == provenance.source_hash([typed("# a comment\nf = lambda x: x - 20")])
+
+
+def test_a_likelihood_counts_where_an_objective_imports_it(monkeypatch):
+    from paperlib.pixelvae.training import evaluate
+
+    source, before = inspect.getsource, provenance.source_hash([evaluate])
+    assert before == provenance.source_hash([evaluate])
+    for changed, counts in (
+        ("paperlib.nn.likelihoods", True),
+        ("paperlib.nn.pixelcnn", True),
+        ("paperlib.runs.train", False),
+    ):
+        monkeypatch.setattr(
+            inspect, "getsource", lambda one: source(one) + "\nnew = 1" * (getattr(one, "__name__", "") == changed)
+        )
+        assert (provenance.source_hash([evaluate]) != before) == counts, changed
 
 
 def test_metrics_and_provenance_are_written_and_plain_json(monkeypatch):

@@ -7,6 +7,7 @@ import inspect
 import os
 import platform
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,12 +40,16 @@ def describe_code() -> dict[str, Any]:
 def source_hash(objects: Iterable[Any]) -> str:
     """Twelve hexadecimal digits that change with the code of `objects`, functions or classes.
 
-    That is the whole module of what this library defines, else the definition itself, or its bytecode where Python
-    cannot show it, as in an interactive session; and the same of functions that a function has captured, with captured
-    numbers and text. Comments, docstrings and layout do not count, nor do torch's own modules.
+    That is the whole module of what this library defines, with the modules of `paperlib.nn` that it imports; else the
+    definition itself, or its bytecode where Python cannot show it, as in an interactive session; and the same of
+    functions that a function has captured, with captured numbers and text. Comments, docstrings and layout do not
+    count, nor do torch's own modules.
     """
+    every = list(_with_captured(objects))
+    modules = {one.__module__ for one in every if hasattr(one, "__module__")}
+    densities = {name for module in modules for name in _densities(module or "")}
     digest = hashlib.sha256()
-    for source in sorted({_source(one) for one in _with_captured(objects)}):
+    for source in sorted({_source(one) for one in every} | {_module_source(name) for name in densities}):
         digest.update(source.encode() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -63,15 +68,38 @@ def _source(one: Any) -> str:
     name = one.__module__ or ""
     if name.startswith("torch."):
         return ""
+    if name.startswith("paperlib."):
+        return _module_source(name)
     try:
-        source = inspect.getsource(inspect.getmodule(one) if name.startswith("paperlib.") else one)
-        tree = ast.parse(textwrap.dedent(source))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
     except (OSError, TypeError, SyntaxError):
         return f"{name} {_bytecode(one.__code__)}" if inspect.isfunction(one) else ""
+    return f"{name} {_plain(tree)}"
+
+
+def _module_source(name: str) -> str:
+    return f"{name} {_plain(ast.parse(inspect.getsource(sys.modules[name])))}"
+
+
+def _densities(name: str) -> set[str]:
+    """The modules of `paperlib.nn` that a module of this library imports, and those that these import, by name."""
+    if not name.startswith("paperlib."):
+        return set()
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[name]))):
+        if isinstance(node, ast.ImportFrom) and node.module == "paperlib.nn":
+            found |= {f"paperlib.nn.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("paperlib.nn."):
+            found.add(node.module)
+    return found.union(*map(_densities, found))
+
+
+def _plain(tree: ast.AST) -> str:
+    """The code without docstrings, comments and layout."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
-    return f"{name} {ast.unparse(tree)}"
+    return ast.unparse(tree)
 
 
 def _bytecode(code: CodeType) -> str:
