@@ -142,8 +142,8 @@ def _execute(job: Job, copy: Path) -> tuple[str, str]:
             return status, error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
         except DeadKernelError:
             return "kernel died", "its process ended in the middle of a cell; most often the memory did not suffice"
-        except RuntimeError as error:  # of the client, before the first cell
-            return "kernel did not start", str(error)
+        except RuntimeError as error:  # of the client, such as of a kernel that does not start
+            return "kernel failed", str(error)
         except KeyboardInterrupt:
             return "interrupted", ""
     return "ok", ""

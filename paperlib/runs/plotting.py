@@ -67,8 +67,6 @@ def show_pictures(axis: Any, arrays: Arrays, images: np.ndarray, columns: int, t
 
 def panels(arrays: Arrays, titles: Mapping[str, str], across: int, columns: int, *, height: float) -> Any:
     """A panel for each of `titles`, `across` to a row, with 24 images of `shown_<name>`, `columns` to a row of it."""
-    if len(titles) % across:
-        raise ValueError(f"{len(titles)} panels do not fill rows of {across}")
     figure, axes = new(across, len(titles) // across, height=height)
     for axis, (name, title) in zip(np.ravel(axes), titles.items(), strict=True):
         show_pictures(axis, arrays, arrays[f"shown_{name}"][:24], columns, title)
